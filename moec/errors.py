@@ -1,0 +1,39 @@
+"""The errors that moec raises on purpose. Each message says what, where, and what to do."""
+
+from __future__ import annotations
+
+
+class MoecError(Exception):
+    """Base of all errors that moec raises on purpose; the command line prints them without a traceback."""
+
+
+class DimError(MoecError):
+    """A size that is malformed, unbound or outside its range."""
+
+
+class IRError(MoecError):
+    """A graph that breaks a rule of the IR: the message names the op and its source line."""
+
+
+class ParseError(MoecError):
+    """Text that is no IR: ``file:line:column: message`` and a caret under the place."""
+
+
+class CaptureError(MoecError):
+    """A part of a model that moec could not read; the part then stays as it was."""
+
+
+class PassError(MoecError):
+    """A pass that failed or does not exist, or an option that it does not have."""
+
+
+class CodegenError(MoecError):
+    """A kernel op that a target cannot emit."""
+
+
+class CompileError(MoecError):
+    """A model, option or target that :func:`moec.compile` cannot take."""
+
+
+class CallError(MoecError):
+    """Wrong inputs to a compiled region: dtype, shape or device."""

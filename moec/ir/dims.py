@@ -1,0 +1,290 @@
+"""The algebra of symbolic sizes: the only file that calls sympy.
+
+A dim is an ``int`` or a sympy expression over symbols made by :func:`dim`. Sizes are nonnegative integers,
+so rewriting may use that; nothing else is assumed unless a range says so.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import sympy
+
+from moec.errors import DimError
+
+Dim: TypeAlias = int | sympy.Expr
+Range: TypeAlias = tuple[int, int | None]
+_NAME = re.compile(r"[A-Za-z_][A-Za-z_0-9]*\Z")
+
+
+class ceildiv(sympy.Function):  # noqa: N801  (printed and parsed under this name)
+    """``ceil(a / b)`` for a nonnegative ``a`` and a positive ``b``."""
+
+    nargs = 2
+
+    @classmethod
+    def eval(cls, a: Any, b: Any) -> Any:
+        if a.is_Integer and b.is_Integer and b > 0:
+            return sympy.Integer(-(-int(a) // int(b)))
+        if b == 1 or a == 0:
+            return a
+        return None
+
+    def _eval_is_integer(self) -> bool:
+        return True
+
+    def _eval_is_nonnegative(self) -> bool:
+        return True
+
+
+class floordiv(sympy.Function):  # noqa: N801
+    """``floor(a / b)`` for a nonnegative ``a`` and a positive ``b``."""
+
+    nargs = 2
+
+    @classmethod
+    def eval(cls, a: Any, b: Any) -> Any:
+        if a.is_Integer and b.is_Integer and b > 0:
+            return sympy.Integer(int(a) // int(b))
+        if b == 1 or a == 0:
+            return a
+        quotient = sympy.cancel(a / b)
+        return quotient if quotient.is_polynomial() and quotient.is_integer else None
+
+    def _eval_is_integer(self) -> bool:
+        return True
+
+    def _eval_is_nonnegative(self) -> bool:
+        return True
+
+
+def dim(name: str) -> sympy.Symbol:
+    """The symbol for a size: an integer that is never negative. The only maker of symbols."""
+    if not _NAME.match(name):
+        raise DimError(f"{name!r} is no name for a dim: use letters, digits and underscores")
+    return sympy.Symbol(name, integer=True, nonnegative=True)
+
+
+def canon(value: Any) -> Dim:
+    """The canonical form: ``int`` where constant, otherwise expanded; equal dims print equally."""
+    if isinstance(value, bool):
+        raise DimError("a truth value is not a dim")
+    if isinstance(value, int):
+        return value
+    if not isinstance(value, sympy.Expr):
+        raise DimError(f"{value!r} is not a dim")
+    value = sympy.expand(value)
+    return int(value) if value.is_Integer else value
+
+
+def product(dims: Sequence[Dim]) -> Dim:
+    """The number of elements of a shape."""
+    return canon(functools.reduce(lambda a, b: a * b, dims, sympy.Integer(1)))
+
+
+def symbols(value: Any) -> frozenset[str]:
+    """The names of the symbols of a dim."""
+    return (
+        frozenset(s.name for s in value.free_symbols)
+        if isinstance(value, sympy.Expr)
+        else frozenset()
+    )
+
+
+def show_dim(value: Dim) -> str:
+    """Text of a dim; :func:`parse_dim` reads it back."""
+    return str(value).replace("**", "^") if not isinstance(value, int) else str(value)
+
+
+_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: lambda a, b: a + b,
+    ast.Sub: lambda a, b: a - b,
+    ast.Mult: lambda a, b: a * b,
+    ast.Pow: lambda a, b: a**b,
+    ast.FloorDiv: lambda a, b: floordiv(a, b),
+}
+_FUNCTIONS: dict[str, Any] = {
+    "ceildiv": ceildiv,
+    "floordiv": floordiv,
+    "Min": sympy.Min,
+    "Max": sympy.Max,
+}
+
+
+def parse_dim(text: str) -> Dim:
+    """Read a dim; never evaluates anything but sums, products, small powers and the named functions."""
+    try:
+        tree = ast.parse(text.replace("^", "**").strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise DimError(f"cannot read the dim {text!r}") from error
+    return canon(_build(tree, text))
+
+
+def _build(node: ast.expr, text: str) -> Any:
+    match node:
+        case ast.Constant(value=int() as value) if not isinstance(value, bool):
+            return sympy.Integer(value)
+        case ast.Name(id=name):
+            return dim(name)
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_build(operand, text)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
+            a, b = _build(left, text), _build(right, text)
+            if isinstance(op, ast.Pow) and not (b.is_Integer and 0 <= int(b) <= 8):
+                raise DimError(f"the power in {text!r} is not a small integer")
+            return _BINARY[type(op)](a, b)
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if (
+            name in _FUNCTIONS and len(args) == 2
+        ):
+            return _FUNCTIONS[name](*(_build(a, text) for a in args))
+    raise DimError(f"{ast.unparse(node)!r} is not allowed in the dim {text!r}")
+
+
+def evaluate(value: Any, binding: Mapping[str, int]) -> int:
+    """The number that a dim stands for under ``binding`` (name to size)."""
+    if isinstance(value, int):
+        return value
+    missing = sorted(symbols(value) - binding.keys())
+    if missing:
+        raise DimError(f"dim {show_dim(value)} needs a size for {', '.join(missing)}")
+    result = value.subs({dim(n): binding[n] for n in symbols(value)})
+    return int(result)
+
+
+def substitute(value: Dim, mapping: Mapping[str, Dim]) -> Dim:
+    """``value`` with symbols replaced by dims."""
+    if isinstance(value, int) or not (symbols(value) & mapping.keys()):
+        return value
+    return canon(value.subs({dim(n): m for n, m in mapping.items()}, simultaneous=True))
+
+
+def bounds(value: Dim, ranges: Mapping[str, Range]) -> Range:
+    """The least and greatest value of a dim (``None``: no upper bound known) by interval arithmetic.
+
+    Valid for sums of products with any sign; an unknown symbol has the range ``(0, None)``.
+    """
+    if isinstance(value, int):
+        return value, value
+    low, high = _interval(value, ranges)
+    return (int(low) if low is not None else 0), (int(high) if high is not None else None)
+
+
+def _interval(e: Any, ranges: Mapping[str, Range]) -> tuple[int | None, int | None]:
+    if e.is_Integer:
+        return int(e), int(e)
+    if e.is_Symbol:
+        return ranges.get(e.name, (0, None))
+    parts = [_interval(a, ranges) for a in e.args]
+    lows, highs = [p[0] for p in parts], [p[1] for p in parts]
+    if e.is_Add:
+        return _all(sum, lows), _all(sum, highs)
+    if e.is_Mul:
+        return functools.reduce(_times, parts)
+    if e.is_Pow:
+        return functools.reduce(_times, [parts[0]] * int(e.args[1]))
+    if e.func is ceildiv:
+        return _quotient(parts, lambda a, b: -(-a // b))
+    if e.func is floordiv:
+        return _quotient(parts, lambda a, b: a // b)
+    if e.func is sympy.Min:
+        known = [h for h in highs if h is not None]
+        return _all(min, lows), min(known) if known else None
+    if e.func is sympy.Max:
+        known = [low for low in lows if low is not None]
+        return max(known) if known else None, _all(max, highs)
+    return 0, None
+
+
+def _all(f: Callable[[Any], int], values: Sequence[int | None]) -> int | None:
+    return None if any(v is None for v in values) else f(values)
+
+
+def _times(
+    a: tuple[int | None, int | None], b: tuple[int | None, int | None]
+) -> tuple[int | None, int | None]:
+    corners = [None if x is None or y is None else x * y for x in a for y in b]
+    if None not in corners:
+        known = [c for c in corners if c is not None]
+        return min(known), max(known)
+    if (a[0] or 0) >= 0 and (b[0] or 0) >= 0 and a[0] is not None and b[0] is not None:
+        high = None if a[1] is None or b[1] is None else a[1] * b[1]
+        return a[0] * b[0], 0 if 0 in (a[1], b[1]) else high
+    for x, y in ((a, b), (b, a)):
+        if x == (-1, -1):
+            return (None if y[1] is None else -y[1]), (None if y[0] is None else -y[0])
+        if x[0] is not None and x[0] == x[1] and x[0] < 0:
+            return (None if y[1] is None else x[0] * y[1]), (None if y[0] is None else x[0] * y[0])
+    return None, None
+
+
+def _quotient(
+    parts: Sequence[tuple[int | None, int | None]], f: Callable[[int, int], int]
+) -> tuple[int | None, int | None]:
+    (alo, ahi), (blo, bhi) = parts
+    low = f(alo, bhi) if alo is not None and bhi else 0
+    high = f(ahi, blo) if ahi is not None and blo else None
+    return low, high
+
+
+def prove_at_most(a: Dim, b: Dim, ranges: Mapping[str, Range]) -> bool | None:
+    """Whether ``a <= b`` for all sizes in the ranges: ``True``, ``False`` (never), or ``None`` (not known).
+
+    ``None`` is not yes: a caller must mask, guard or refuse.
+    """
+    difference = (
+        canon(sympy.sympify(b) - sympy.sympify(a))
+        if not (isinstance(a, int) and isinstance(b, int))
+        else b - a
+    )
+    if isinstance(difference, int):
+        return difference >= 0
+    low, high = _interval(difference, ranges)
+    if low is not None and low >= 0:
+        return True
+    if high is not None and high < 0:
+        return False
+    return None
+
+
+def divisible(value: Dim, by: int) -> bool:
+    """Whether ``value`` is proved to be a multiple of ``by`` for every size."""
+    if isinstance(value, int):
+        return value % by == 0
+    terms = value.args if value.is_Add else (value,)
+    return all(
+        term.as_coeff_Mul()[0].is_Integer and int(term.as_coeff_Mul()[0]) % by == 0
+        for term in terms
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def python_source(value: Dim) -> str:
+    """A dim as a Python expression over its symbol names, for emitted host code."""
+    if isinstance(value, int):
+        return str(value)
+    return _python(value)
+
+
+def _python(e: Any) -> str:
+    if e.is_Integer:
+        return str(int(e)) if int(e) >= 0 else f"({int(e)})"
+    if e.is_Symbol:
+        return str(e.name)
+    inner = [_python(a) for a in e.args]
+    if e.is_Add:
+        return "(" + " + ".join(inner) + ")"
+    if e.is_Mul:
+        return " * ".join(inner)
+    if e.is_Pow:
+        return "(" + " * ".join([inner[0]] * int(e.args[1])) + ")"
+    if e.func is ceildiv:
+        return f"-(-({inner[0]}) // ({inner[1]}))"
+    if e.func is floordiv:
+        return f"(({inner[0]}) // ({inner[1]}))"
+    if e.func in (sympy.Min, sympy.Max):
+        return f"{e.func.__name__.lower()}({', '.join(inner)})"
+    raise DimError(f"no Python form for the dim {e}")

@@ -1,0 +1,331 @@
+"""Reading IR text: a hand-written lexer and recursive-descent parser with ``file:line:column`` errors."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn, TypeVar
+
+from moec.errors import DimError, IRError, MoecError, ParseError
+from moec.ir.builder import infer_types
+from moec.ir.dims import Dim, Range, parse_dim
+from moec.ir.graph import Graph, Location, Op, Value
+from moec.ir.types import DTYPES, Type
+
+_T = TypeVar("_T")
+MAX_DEPTH = 32
+MAX_DIGITS = 30
+_TOKEN = re.compile(
+    r"""(?P<space>[ \t\r\n]+)|(?P<comment>//[^\n]*)|(?P<value>%[A-Za-z_][A-Za-z_0-9]*)|(?P<at>@[A-Za-z_][A-Za-z_0-9]*)
+    |(?P<string>"(?:[^"\\\n]|\\.)*")|(?P<float>-?(?:\d+\.\d*(?:e[+-]?\d+)?|\d+e[+-]?\d+|inf\b|nan\b))|(?P<int>\d+)
+    |(?P<word>[A-Za-z_][A-Za-z_0-9]*(?:\.[A-Za-z_0-9]+)*)|(?P<mark><=|[-+*^(){}\[\],:;=])""",
+    re.VERBOSE,
+)
+_PLACE = re.compile(r"//\s*(?P<file>\S+):(?P<line>\d{1,9})(?:\s+\((?P<module>[^()]*)\))?\s*\Z")
+
+
+@dataclass(frozen=True)
+class Token:
+    """A piece of the text and where it starts."""
+
+    kind: str
+    text: str
+    offset: int
+
+
+def parse(text: str, filename: str = "<text>") -> Graph:
+    """Read exactly one graph; :class:`ParseError` names file, line and column."""
+    parser = _Parser(text, filename)
+    graph = parser.graph()
+    parser.expect_end()
+    return graph
+
+
+def parse_file(text: str, filename: str = "<text>") -> list[Graph]:
+    """Read any number of graphs."""
+    parser = _Parser(text, filename)
+    graphs = []
+    while parser.token.kind != "end":
+        graphs.append(parser.graph())
+    return graphs
+
+
+class _Parser:
+    def __init__(self, text: str, filename: str) -> None:
+        self.text, self.filename = text, filename
+        self.places: dict[int, Location] = {}
+        self.tokens = self._lex()
+        self.index = 0
+        self.depth = 0
+
+    # errors
+    def fail(self, message: str, offset: int | None = None) -> NoReturn:
+        offset = self.token.offset if offset is None else offset
+        line = self.text.count("\n", 0, offset) + 1
+        start = self.text.rfind("\n", 0, offset) + 1
+        end = self.text.find("\n", offset)
+        source = self.text[start : end if end >= 0 else len(self.text)][:200]
+        column = offset - start + 1
+        raise ParseError(
+            f"{self.filename}:{line}:{column}: {message}\n  {source}\n  {' ' * min(column - 1, 200)}^"
+        )
+
+    # lexing
+    def _lex(self) -> list[Token]:
+        tokens, offset = [], 0
+        while offset < len(self.text):
+            match = _TOKEN.match(self.text, offset)
+            if match is None:
+                self.fail(f"unexpected character {self.text[offset]!r}", offset)
+            kind = str(match.lastgroup)
+            if kind == "comment":
+                self._note_place(match.group(), offset)
+            elif kind != "space":
+                tokens.append(Token(kind, match.group(), offset))
+            offset = match.end()
+        return [*tokens, Token("end", "end of text", len(self.text))]
+
+    def _note_place(self, comment: str, offset: int) -> None:
+        match = _PLACE.match(comment)
+        if match:
+            line = self.text.count("\n", 0, offset)
+            self.places[line] = Location(match["file"], int(match["line"]), match["module"] or "")
+
+    @property
+    def token(self) -> Token:
+        return self.tokens[self.index]
+
+    def next(self) -> Token:
+        token = self.token
+        self.index = min(self.index + 1, len(self.tokens) - 1)
+        return token
+
+    def at(self, text: str) -> bool:
+        return self.token.text == text and self.token.kind in ("mark", "word")
+
+    def accept(self, text: str) -> bool:
+        if self.at(text):
+            self.next()
+            return True
+        return False
+
+    def expect(self, text: str) -> Token:
+        if not self.at(text):
+            self.fail(f"expected {text!r}, found {self.token.text!r}")
+        return self.next()
+
+    def take(self, kind: str, what: str) -> str:
+        if self.token.kind != kind:
+            self.fail(f"expected {what}, found {self.token.text!r}")
+        return self.next().text
+
+    def expect_end(self) -> None:
+        if self.token.kind != "end":
+            self.fail(f"expected the end of the text, found {self.token.text!r}")
+
+    def listed(self, item: Callable[[], _T], closers: tuple[str, ...]) -> list[_T]:
+        found: list[_T] = []
+        while not any(self.at(c) for c in closers):
+            found.append(item())
+            if not self.accept(","):
+                break
+        return found
+
+    # graphs
+    def graph(self) -> Graph:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            self.fail(f"graphs are nested more than {MAX_DEPTH} deep")
+        self.expect("graph")
+        name = self.take("at", "the graph's name (@name)")[1:]
+        scope: dict[str, Value] = {}
+        self.expect("(")
+        inputs = self.listed(lambda: self.input(scope), (")", ";"))
+        cotangents = self.listed(lambda: self.input(scope), (")",)) if self.accept(";") else []
+        self.expect(")")
+        ranges = dict(self.listed(self.range, ("{",))) if self.accept("where") else {}
+        self.expect("{")
+        ops = []
+        while not self.at("return"):
+            ops.append(self.op(scope))
+        outputs, gradients = self.returned(scope)
+        self.expect("}")
+        self.depth -= 1
+        return Graph(name, tuple(inputs), tuple(ops), outputs, ranges, tuple(cotangents), gradients)
+
+    def returned(
+        self, scope: dict[str, Value]
+    ) -> tuple[tuple[Value, ...], tuple[Value | None, ...]]:
+        self.expect("return")
+        outputs = self.listed(lambda: self.use(scope), ("}", "grad"))
+        gradients: list[Value | None] = []
+        if self.accept("grad"):
+            gradients = self.listed(
+                lambda: None if self.accept("none") else self.use(scope), ("}",)
+            )
+        return tuple(outputs), tuple(gradients)
+
+    def input(self, scope: dict[str, Value]) -> Value:
+        offset = self.token.offset
+        name = self.take("value", "an input (%name)")[1:]
+        self.expect(":")
+        return self.define(scope, name, self.type(), offset)
+
+    def define(self, scope: dict[str, Value], name: str, type_: Type, offset: int) -> Value:
+        if name in scope:
+            self.fail(f"%{name} is defined twice", offset)
+        scope[name] = Value(type_, name)
+        return scope[name]
+
+    def use(self, scope: dict[str, Value]) -> Value:
+        offset = self.token.offset
+        name = self.take("value", "a value (%name)")[1:]
+        if name not in scope:
+            self.fail(f"%{name} is not defined before its use", offset)
+        return scope[name]
+
+    def range(self) -> tuple[str, Range]:
+        low = self.integer()
+        self.expect("<=")
+        name = self.take("word", "the name of a dim")
+        high = self.integer() if self.accept("<=") else None
+        return name, (low, high)
+
+    def integer(self) -> int:
+        offset = self.token.offset
+        negative = self.accept("-")
+        digits = self.take("int", "an integer")
+        if len(digits) > MAX_DIGITS:
+            self.fail(f"an integer of more than {MAX_DIGITS} digits", offset)
+        return -int(digits) if negative else int(digits)
+
+    # ops
+    def op(self, scope: dict[str, Value]) -> Op:
+        start = self.token.offset
+        names = [(self.token.offset, self.take("value", "a result (%name) or 'return'")[1:])]
+        while self.accept(","):
+            names.append((self.token.offset, self.take("value", "a result (%name)")[1:]))
+        self.expect("=")
+        kind_offset = self.token.offset
+        kind = self.take("word", "the kind of an op")
+        self.expect("(")
+        operands = self.listed(lambda: self.use(scope), (")",))
+        self.expect(")")
+        attrs = self.attributes() if self.accept("{") else {}
+        self.expect(":")
+        types = [self.type()]
+        while self.accept(","):
+            types.append(self.type())
+        body = self.body() if self.accept("[") else None
+        if len(types) != len(names):
+            self.fail(
+                f"{kind} names {len(names)} results but gives {len(types)} types", kind_offset
+            )
+        self.check(kind, operands, attrs, body, types, kind_offset)
+        results = tuple(self.define(scope, n, t, o) for (o, n), t in zip(names, types, strict=True))
+        return Op(kind, tuple(operands), results, attrs, body, self.place(start, body))
+
+    def place(self, start: int, body: Graph | None) -> Location | None:
+        line = self.text.count("\n", 0, start)
+        return self.places.get(line)
+
+    def body(self) -> Graph:
+        graph = self.graph()
+        self.expect("]")
+        return graph
+
+    def check(
+        self,
+        kind: str,
+        operands: list[Value],
+        attrs: dict[str, Any],
+        body: Graph | None,
+        types: list[Type],
+        offset: int,
+    ) -> None:
+        try:
+            inferred = infer_types(kind, [v.type for v in operands], attrs, body)
+        except IRError as error:
+            self.fail(str(error), offset)
+        if tuple(types) != inferred:
+            self.fail(
+                f"{kind} gives {', '.join(map(str, inferred))}, not {', '.join(map(str, types))}",
+                offset,
+            )
+
+    def attributes(self) -> dict[str, Any]:
+        attrs: dict[str, Any] = {}
+
+        def one() -> None:
+            offset = self.token.offset
+            name = self.take("word", "the name of an attribute")
+            if name in attrs:
+                self.fail(f"attribute {name!r} is given twice", offset)
+            self.expect("=")
+            attrs[name] = self.attribute()
+
+        self.listed(one, ("}",))
+        self.expect("}")
+        return attrs
+
+    def attribute(self) -> Any:
+        token = self.token
+        if token.kind == "float":
+            return float(self.next().text)
+        if token.kind == "string":
+            try:
+                return json.loads(self.next().text)
+            except ValueError:
+                self.fail("malformed string", token.offset)
+        if self.accept("true") or self.accept("false"):
+            return token.text == "true"
+        if self.accept("["):
+            self.depth += 1
+            if self.depth > MAX_DEPTH:
+                self.fail(f"lists are nested more than {MAX_DEPTH} deep")
+            items = tuple(self.listed(self.attribute, ("]",)))
+            self.expect("]")
+            self.depth -= 1
+            return items
+        return self.dim()
+
+    # types and dims
+    def type(self) -> Type:
+        offset = self.token.offset
+        dtype = self.take("word", "a type")
+        if dtype not in DTYPES:
+            self.fail(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}", offset)
+        self.expect("[")
+        shape = self.listed(self.dim, ("]",))
+        self.expect("]")
+        return Type(dtype, tuple(shape))
+
+    def dim(self) -> Dim:
+        """A dim ends at the first comma or bracket that it did not open."""
+        start, depth = self.token.offset, 0
+        end = start
+        while self.token.kind in ("int", "word") or (
+            self.token.kind == "mark" and self.token.text in "-+*^(),"
+        ):
+            text = self.token.text
+            if len(text) > MAX_DIGITS and self.token.kind == "int":
+                self.fail(f"an integer of more than {MAX_DIGITS} digits")
+            if depth == 0 and text in (")", ","):
+                break
+            depth += {"(": 1, ")": -1}.get(text, 0)
+            if depth > MAX_DEPTH:
+                self.fail(f"brackets are nested more than {MAX_DEPTH} deep")
+            end = self.next().offset + len(text)
+        if end == start:
+            self.fail(f"expected a dim, found {self.token.text!r}")
+        try:
+            return parse_dim(self.text[start:end])
+        except (DimError, MoecError) as error:
+            self.fail(str(error), start)
+
+
+def rename(graph: Graph, name: str) -> Graph:
+    """The same graph under another name."""
+    return replace(graph, name=name)

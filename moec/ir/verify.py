@@ -1,0 +1,114 @@
+"""The verifier: re-infer every op and compare, and check scoping, phases and dialects."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from moec.errors import IRError
+from moec.ir.builder import infer_types
+from moec.ir.dims import symbols
+from moec.ir.graph import Graph, Op, Value
+from moec.ir.text import Names, show_op
+
+
+def verify(graph: Graph, *, dialects: Collection[str] | None = None, after: str = "") -> Graph:
+    """Return ``graph`` if it is well formed, otherwise raise :class:`IRError` naming op and source line.
+
+    ``dialects`` restricts the prefixes that may occur (bodies of ``kern.`` ops hold the other two).
+    """
+    names = Names()
+    defined: set[Value] = set()
+    for value in (*graph.inputs, *graph.cotangents):
+        _define(value, defined, names, graph)
+    for op in graph.ops:
+        _check_op(op, defined, names, graph, dialects, after)
+    for value in graph.returned:
+        if value not in defined:
+            raise IRError(
+                f"@{graph.name} returns {value!r}, which is never defined" + _after(after)
+            )
+    _check_joint(graph, after)
+    _check_dims(graph, after)
+    return graph
+
+
+def _define(value: Value, defined: set[Value], names: Names, graph: Graph) -> None:
+    if value in defined:
+        raise IRError(f"@{graph.name}: {value!r} is defined twice")
+    defined.add(value)
+    names.add(value)
+
+
+def _check_op(
+    op: Op,
+    defined: set[Value],
+    names: Names,
+    graph: Graph,
+    dialects: Collection[str] | None,
+    after: str,
+) -> None:
+    where = f"{op.loc}: " if op.loc else f"@{graph.name}: "
+    for value in op.operands:
+        if value not in defined:
+            raise IRError(
+                f"{where}{op.kind}: operand {value!r} is not defined before its use" + _after(after)
+            )
+    if dialects is not None and op.kind.split(".")[0] not in dialects:
+        raise IRError(
+            f"{where}{op.kind}: only {', '.join(sorted(dialects))} ops may be left here"
+            + _after(after)
+        )
+    if op.body is not None:
+        verify(op.body, dialects=("t", "moe"), after=after)
+    inferred = infer_types(op.kind, [v.type for v in op.operands], op.attrs, op.body)
+    for value in op.results:
+        if value in defined:
+            raise IRError(f"{where}{op.kind}: result {value!r} is defined twice" + _after(after))
+        defined.add(value)
+    line = show_op(op, names)
+    declared = tuple(v.type for v in op.results)
+    if declared != inferred:
+        raise IRError(
+            f"{where}{op.kind} gives {', '.join(map(str, inferred))}, declared {', '.join(map(str, declared))}\n  in  {line}"
+            + _after(after)
+        )
+
+
+def _check_joint(graph: Graph, after: str) -> None:
+    if not graph.cotangents and not graph.gradients:
+        return
+    floats = [v for v in graph.outputs if v.type.is_float]
+    if len(graph.cotangents) != len(floats) or len(graph.gradients) != len(graph.inputs):
+        raise IRError(
+            f"@{graph.name}: a joint graph has one cotangent per float output and one gradient per input"
+            + _after(after)
+        )
+    for kind, pairs in (
+        ("cotangent", zip(graph.cotangents, floats, strict=True)),
+        ("gradient", zip(graph.gradients, graph.inputs, strict=True)),
+    ):
+        for got, wanted in pairs:
+            if got is not None and got.type != wanted.type:
+                raise IRError(
+                    f"@{graph.name}: the {kind} of %{wanted.hint}: {wanted.type} has type {got.type}"
+                    + _after(after)
+                )
+
+
+def _check_dims(graph: Graph, after: str) -> None:
+    known = set(graph.ranges)
+    for value in (*graph.inputs, *graph.cotangents):
+        for d in value.type.shape:
+            known |= symbols(d)
+    for op in graph.ops:
+        for value in op.results:
+            free = {n for d in value.type.shape for n in symbols(d)} - known
+            if free:
+                raise IRError(
+                    f"@{graph.name}: %{value.hint} has the unknown dims {', '.join(sorted(free))}"
+                    + _after(after)
+                )
+
+
+def _after(name: str) -> str:
+    return f"\n  after pass {name}" if name else ""

@@ -1,0 +1,442 @@
+"""The ``t.`` dialect beyond pointwise ops: shapes, reductions, indexing and dense products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from moec.ir.dims import Dim, ceildiv, canon, product
+from moec.ir.graph import Op, Value
+from moec.ir.opdef import defop
+from moec.ir.types import DTYPES, Type
+from moec.ops.shapes import axis, broadcast, reduce_to, reduced, require, same_dtype
+
+
+@defop("t.full")
+class Full:
+    """A tensor of one number."""
+
+    def infer(*, value: float, dtype: str, shape: tuple[Dim, ...] = ()) -> Type:
+        return Type(dtype, shape)
+
+    def eval(*, value: float, dtype: str, shape: tuple[int, ...] = ()) -> torch.Tensor:
+        return torch.full(shape, value, dtype=DTYPES[dtype])
+
+
+@defop("t.reshape")
+class Reshape:
+    """The same elements, in row-major order, in another shape."""
+
+    def infer(x: Type, *, shape: tuple[Dim, ...]) -> Type:
+        require(
+            product(shape) == x.elements,
+            f"{x} has {x.elements} elements, the shape {shape} has {product(shape)}",
+        )
+        return x.with_shape(*shape)
+
+    def eval(x: torch.Tensor, *, shape: tuple[int, ...]) -> torch.Tensor:
+        return x.reshape(shape)
+
+    def vjp(b: Any, op: Op, g: Value) -> tuple[Value]:
+        return (b("t.reshape", g, shape=op.operands[0].type.shape),)
+
+
+@defop("t.permute")
+class Permute:
+    """Axes in another order."""
+
+    def infer(x: Type, *, dims: tuple[int, ...]) -> Type:
+        require(sorted(dims) == list(range(x.rank)), f"{dims} is no order of the axes of {x}")
+        return x.with_shape(*(x.shape[d] for d in dims))
+
+    def eval(x: torch.Tensor, *, dims: tuple[int, ...]) -> torch.Tensor:
+        return x.permute(dims)
+
+    def vjp(b: Any, op: Op, g: Value) -> tuple[Value]:
+        dims = op.attrs["dims"]
+        return (b("t.permute", g, dims=tuple(sorted(range(len(dims)), key=dims.__getitem__))),)
+
+
+@defop("t.expand")
+class Expand:
+    """Broadcast to a shape."""
+
+    def infer(x: Type, *, shape: tuple[Dim, ...]) -> Type:
+        require(
+            broadcast(x.shape, shape) == tuple(canon(s) for s in shape),
+            f"{x} does not broadcast to {shape}",
+        )
+        return x.with_shape(*shape)
+
+    def eval(x: torch.Tensor, *, shape: tuple[int, ...]) -> torch.Tensor:
+        return x.expand(shape)
+
+    def vjp(b: Any, op: Op, g: Value) -> tuple[Value]:
+        return (reduce_to(b, g, op.operands[0].type),)
+
+
+@defop("t.slice")
+class Slice:
+    """Every ``step``-th element of an axis from ``start`` up to ``stop``."""
+
+    def infer(x: Type, *, dim: int, start: Dim, stop: Dim, step: int = 1) -> Type:
+        d = axis(dim, x.rank)
+        size = canon(ceildiv(canon(stop) - canon(start), step))  # type: ignore[operator]
+        return x.with_shape(*x.shape[:d], size, *x.shape[d + 1 :])
+
+    def eval(x: torch.Tensor, *, dim: int, start: int, stop: int, step: int = 1) -> torch.Tensor:
+        index = [slice(None)] * x.dim()
+        index[dim] = slice(start, stop, step)
+        return x[tuple(index)]
+
+    def vjp(b: Any, op: Op, g: Value) -> tuple[Value]:
+        attrs = {k: op.attrs[k] for k in ("dim", "start", "stop", "step") if k in op.attrs}
+        return (
+            b(
+                "t.unslice",
+                g,
+                size=op.operands[0].type.shape[axis(attrs["dim"], g.type.rank)],
+                **attrs,
+            ),
+        )
+
+
+@defop("t.unslice")
+class Unslice:
+    """The transpose of ``t.slice``: the elements back at their places of an axis of ``size``, zero elsewhere."""
+
+    def infer(x: Type, *, dim: int, start: Dim, stop: Dim, size: Dim, step: int = 1) -> Type:
+        d = axis(dim, x.rank)
+        return x.with_shape(*x.shape[:d], size, *x.shape[d + 1 :])
+
+    def eval(
+        x: torch.Tensor, *, dim: int, start: int, stop: int, size: int, step: int = 1
+    ) -> torch.Tensor:
+        shape = list(x.shape)
+        shape[dim] = size
+        index = [slice(None)] * x.dim()
+        index[dim] = slice(start, stop, step)
+        out = x.new_zeros(shape)
+        out[tuple(index)] = x
+        return out
+
+
+@defop("t.split")
+class Split:
+    """The last axis in ``parts`` equal parts: one after the other ("concat") or alternating ("interleave")."""
+
+    def infer(x: Type, *, parts: int, layout: str = "concat") -> tuple[Type, ...]:
+        size = x.shape[-1]
+        require(
+            isinstance(size, int) and size % parts == 0,
+            f"the last axis of {x} has no {parts} equal parts",
+        )
+        require(
+            layout in ("concat", "interleave"),
+            f"layout {layout!r} is neither concat nor interleave",
+        )
+        return (x.with_shape(*x.shape[:-1], int(size) // parts),) * parts
+
+    def eval(x: torch.Tensor, *, parts: int, layout: str = "concat") -> tuple[torch.Tensor, ...]:
+        if layout == "concat":
+            return tuple(x.chunk(parts, dim=-1))
+        return tuple(x[..., i::parts] for i in range(parts))
+
+    def vjp(b: Any, op: Op, *grads: Value | None) -> tuple[Value]:
+        filled = [
+            b.full(r.type, 0.0) if g is None else g for g, r in zip(grads, op.results, strict=True)
+        ]
+        return (b("t.merge", *filled, layout=op.attrs.get("layout", "concat")),)
+
+
+@defop("t.merge")
+class Merge:
+    """The inverse of ``t.split``."""
+
+    def infer(*parts: Type, layout: str = "concat") -> Type:
+        require(len(set(parts)) == 1, f"parts differ: {', '.join(map(str, parts))}")
+        first = parts[0]
+        return first.with_shape(*first.shape[:-1], canon(first.shape[-1] * len(parts)))
+
+    def eval(*parts: torch.Tensor, layout: str = "concat") -> torch.Tensor:
+        if layout == "concat":
+            return torch.cat(parts, dim=-1)
+        return torch.stack(parts, dim=-1).flatten(-2)
+
+    def vjp(b: Any, op: Op, g: Value) -> tuple[Value, ...]:
+        return tuple(
+            b("t.split", g, parts=len(op.operands), layout=op.attrs.get("layout", "concat"))
+        )
+
+
+@defop("t.concat")
+class Concat:
+    """Tensors one after the other along an axis."""
+
+    def infer(*parts: Type, dim: int) -> Type:
+        first = parts[0]
+        d = axis(dim, first.rank)
+        same_dtype(*parts)
+        for p in parts:
+            require(
+                p.shape[:d] + p.shape[d + 1 :] == first.shape[:d] + first.shape[d + 1 :],
+                f"{p} and {first} differ beyond axis {d}",
+            )
+        return first.with_shape(
+            *first.shape[:d], canon(sum(p.shape[d] for p in parts)), *first.shape[d + 1 :]
+        )
+
+    def eval(*parts: torch.Tensor, dim: int) -> torch.Tensor:
+        return torch.cat(parts, dim=dim)
+
+    def vjp(b: Any, op: Op, g: Value) -> tuple[Value, ...]:
+        d, start, grads = axis(op.attrs["dim"], g.type.rank), 0, []
+        for v in op.operands:
+            stop = canon(start + v.type.shape[d])
+            grads.append(b("t.slice", g, dim=d, start=start, stop=stop))
+            start = stop
+        return tuple(grads)
+
+
+def _expand_reduced(b: Any, op: Op, g: Value) -> Value:
+    """A gradient of a reduction, broadcast back over the reduced axes."""
+    shape = op.operands[0].type.shape
+    kept = reduced(shape, op.attrs["dims"], True)
+    return b("t.expand", b("t.reshape", g, shape=kept) if g.type.shape != kept else g, shape=shape)
+
+
+@defop("t.sum")
+class Sum:
+    """The sum over axes."""
+
+    def infer(x: Type, *, dims: tuple[int, ...], keepdim: bool = False) -> Type:
+        return Type(x.dtype if x.is_float else "i64", reduced(x.shape, dims, keepdim))
+
+    def eval(x: torch.Tensor, *, dims: tuple[int, ...], keepdim: bool = False) -> torch.Tensor:
+        return torch.sum(x, dim=dims, keepdim=keepdim)
+
+    def vjp(b: Any, op: Op, g: Value) -> tuple[Value]:
+        return (_expand_reduced(b, op, g),)
+
+
+@defop("t.mean")
+class Mean:
+    """The mean over axes of constant size."""
+
+    def infer(x: Type, *, dims: tuple[int, ...], keepdim: bool = False) -> Type:
+        require(
+            all(isinstance(x.shape[axis(d, x.rank)], int) for d in dims),
+            f"a mean over symbolic axes of {x}",
+        )
+        return x.with_shape(*reduced(x.shape, dims, keepdim))
+
+    def eval(x: torch.Tensor, *, dims: tuple[int, ...], keepdim: bool = False) -> torch.Tensor:
+        return torch.mean(x, dim=dims, keepdim=keepdim)
+
+    def vjp(b: Any, op: Op, g: Value) -> tuple[Value]:
+        shape = op.operands[0].type.shape
+        count = product([shape[axis(d, len(shape))] for d in op.attrs["dims"]])
+        return (b("t.mul", _expand_reduced(b, op, g), other=1.0 / float(count)),)
+
+
+@defop("t.amax")
+class Amax:
+    """The largest element over axes; equal ones share the gradient."""
+
+    def infer(x: Type, *, dims: tuple[int, ...], keepdim: bool = False) -> Type:
+        return x.with_shape(*reduced(x.shape, dims, keepdim))
+
+    def eval(x: torch.Tensor, *, dims: tuple[int, ...], keepdim: bool = False) -> torch.Tensor:
+        return torch.amax(x, dim=dims, keepdim=keepdim)
+
+    def vjp(b: Any, op: Op, g: Value) -> tuple[Value]:
+        x = op.operands[0]
+        hit = b("t.cast", b("t.eq", x, _expand_reduced(b, op, op.result)), dtype=g.type.dtype)
+        count = b("t.sum", hit, dims=op.attrs["dims"], keepdim=True)
+        return (b("t.div", b("t.mul", hit, _expand_reduced(b, op, g)), count),)
+
+
+@defop("t.softmax")
+class Softmax:
+    """Softmax along an axis."""
+
+    def infer(x: Type, *, dim: int) -> Type:
+        axis(dim, x.rank)
+        require(x.is_float, f"needs a float, got {x}")
+        return x
+
+    def eval(x: torch.Tensor, *, dim: int) -> torch.Tensor:
+        return torch.softmax(x, dim=dim)
+
+    def vjp(b: Any, op: Op, g: Value) -> tuple[Value]:
+        weighted = b("t.mul", g, op.result)
+        total = b("t.sum", weighted, dims=(op.attrs["dim"],), keepdim=True)
+        return (b("t.sub", weighted, b("t.mul", op.result, total)),)
+
+
+@defop("t.cumsum")
+class Cumsum:
+    """Running sums along an axis (integers give i64)."""
+
+    def infer(x: Type, *, dim: int) -> Type:
+        axis(dim, x.rank)
+        return x if x.is_float else x.with_dtype("i64")
+
+    def eval(x: torch.Tensor, *, dim: int) -> torch.Tensor:
+        return torch.cumsum(x, dim=dim)
+
+
+@defop("t.topk")
+class TopK:
+    """The ``k`` largest (or smallest) elements along an axis and their indices (i64); ties go to any of the equal ones."""
+
+    def infer(
+        x: Type, *, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
+    ) -> tuple[Type, Type]:
+        d = axis(dim, x.rank)
+        values = x.with_shape(*x.shape[:d], k, *x.shape[d + 1 :])
+        return values, values.with_dtype("i64")
+
+    def eval(
+        x: torch.Tensor, *, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        values, indices = torch.topk(x, k, dim=dim, largest=largest, sorted=sorted)
+        return values, indices
+
+    def vjp(
+        b: Any, op: Op, values: Value | None, indices: Value | None = None
+    ) -> tuple[Value | None]:
+        if values is None:
+            return (None,)
+        zeros = b.full(op.operands[0].type, 0.0)
+        return (b("t.scatter_add", zeros, op.results[1], values, dim=op.attrs.get("dim", -1)),)
+
+
+@defop("t.gather")
+class Gather:
+    """``out[.., j, ..] = x[.., index[.., j, ..], ..]`` along an axis."""
+
+    def infer(x: Type, index: Type, *, dim: int) -> Type:
+        axis(dim, x.rank)
+        require(index.rank == x.rank, f"{x} and the index {index} differ in rank")
+        return x.with_shape(*index.shape)
+
+    def eval(x: torch.Tensor, index: torch.Tensor, *, dim: int) -> torch.Tensor:
+        return torch.gather(x, dim, index.long())
+
+    def vjp(b: Any, op: Op, g: Value) -> tuple[Value, None]:
+        zeros = b.full(op.operands[0].type, 0.0)
+        return b("t.scatter_add", zeros, op.operands[1], g, dim=op.attrs["dim"]), None
+
+
+@defop("t.scatter_add")
+class ScatterAdd:
+    """``x`` with ``src`` added at ``index`` along an axis."""
+
+    def infer(x: Type, index: Type, src: Type, *, dim: int) -> Type:
+        same_dtype(x, src)
+        require(index.shape == src.shape, f"index {index} and src {src} differ in shape")
+        return x
+
+    def eval(x: torch.Tensor, index: torch.Tensor, src: torch.Tensor, *, dim: int) -> torch.Tensor:
+        return torch.scatter_add(x, dim, index.long(), src)
+
+    def vjp(b: Any, op: Op, g: Value) -> tuple[Value, None, Value]:
+        return g, None, b("t.gather", g, op.operands[1], dim=op.attrs["dim"])
+
+
+@defop("t.scatter")
+class Scatter:
+    """``x`` with the elements at ``index`` along an axis set to ``src`` or to the number ``value``."""
+
+    def infer(
+        x: Type, index: Type, src: Type | None = None, *, dim: int, value: float | None = None
+    ) -> Type:
+        require((src is None) != (value is None), "takes src or value")
+        return x
+
+    def eval(
+        x: torch.Tensor,
+        index: torch.Tensor,
+        src: torch.Tensor | None = None,
+        *,
+        dim: int,
+        value: float | None = None,
+    ) -> torch.Tensor:
+        return torch.scatter(x, dim, index.long(), value if src is None else src)
+
+    def vjp(b: Any, op: Op, g: Value) -> tuple[Value | None, ...]:
+        index = op.operands[1]
+        dx = b("t.scatter", g, index, dim=op.attrs["dim"], value=0.0)
+        return (
+            (dx, None)
+            if len(op.operands) == 2
+            else (dx, None, b("t.gather", g, index, dim=op.attrs["dim"]))
+        )
+
+
+@defop("t.one_hot")
+class OneHot:
+    """``i64[..., classes]`` with a one at each index; an index of ``classes`` or more gives no one."""
+
+    def infer(index: Type, *, classes: int) -> Type:
+        return Type("i64", (*index.shape, classes))
+
+    def eval(index: torch.Tensor, *, classes: int) -> torch.Tensor:
+        return (index.unsqueeze(-1) == torch.arange(classes, device=index.device)).long()
+
+
+@defop("t.linear")
+class Linear:
+    """``x @ w.T + bias`` over the last axis; ``w`` is ``[out, in]``."""
+
+    def infer(x: Type, w: Type, bias: Type | None = None) -> Type:
+        require(w.rank == 2 and x.rank >= 1, f"needs w of rank 2, got {w}")
+        require(
+            x.shape[-1] == w.shape[1], f"inner dimensions differ: {x.shape[-1]} and {w.shape[1]}"
+        )
+        same_dtype(x, w, *(() if bias is None else (bias,)))
+        return x.with_shape(*x.shape[:-1], w.shape[0])
+
+    def eval(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return F.linear(x, w, bias)
+
+    def vjp(b: Any, op: Op, g: Value) -> tuple[Value, ...]:
+        x, w = op.operands[:2]
+        rows = canon(product(x.type.shape[:-1]))
+        flat_g = b("t.reshape", g, shape=(rows, g.type.shape[-1])) if g.type.rank != 2 else g
+        flat_x = b("t.reshape", x, shape=(rows, x.type.shape[-1])) if x.type.rank != 2 else x
+        dx = b("t.matmul", g, w)
+        dw = b("t.matmul", b("t.permute", flat_g, dims=(1, 0)), flat_x)
+        return (dx, dw) if len(op.operands) == 2 else (dx, dw, b("t.sum", flat_g, dims=(0,)))
+
+
+@defop("t.matmul")
+class Matmul:
+    """The matrix product over the last two axes, leading axes broadcast."""
+
+    def infer(x: Type, y: Type) -> Type:
+        require(x.rank >= 2 and y.rank >= 2, f"needs ranks of at least 2, got {x} and {y}")
+        require(
+            x.shape[-1] == y.shape[-2], f"inner dimensions differ: {x.shape[-1]} and {y.shape[-2]}"
+        )
+        return Type(
+            same_dtype(x, y), (*broadcast(x.shape[:-2], y.shape[:-2]), x.shape[-2], y.shape[-1])
+        )
+
+    def eval(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(x, y)
+
+    def vjp(b: Any, op: Op, g: Value) -> tuple[Value, Value]:
+        x, y = op.operands
+        dx = b("t.matmul", g, _transposed(b, y))
+        dy = b("t.matmul", _transposed(b, x), g)
+        return reduce_to(b, dx, x.type), reduce_to(b, dy, y.type)
+
+
+def _transposed(b: Any, x: Value) -> Value:
+    order = list(range(x.type.rank))
+    order[-1], order[-2] = order[-2], order[-1]
+    return b("t.permute", x, dims=tuple(order))

@@ -1,0 +1,31 @@
+"""The passes, one a file; importing this package registers them all."""
+
+from moec.passes import (
+    adjoint,
+    cse,
+    dce,
+    fuse_combine,
+    fuse_gemm,
+    fuse_outer,
+    fuse_pointwise,
+    fuse_routing,
+    grad,
+    raise_router,
+    recompute,
+    simplify,
+)
+
+__all__ = [
+    "adjoint",
+    "cse",
+    "dce",
+    "fuse_combine",
+    "fuse_gemm",
+    "fuse_outer",
+    "fuse_pointwise",
+    "fuse_routing",
+    "grad",
+    "raise_router",
+    "recompute",
+    "simplify",
+]

@@ -1,0 +1,34 @@
+"""Fuse the ordered combine with pointwise work on its tokens."""
+
+from __future__ import annotations
+
+from moec.ir.graph import Graph, Op
+from moec.ir.opdef import opdef
+from moec.manager import register
+from moec.passes.clusters import Neighbourhood, fuse, grow
+
+
+@register("fuse-combine")
+def fuse_combine(graph: Graph) -> Graph:
+    """Make each combine a kernel, with the additions and casts that follow it.
+
+    Rows are added in the order of the choices, without atomics: the same bits every run.
+    """
+    while True:
+        anchor = next((op for op in graph.ops if op.kind == "moe.combine"), None)
+        if anchor is None:
+            return graph
+        fused = _fuse_one(graph, anchor)
+        if fused is graph:
+            return graph
+        graph = fused
+
+
+def _fuse_one(graph: Graph, anchor: Op) -> Graph:
+    shape = anchor.result.type.shape
+
+    def accept(op: Op) -> bool:
+        return opdef(op.kind).pointwise and all(v.type.shape in (shape, ()) for v in (*op.operands, *op.results))
+
+    members = grow(Neighbourhood(graph), anchor, accept, lambda op: False)
+    return fuse(graph, members, "combine")

@@ -1,0 +1,43 @@
+"""Fuse runs of pointwise work that no product took in."""
+
+from __future__ import annotations
+
+from moec.ir.graph import Graph, Op
+from moec.ir.opdef import opdef
+from moec.manager import register
+from moec.passes.clusters import Neighbourhood, fuse, grow
+
+
+@register("fuse-pointwise")
+def fuse_pointwise(graph: Graph, *, min_ops: int = 2) -> Graph:
+    """Make runs of at least ``min_ops`` pointwise ops of one shape a kernel.
+
+    What is left after the other fuse passes: the activation of a shared expert, for example.
+    """
+    tried: set[Op] = set()
+    while True:
+        anchor = next((op for op in graph.ops if _is_candidate(op) and op not in tried), None)
+        if anchor is None:
+            return graph
+        tried.add(anchor)
+        graph = _fuse_one(graph, anchor, min_ops)
+
+
+def _is_candidate(op: Op) -> bool:
+    return opdef(op.kind).pointwise and op.result.type.rank == 2 and op.result.type.dtype != "bool"
+
+
+def _fuse_one(graph: Graph, anchor: Op, min_ops: int) -> Graph:
+    shape = anchor.result.type.shape
+
+    def accept(op: Op) -> bool:
+        return opdef(op.kind).pointwise and all(v.type.shape in (shape, ()) for v in (*op.operands, *op.results))
+
+    if not accept(anchor):
+        return graph
+    around = Neighbourhood(graph)
+    members = grow(around, anchor, accept, accept)
+    if len(members) < min_ops:
+        return graph
+    constants = (around.made.get(v) for m in members for v in m.operands)
+    return fuse(graph, members, "pointwise", duplicated=[op for op in constants if op is not None and op.kind == "t.full" and op not in members])
