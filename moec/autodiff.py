@@ -1,4 +1,4 @@
-"""Reverse-mode differentiation in the IR: a forward graph becomes a joint forward-backward graph."""
+"""Reverse-mode differentiation in the IR: a forward graph becomes a joint graph."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from moec.ir.opdef import opdef
 def differentiate(graph: Graph, wanted: Collection[Value]) -> Graph:
     """The joint graph: the forward ops, then one ``vjp`` an op in reverse.
 
-    ``wanted`` are the inputs whose gradients are needed (selective differentiation: nothing is computed
-    or kept for the others). Each float output gets a cotangent input ``d_<name>`` of its type.
+    ``wanted`` are the inputs whose gradients are needed (selective differentiation: nothing is
+    computed or kept for the others). Each float output gets a cotangent input ``d_<name>`` of its
+    type.
     """
     if graph.cotangents:
         raise IRError(f"@{graph.name} has gradients already")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 
 class MoecError(Exception):
-    """Base of all errors that moec raises on purpose; the command line prints them without a traceback."""
+    """Base of all errors that moec raises on purpose; the command line prints them without a
+    traceback.
+    """
 
 
 class DimError(MoecError):

@@ -36,14 +36,16 @@ def bind_dims(graph: Graph, arguments: Sequence[torch.Tensor]) -> dict[str, int]
         )
         if expected != tuple(tensor.shape):
             raise IRError(
-                f"@{graph.name}: %{value.hint} is {value.type} = {expected} here, got shape {tuple(tensor.shape)}"
+                f"@{graph.name}: %{value.hint} is {value.type} = {expected} here, "
+                f"got shape {tuple(tensor.shape)}"
             )
     for name, (low, high) in graph.ranges.items():
         if name in binding and not (
             low <= binding[name] and (high is None or binding[name] <= high)
         ):
             raise IRError(
-                f"@{graph.name}: {name} = {binding[name]} is outside its range [{low}, {'inf' if high is None else high}]"
+                f"@{graph.name}: {name} = {binding[name]} is outside its range "
+                f"[{low}, {'inf' if high is None else high}]"
             )
     return binding
 
@@ -57,8 +59,8 @@ def run(
 ) -> tuple[torch.Tensor, ...]:
     """Interpret a graph; returns its outputs, then the gradients that exist.
 
-    With ``float64`` every float is computed in float64 and dtype casts round nothing: the reference.
-    Each result is checked against its declared type.
+    With ``float64`` every float is computed in float64 and dtype casts round nothing: the
+    reference. Each result is checked against its declared type.
     """
     values = (*graph.inputs, *graph.cotangents)
     if float64:
@@ -103,5 +105,6 @@ def _check(
     shape = tuple(evaluate(d, binding) for d in declared.shape)
     if result.dtype != dtype or tuple(result.shape) != shape:
         raise IRError(
-            f"{op.loc or op.kind}: {op.kind} is declared {declared} but its eval gave {result.dtype} {tuple(result.shape)}"
+            f"{op.loc or op.kind}: {op.kind} is declared {declared} "
+            f"but its eval gave {result.dtype} {tuple(result.shape)}"
         )

@@ -78,7 +78,9 @@ _PASSES: dict[str, PassDef] = {}
 def register(
     name: str, leaves: Sequence[str] = ("t", "moe", "kern")
 ) -> Callable[[PassFunction], PassFunction]:
-    """Decorator that registers a pass ``(graph, *, option=default) -> graph`` under a kebab-case name."""
+    """Decorator that registers a pass ``(graph, *, option=default) -> graph`` under a kebab-case
+    name.
+    """
 
     def add(function: PassFunction) -> PassFunction:
         _PASSES[name] = PassDef(name, function, frozenset(leaves))
@@ -113,7 +115,8 @@ def parse_pipeline(text: str) -> list[PassCall]:
         match = _STEP.match(text, position)
         if match is None:
             raise PassError(
-                f"cannot read the pipeline at {text[position : position + 20]!r}; write pass,pass{{option=value}}"
+                f"cannot read the pipeline at {text[position : position + 20]!r}; "
+                "write pass,pass{option=value}"
             )
         definition = find_pass(match["name"])
         calls.append(PassCall(definition, _read_options(definition, match["options"] or "")))

@@ -5,7 +5,8 @@ from __future__ import annotations
 RAISE = "simplify, cse, dce, raise-router, simplify, dce"  # what the model means
 GRAD = "grad, simplify, cse, dce, adjoint, simplify, cse, dce"  # training only: one joint graph
 KEEP = "recompute, dce"  # what lives between forward and backward
-FUSE = "fuse-routing, fuse-gemm, fuse-outer, fuse-combine, fuse-pointwise, dce"  # fewer, larger kernels
+# fewer, larger kernels
+FUSE = "fuse-routing, fuse-gemm, fuse-outer, fuse-combine, fuse-pointwise, dce"
 
 
 def pipeline(target: str, training: bool) -> str:

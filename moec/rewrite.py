@@ -10,12 +10,13 @@ from moec.fuel import spend
 from moec.ir.builder import Builder
 from moec.ir.graph import Graph, Op, Value, producers
 
-# (builder, op on its new operands) -> the values that take the place of its results, or None to keep it
+# (builder, op on its new operands) -> the values in place of its results, or None to keep it
 Rule = Callable[[Builder, Op], Sequence[Value] | Value | None]
 
 
 def transform(graph: Graph, rule: Rule, name: str) -> Graph:
-    """Walk the ops in order and let ``rule`` replace each; what it builds lands before the op's place.
+    """Walk the ops in order and let ``rule`` replace each; what it builds lands before the op's
+    place.
 
     Returns the same object if nothing was replaced.
     """
@@ -86,7 +87,9 @@ class Definitions:
 
 
 def topological(ops: Sequence[Op], available: Sequence[Value]) -> tuple[Op, ...]:
-    """``ops`` in an order in which every operand is defined first; otherwise as close to given as possible."""
+    """``ops`` in an order in which every operand is defined first; otherwise as close to given as
+    possible.
+    """
     defined = set(available)
     made = {v for op in ops for v in op.results}
     waiting, done = list(ops), []

@@ -1,4 +1,6 @@
-"""Move inner products and row scales through grouped products, so that expert outputs need not be kept."""
+"""Move inner products and row scales through grouped products, so that expert outputs need not be
+kept.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def scale_after_product(b: Builder, op: Op, made: Op) -> Any:
 
 
 def scale_to_other_side(b: Builder, op: Op, made: Op) -> Any:
-    """``(c g)' a = g' (c a)``: the gathered side stays unscaled, so it can be gathered by the kernel."""
+    """``(c g)' a = g' (c a)``: the gathered side stays unscaled, so it can be gathered by the
+    kernel.
+    """
     rows, scale = made.operands
     other = b("moe.row_scale", op.operands[1], scale)
     return b("moe.grouped_outer", rows, other, op.operands[2], hint=op.result.hint)
@@ -70,9 +74,9 @@ RULES = (
 def adjoint(graph: Graph) -> Graph:
     """Use linearity so that the backward pass needs no expert output.
 
-    The gradient of a routing weight, an inner product with the expert's output, becomes one with the
-    expert's activation; row scales move behind the products, where epilogues apply them. The identity
-    is SonicMoE's; here it follows from five algebraic rules.
+    The gradient of a routing weight, an inner product with the expert's output, becomes one with
+    the expert's activation; row scales move behind the products, where epilogues apply them. The
+    identity is SonicMoE's; here it follows from five algebraic rules.
     """
     if not graph.cotangents:
         return graph
@@ -101,7 +105,9 @@ def _apply(graph: Graph) -> Graph:
 
 
 def _is_gathered(made: Op, source: str, definitions: Definitions, builder: Builder) -> bool:
-    """A row scale moves only off a gathered operand: anywhere else it would be applied twice for nothing."""
+    """A row scale moves only off a gathered operand: anywhere else it would be applied twice for
+    nothing.
+    """
     if source != "moe.row_scale":
         return True
     inner = definitions.of(builder, made.operands[0])

@@ -37,11 +37,12 @@ class Neighbourhood:
 
 
 def grow(around: Neighbourhood, anchor: Op, accept: Accept, accept_source: Accept) -> list[Op]:
-    """The ops to fuse with ``anchor``: readers that ``accept`` takes and sources that only the cluster reads.
+    """The ops to fuse with ``anchor``: readers that ``accept`` takes and sources that only the
+    cluster reads.
 
-    A reader joins if everything else that it needs can be computed before the cluster (convexity) and
-    runs in the same phase; a source joins, together with its other readers, if ``accept_source`` takes
-    it and ``accept`` takes them.
+    A reader joins if everything else that it needs can be computed before the cluster (convexity)
+    and runs in the same phase; a source joins, together with its other readers, if
+    ``accept_source`` takes it and ``accept`` takes them.
     """
     members = [anchor]
     changed = True
@@ -53,8 +54,15 @@ def grow(around: Neighbourhood, anchor: Op, accept: Accept, accept_source: Accep
                 changed = True
         for op in _sources(around, members):
             extra = _other_readers(around, op, members)
-            joins = accept_source(op) and _same_phase(around, op, anchor) and not any(v in around.returned for v in op.results)
-            if joins and all(accept(r) and _same_phase(around, r, anchor) and _convex(around, r, [*members, op]) for r in extra):
+            joins = (
+                accept_source(op)
+                and _same_phase(around, op, anchor)
+                and not any(v in around.returned for v in op.results)
+            )
+            if joins and all(
+                accept(r) and _same_phase(around, r, anchor) and _convex(around, r, [*members, op])
+                for r in extra
+            ):
                 members += [op, *(r for r in extra if r not in members)]
                 changed = True
     order = {op: i for i, op in enumerate(around.graph.ops)}
@@ -88,8 +96,8 @@ def _other_readers(around: Neighbourhood, op: Op, members: list[Op]) -> list[Op]
 def fuse(graph: Graph, members: list[Op], kind: str, *, duplicated: Collection[Op] = ()) -> Graph:
     """Replace ``members`` by one ``kern.<kind>`` op whose body they are.
 
-    ``duplicated`` ops are copied into the body but also stay outside for their other readers (dead-code
-    elimination removes them if there are none).
+    ``duplicated`` ops are copied into the body but also stay outside for their other readers
+    (dead-code elimination removes them if there are none).
     """
     around = Neighbourhood(graph)
     inside = [op for op in graph.ops if op in members or op in duplicated]
@@ -101,7 +109,10 @@ def fuse(graph: Graph, members: list[Op], kind: str, *, duplicated: Collection[O
     kernel = _kernel_op(graph, kind, inside, inputs, outputs)
     rest = [op for op in graph.ops if op not in members]
     mapping = dict(zip(outputs, kernel.results, strict=True))
-    ops = [_renamed(op, mapping) for op in [*_before(rest, graph, members), kernel, *_after(rest, graph, members)]]
+    ops = [
+        _renamed(op, mapping)
+        for op in [*_before(rest, graph, members), kernel, *_after(rest, graph, members)]
+    ]
     new = graph.with_ops(topological(ops, (*graph.inputs, *graph.cotangents)))
     return _with_returned(new, mapping)
 
@@ -110,7 +121,9 @@ def _escapes(around: Neighbourhood, value: Value, members: list[Op]) -> bool:
     return value in around.returned or any(r not in members for r in around.readers.get(value, []))
 
 
-def _kernel_op(graph: Graph, kind: str, inside: list[Op], inputs: tuple[Value, ...], outputs: tuple[Value, ...]) -> Op:
+def _kernel_op(
+    graph: Graph, kind: str, inside: list[Op], inputs: tuple[Value, ...], outputs: tuple[Value, ...]
+) -> Op:
     parameters = {v: Value(v.type, v.hint) for v in inputs}
     body_ops = tuple(_renamed(op, parameters) for op in inside)
     name = "_".join(dict.fromkeys(v.hint for v in outputs)) or kind
@@ -122,7 +135,14 @@ def _kernel_op(graph: Graph, kind: str, inside: list[Op], inputs: tuple[Value, .
 def _renamed(op: Op, mapping: dict[Value, Value]) -> Op:
     if not any(v in mapping for v in op.operands):
         return op
-    return Op(op.kind, tuple(mapping.get(v, v) for v in op.operands), op.results, op.attrs, op.body, op.loc)
+    return Op(
+        op.kind,
+        tuple(mapping.get(v, v) for v in op.operands),
+        op.results,
+        op.attrs,
+        op.body,
+        op.loc,
+    )
 
 
 def _before(rest: list[Op], graph: Graph, members: list[Op]) -> list[Op]:

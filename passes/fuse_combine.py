@@ -28,7 +28,9 @@ def _fuse_one(graph: Graph, anchor: Op) -> Graph:
     shape = anchor.result.type.shape
 
     def accept(op: Op) -> bool:
-        return opdef(op.kind).pointwise and all(v.type.shape in (shape, ()) for v in (*op.operands, *op.results))
+        return opdef(op.kind).pointwise and all(
+            v.type.shape in (shape, ()) for v in (*op.operands, *op.results)
+        )
 
     members = grow(Neighbourhood(graph), anchor, accept, lambda op: False)
     return fuse(graph, members, "combine")

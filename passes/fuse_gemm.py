@@ -15,9 +15,9 @@ _ROW_LOADS = {"moe.permute", "moe.expert_rows", "t.full"}
 def fuse_gemm(graph: Graph, *, max_ops: int = 64) -> Graph:
     """Make each grouped product a kernel: gather before it, pointwise work after it.
 
-    The gather of rows becomes the prologue; biases, splits, activations, row scales and row sums on the
-    product's tile become the epilogue, as long as they work on the same rows and the same columns.
-    ``max_ops`` bounds the ops of one kernel.
+    The gather of rows becomes the prologue; biases, splits, activations, row scales and row sums on
+    the product's tile become the epilogue, as long as they work on the same rows and the same
+    columns. ``max_ops`` bounds the ops of one kernel.
     """
     while True:
         anchor = next((op for op in graph.ops if op.kind == "moe.grouped_mm"), None)
@@ -46,8 +46,18 @@ def _fuse_one(graph: Graph, anchor: Op, max_ops: int) -> Graph:
     members = grow(around, anchor, accept, accept_source)
     gather = around.made.get(anchor.operands[0])
     prologue = [gather] if gather is not None and gather.kind == "moe.gather" else []
-    constants = [op for m in members for op in (around.made.get(v) for v in m.operands) if op is not None and op.kind == "t.full"]
-    return fuse(graph, members, "grouped_gemm", duplicated=[op for op in [*prologue, *constants] if op not in members])
+    constants = [
+        op
+        for m in members
+        for op in (around.made.get(v) for v in m.operands)
+        if op is not None and op.kind == "t.full"
+    ]
+    return fuse(
+        graph,
+        members,
+        "grouped_gemm",
+        duplicated=[op for op in [*prologue, *constants] if op not in members],
+    )
 
 
 def _on_rows(op: Op, rows: object) -> bool:
@@ -55,7 +65,9 @@ def _on_rows(op: Op, rows: object) -> bool:
 
 
 def _domain_width(around: Neighbourhood, anchor: Op) -> int:
-    """The number of columns on which the epilogue works: a part's, if the product is read by a split."""
+    """The number of columns on which the epilogue works: a part's, if the product is read by a
+    split.
+    """
     width = int(anchor.result.type.shape[1])  # type: ignore[arg-type]
     for op in around.readers.get(anchor.result, []):
         if op.kind == "t.split" and op.operands[0] is anchor.result:
@@ -64,7 +76,9 @@ def _domain_width(around: Neighbourhood, anchor: Op) -> int:
 
 
 def is_row_work(op: Op, rows: object, width: int) -> bool:
-    """Whether an op works on rows of the tile: pointwise, a split or merge, a row scale or a row sum."""
+    """Whether an op works on rows of the tile: pointwise, a split or merge, a row scale or a row
+    sum.
+    """
     if not (opdef(op.kind).pointwise or op.kind in _ROW_WORK):
         return False
     parts = int(op.attrs.get("parts", len(op.operands))) if op.kind in ("t.split", "t.merge") else 1

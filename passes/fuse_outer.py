@@ -25,5 +25,9 @@ def fuse_outer(graph: Graph) -> Graph:
 
 def _fuse_one(graph: Graph, anchor: Op) -> Graph:
     made = Neighbourhood(graph).made
-    gathers = [op for op in (made.get(v) for v in anchor.operands[:2]) if op is not None and op.kind == "moe.gather"]
+    gathers = [
+        op
+        for op in (made.get(v) for v in anchor.operands[:2])
+        if op is not None and op.kind == "moe.gather"
+    ]
     return fuse(graph, [anchor], "grouped_outer", duplicated=gathers)

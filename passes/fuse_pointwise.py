@@ -31,7 +31,9 @@ def _fuse_one(graph: Graph, anchor: Op, min_ops: int) -> Graph:
     shape = anchor.result.type.shape
 
     def accept(op: Op) -> bool:
-        return opdef(op.kind).pointwise and all(v.type.shape in (shape, ()) for v in (*op.operands, *op.results))
+        return opdef(op.kind).pointwise and all(
+            v.type.shape in (shape, ()) for v in (*op.operands, *op.results)
+        )
 
     if not accept(anchor):
         return graph
@@ -40,4 +42,11 @@ def _fuse_one(graph: Graph, anchor: Op, min_ops: int) -> Graph:
     if len(members) < min_ops:
         return graph
     constants = (around.made.get(v) for m in members for v in m.operands)
-    return fuse(graph, members, "pointwise", duplicated=[op for op in constants if op is not None and op.kind == "t.full" and op not in members])
+    return fuse(
+        graph,
+        members,
+        "pointwise",
+        duplicated=[
+            op for op in constants if op is not None and op.kind == "t.full" and op not in members
+        ],
+    )

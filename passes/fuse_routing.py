@@ -14,9 +14,10 @@ _ROUTING = {"moe.activate", "moe.select", "moe.weight"}
 def fuse_routing(graph: Graph, *, max_experts: int = 1024) -> Graph:
     """Make the routing one kernel: logits in; indices, weights, offsets and permutation out.
 
-    Anchored at ``moe.dispatch``. What comes before it joins as far as it is routing or pointwise work on
-    ``[T, E]`` or ``[T, K]``; a router that was not recognised stays tensor ops, and the kernel is the
-    dispatch alone. ``max_experts`` bounds the row that one program holds in registers.
+    Anchored at ``moe.dispatch``. What comes before it joins as far as it is routing or pointwise
+    work on ``[T, E]`` or ``[T, K]``; a router that was not recognised stays tensor ops, and the
+    kernel is the dispatch alone. ``max_experts`` bounds the row that one program holds in
+    registers.
     """
     for anchor in [op for op in graph.ops if op.kind == "moe.dispatch"]:
         graph = _fuse_one(graph, anchor, max_experts)
@@ -50,7 +51,14 @@ def _closure(around: Neighbourhood, anchor: Op, accept: object) -> list[Op]:
     for op in _score_ops(around, members, accept):
         members.append(op)
     again = [op for op in around.graph.ops if op in members or op is anchor]
-    weights = [op for op in around.graph.ops if op.kind == "moe.weight" and op not in again and accept(op) and op.operands[1] in select.results]  # type: ignore[operator]
+    weights = [
+        op
+        for op in around.graph.ops
+        if op.kind == "moe.weight"
+        and op not in again
+        and accept(op)
+        and op.operands[1] in select.results
+    ]  # type: ignore[operator]
     return [op for op in around.graph.ops if op in again or op in weights]
 
 

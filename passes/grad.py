@@ -11,8 +11,8 @@ from moec.manager import register
 def grad(graph: Graph, *, wanted: str = "") -> Graph:
     """Turn a forward graph into a joint forward-backward graph.
 
-    ``wanted`` lists the inputs to differentiate by name, joined with "+"; empty means every float input.
-    Reverse mode, one ``vjp`` an op; a joint graph stays as it is.
+    ``wanted`` lists the inputs to differentiate by name, joined with "+"; empty means every float
+    input. Reverse mode, one ``vjp`` an op; a joint graph stays as it is.
     """
     if graph.cotangents:
         return graph

@@ -35,7 +35,9 @@ def _plain_weight(find: Lookup, value: Value) -> Op | None:
 
 
 def select_from_topk(b: Builder, op: Op, find: Lookup) -> Any:
-    """top-k of scores, of scores plus a bias, or of scores limited to the best groups, is a selection."""
+    """top-k of scores, of scores plus a bias, or of scores limited to the best groups, is a
+    selection.
+    """
     choice = op.operands[0]
     if choice.type.rank != 2 or not _is_last_axis(op) or not op.attrs.get("largest", True):
         return None
@@ -198,8 +200,8 @@ RULES: dict[str, tuple[RouterRule, ...]] = {
 def raise_router(graph: Graph) -> Graph:
     """Raise the tensor ops of a router to ``moe.activate``, ``moe.select`` and ``moe.weight``.
 
-    Only top-k whose indices reach a dispatch take part. What no rule recognises stays tensor ops around
-    the dispatch: right, only less fused.
+    Only top-k whose indices reach a dispatch take part. What no rule recognises stays tensor ops
+    around the dispatch: right, only less fused.
     """
     routed = _values_reaching_dispatch(graph)
     raised = fixpoint(graph, lambda g: _apply(g, routed), "raise-router")
@@ -230,7 +232,9 @@ def _apply(graph: Graph, routed: frozenset[Value]) -> Graph:
 
 
 def _raise_activation(graph: Graph) -> Graph:
-    """Scores that a selection or a weight reads, made by softmax, sigmoid or sqrt(softplus) of logits."""
+    """Scores that a selection or a weight reads, made by softmax, sigmoid or sqrt(softplus) of
+    logits.
+    """
     readers = users(graph)
     definitions = Definitions(graph)
 

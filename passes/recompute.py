@@ -33,8 +33,9 @@ def recompute(graph: Graph) -> Graph:
     """Redo pointwise work, gathers and reshapes in the backward pass.
 
     What is kept between forward and backward is then the results of products, of reductions and of
-    routing. Indices, weights and the permutation are always kept: a recomputed value can never route
-    differently. Must come after the last common-subexpression elimination, which would undo it.
+    routing. Indices, weights and the permutation are always kept: a recomputed value can never
+    route differently. Must come after the last common-subexpression elimination, which would undo
+    it.
     """
     return _Recomputation(graph).run() if graph.cotangents else graph
 
@@ -48,7 +49,9 @@ class _Recomputation:
         self.again: dict[Value, Value] = {}
 
     def run(self) -> Graph:
-        """Forward ops first, then the backward ops, each after the cheap forward values that it reads again."""
+        """Forward ops first, then the backward ops, each after the cheap forward values that it
+        reads again.
+        """
         self.builder.ops.extend(op for op in self.graph.ops if op not in self.backward)
         for op in self.graph.ops:
             if op in self.backward:
@@ -58,7 +61,11 @@ class _Recomputation:
     def on_recomputed(self, op: Op) -> Op:
         """A backward op on recomputed operands."""
         operands = tuple(self.value(v) for v in op.operands)
-        return op if operands == op.operands else Op(op.kind, operands, op.results, op.attrs, op.body, op.loc)
+        return (
+            op
+            if operands == op.operands
+            else Op(op.kind, operands, op.results, op.attrs, op.body, op.loc)
+        )
 
     def value(self, value: Value) -> Value:
         """The value to use in the backward pass: itself, or its recomputation."""

@@ -73,6 +73,23 @@ def times_one(b: Builder, op: Op, inner: Op | None) -> Value | None:
     return op.operands[0] if op.attrs.get("other") == 1.0 else None
 
 
+def product_of_transposed(b: Builder, op: Op, inner: Op | None) -> Value | None:
+    """A product with transposed weights is the other layout of the product."""
+    made = b.made_by(op.operands[1])
+    if made is None or made.kind != "t.permute" or made.attrs["dims"] != (0, 2, 1):
+        return None
+    flipped = not op.attrs.get("transposed", False)
+    value: Value = b(
+        "moe.grouped_mm",
+        op.operands[0],
+        made.operands[0],
+        op.operands[2],
+        transposed=flipped,
+        hint=op.result.hint,
+    )
+    return value
+
+
 RULES: dict[str, tuple[Simplification, ...]] = {
     "t.reshape": (same_shape, reshape_of_reshape),
     "t.expand": (same_shape,),
@@ -82,6 +99,7 @@ RULES: dict[str, tuple[Simplification, ...]] = {
     "t.logical_not": (double_negation,),
     "t.mul": (times_one,),
     "t.div": (times_one,),
+    "moe.grouped_mm": (product_of_transposed,),
 }
 
 

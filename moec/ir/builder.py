@@ -10,7 +10,7 @@ import sympy
 from moec.errors import IRError, MoecError
 from moec.ir.dims import Range, canon
 from moec.ir.graph import Graph, Location, Op, Value
-from moec.ir.opdef import opdef
+from moec.ir.opdef import OpDef, opdef
 from moec.ir.types import Type
 
 
@@ -19,24 +19,46 @@ def infer_types(
 ) -> tuple[Type, ...]:
     """The result types of an op, or an :class:`IRError` that says what does not fit."""
     declaration = opdef(kind)
-    unknown = sorted(attrs.keys() - declaration.attrs)
-    missing = sorted(declaration.required - attrs.keys())
-    if unknown or missing:
-        words = [f"unknown attribute {a!r}" for a in unknown] + [
-            f"missing attribute {a!r}" for a in missing
-        ]
-        known = ", ".join(sorted(declaration.attrs)) or "none"
-        raise IRError(f"{kind}: {'; '.join(words)} (attributes of {kind}: {known})")
-    if declaration.has_body and body is None:
-        raise IRError(f"{kind}: needs a body")
+    _check_attributes(declaration, attrs)
+    if declaration.has_body != (body is not None):
+        raise IRError(f"{kind}: {'needs a body' if declaration.has_body else 'takes no body'}")
     extra = {"body": body} if declaration.has_body else {}
     try:
         result = declaration.infer(*operands, **attrs, **extra)
-    except MoecError as error:
-        raise IRError(f"{kind}({', '.join(map(str, operands))}): {error}") from error
-    except (TypeError, ValueError, IndexError, AttributeError) as error:
+    except (MoecError, *_NOT_FITTING) as error:
         raise IRError(f"{kind}({', '.join(map(str, operands))}): {error}") from error
     return (result,) if isinstance(result, Type) else tuple(result)
+
+
+# what an infer runs into when operands are too many, too few, or of other ranks than it expects
+_NOT_FITTING = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+
+
+def _check_attributes(declaration: OpDef, attrs: Mapping[str, Any]) -> None:
+    unknown = sorted(attrs.keys() - declaration.attrs.keys())
+    missing = sorted(declaration.required - attrs.keys())
+    words = [f"unknown attribute {a!r}" for a in unknown]
+    words += [f"missing attribute {a!r}" for a in missing]
+    for name in attrs.keys() & declaration.attrs.keys():
+        if not is_attribute(attrs[name], declaration.attrs[name]):
+            words.append(f"attribute {name!r} is {attrs[name]!r}, no {declaration.attrs[name]}")
+    if words:
+        known = ", ".join(sorted(declaration.attrs)) or "none"
+        raise IRError(
+            f"{declaration.kind}: {'; '.join(words)} (attributes of {declaration.kind}: {known})"
+        )
+
+
+def is_attribute(value: Any, wanted: str) -> bool:
+    """Whether a value has the type that an op's ``infer`` writes for its attribute."""
+    wanted = wanted.removesuffix(" | None")
+    if wanted.startswith("tuple["):
+        item = wanted[len("tuple[") : -len(", ...]")]
+        return isinstance(value, tuple) and all(is_attribute(v, item) for v in value)
+    if isinstance(value, bool):
+        return wanted in ("bool", "float")  # t.full of truth values
+    kinds: dict[str, Any] = {"int": int, "float": int | float, "str": str, "Dim": int | sympy.Expr}
+    return wanted in kinds and isinstance(value, kinds[wanted])
 
 
 def normal_attribute(value: Any) -> Any:
@@ -65,7 +87,9 @@ def make_op(
 
 
 class Builder:
-    """Collects ops in order; ``b("t.add", x, y)`` returns the result (a tuple if there are several)."""
+    """Collects ops in order; ``b("t.add", x, y)`` returns the result (a tuple if there are
+    several).
+    """
 
     def __init__(self, ranges: Mapping[str, Range] | None = None) -> None:
         self.ops: list[Op] = []
@@ -88,7 +112,7 @@ class Builder:
 
     def full(self, type_: Type, value: float) -> Value:
         """A constant tensor; equal ones are shared."""
-        key = (type_, value)
+        key = (type_, repr(value))  # 0.0 == -0.0, but they are two constants
         if key not in self._constants:
             self._constants[key] = self(
                 "t.full",
@@ -98,6 +122,10 @@ class Builder:
                 hint="zeros" if value == 0 else "full",
             )
         return self._constants[key]
+
+    def made_by(self, value: Value) -> Op | None:
+        """The op built so far that made ``value``; ``None`` for an input."""
+        return next((op for op in reversed(self.ops) if value in op.results), None)
 
     def mark(self) -> int:
         """A point to which :meth:`rollback` can return."""

@@ -1,13 +1,14 @@
 """The algebra of symbolic sizes: the only file that calls sympy.
 
-A dim is an ``int`` or a sympy expression over symbols made by :func:`dim`. Sizes are nonnegative integers,
-so rewriting may use that; nothing else is assumed unless a range says so.
+A dim is an ``int`` or a sympy expression over symbols made by :func:`dim`. Sizes are nonnegative
+integers, so rewriting may use that; nothing else is assumed unless a range says so.
 """
 
 from __future__ import annotations
 
 import ast
 import functools
+import keyword
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -19,53 +20,62 @@ from moec.errors import DimError
 Dim: TypeAlias = int | sympy.Expr
 Range: TypeAlias = tuple[int, int | None]
 _NAME = re.compile(r"[A-Za-z_][A-Za-z_0-9]*\Z")
+# words that mean something else where IR text or emitted Python has a dim
+_RESERVED = {"true", "false", "inf", "nan"}
+# what a dim in a file may cost to read: an expanded product or power must stay small
+MAX_TEXT, MAX_NESTING, MAX_TERMS, MAX_POWER, MAX_BITS = 4000, 100, 64, 8, 256
 
 
-class ceildiv(sympy.Function):  # noqa: N801  (printed and parsed under this name)
-    """``ceil(a / b)`` for a nonnegative ``a`` and a positive ``b``."""
+class _Quotient(sympy.Function):  # type: ignore[misc]  # sympy has no types
+    """What the two roundings share; a divisor that is not positive is an error."""
 
     nargs = 2
-
-    @classmethod
-    def eval(cls, a: Any, b: Any) -> Any:
-        if a.is_Integer and b.is_Integer and b > 0:
-            return sympy.Integer(-(-int(a) // int(b)))
-        if b == 1 or a == 0:
-            return a
-        return None
 
     def _eval_is_integer(self) -> bool:
         return True
 
-    def _eval_is_nonnegative(self) -> bool:
-        return True
+    def _eval_is_nonnegative(self) -> bool | None:
+        return True if self.args[0].is_nonnegative else None
 
 
-class floordiv(sympy.Function):  # noqa: N801
-    """``floor(a / b)`` for a nonnegative ``a`` and a positive ``b``."""
+def _check_divisor(b: Any) -> None:
+    if b.is_Integer and b <= 0:
+        raise DimError(f"division by {b}")
 
-    nargs = 2
+
+class ceildiv(_Quotient):
+    """``ceil(a / b)`` for a positive ``b``."""
 
     @classmethod
     def eval(cls, a: Any, b: Any) -> Any:
-        if a.is_Integer and b.is_Integer and b > 0:
+        _check_divisor(b)
+        if a.is_Integer and b.is_Integer:
+            return sympy.Integer(-(-int(a) // int(b)))
+        return a if b == 1 or a == 0 else None
+
+
+class floordiv(_Quotient):
+    """``floor(a / b)`` for a positive ``b``."""
+
+    @classmethod
+    def eval(cls, a: Any, b: Any) -> Any:
+        _check_divisor(b)
+        if a.is_Integer and b.is_Integer:
             return sympy.Integer(int(a) // int(b))
         if b == 1 or a == 0:
             return a
-        quotient = sympy.cancel(a / b)
+        if b.is_Add:
+            return None
+        quotient = sympy.expand(a / b)
         return quotient if quotient.is_polynomial() and quotient.is_integer else None
-
-    def _eval_is_integer(self) -> bool:
-        return True
-
-    def _eval_is_nonnegative(self) -> bool:
-        return True
 
 
 def dim(name: str) -> sympy.Symbol:
     """The symbol for a size: an integer that is never negative. The only maker of symbols."""
-    if not _NAME.match(name):
-        raise DimError(f"{name!r} is no name for a dim: use letters, digits and underscores")
+    if not _NAME.match(name) or keyword.iskeyword(name) or name in _RESERVED:
+        raise DimError(
+            f"{name!r} is no name for a dim: use letters, digits and underscores, no keyword"
+        )
     return sympy.Symbol(name, integer=True, nonnegative=True)
 
 
@@ -116,7 +126,9 @@ _FUNCTIONS: dict[str, Any] = {
 
 
 def parse_dim(text: str) -> Dim:
-    """Read a dim; never evaluates anything but sums, products, small powers and the named functions."""
+    """Read a dim: sums, products, small powers and the named functions, of bounded size."""
+    if len(text) > MAX_TEXT:
+        raise DimError(f"a dim of more than {MAX_TEXT} characters")
     try:
         tree = ast.parse(text.replace("^", "**").strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -124,24 +136,47 @@ def parse_dim(text: str) -> Dim:
     return canon(_build(tree, text))
 
 
-def _build(node: ast.expr, text: str) -> Any:
+def _build(node: ast.expr, text: str, depth: int = 0) -> Any:
+    if depth > MAX_NESTING:
+        raise DimError(f"a dim is nested more than {MAX_NESTING} deep")
     match node:
         case ast.Constant(value=int() as value) if not isinstance(value, bool):
-            return sympy.Integer(value)
+            return _limited(sympy.Integer(value))
         case ast.Name(id=name):
             return dim(name)
         case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -_build(operand, text)
+            return -_build(operand, text, depth + 1)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
-            a, b = _build(left, text), _build(right, text)
-            if isinstance(op, ast.Pow) and not (b.is_Integer and 0 <= int(b) <= 8):
-                raise DimError(f"the power in {text!r} is not a small integer")
-            return _BINARY[type(op)](a, b)
-        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if (
-            name in _FUNCTIONS and len(args) == 2
-        ):
-            return _FUNCTIONS[name](*(_build(a, text) for a in args))
-    raise DimError(f"{ast.unparse(node)!r} is not allowed in the dim {text!r}")
+            operands = _build(left, text, depth + 1), _build(right, text, depth + 1)
+            _check_expansion(op, *operands)
+            return _limited(sympy.expand(_BINARY[type(op)](*operands)))
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _FUNCTIONS:
+            if len(args) < 2 or (len(args) > 2 and name not in ("Min", "Max")):
+                raise DimError(f"{name} does not take {len(args)} arguments")
+            return _FUNCTIONS[name](*(_build(a, text, depth + 1) for a in args))
+    raise DimError(f"{type(node).__name__} is not allowed in the dim {text!r}")
+
+
+def _check_expansion(op: ast.operator, a: Any, b: Any) -> None:
+    """Refuse a product or power before it is expanded into very many terms."""
+    first, second = len(sympy.Add.make_args(a)), len(sympy.Add.make_args(b))
+    if isinstance(op, ast.Pow):
+        if not (b.is_Integer and 0 <= int(b) <= MAX_POWER):
+            raise DimError(f"a power in a dim is not an integer from 0 to {MAX_POWER}")
+        first, second = first ** int(b), 1
+    if isinstance(op, ast.Mult | ast.Pow) and first * second > MAX_TERMS:
+        raise DimError(f"a dim of more than {MAX_TERMS} terms")
+
+
+def _limited(value: Any) -> Any:
+    for term in sympy.Add.make_args(value):
+        coefficient, rest = term.as_coeff_Mul()
+        if not coefficient.is_Integer or int(coefficient).bit_length() > MAX_BITS:
+            raise DimError("a number in a dim is too large")
+        for factor in sympy.Mul.make_args(rest):
+            if factor.is_Pow and factor.exp > MAX_POWER:
+                raise DimError(f"a power in a dim is above {MAX_POWER}")
+    return value
 
 
 def evaluate(value: Any, binding: Mapping[str, int]) -> int:
@@ -152,6 +187,8 @@ def evaluate(value: Any, binding: Mapping[str, int]) -> int:
     if missing:
         raise DimError(f"dim {show_dim(value)} needs a size for {', '.join(missing)}")
     result = value.subs({dim(n): binding[n] for n in symbols(value)})
+    if not result.is_Integer:
+        raise DimError(f"dim {show_dim(value)} is {result}, no integer, for {dict(binding)}")
     return int(result)
 
 
@@ -163,9 +200,11 @@ def substitute(value: Dim, mapping: Mapping[str, Dim]) -> Dim:
 
 
 def bounds(value: Dim, ranges: Mapping[str, Range]) -> Range:
-    """The least and greatest value of a dim (``None``: no upper bound known) by interval arithmetic.
+    """The least and greatest value of a dim (``None``: no upper bound known) by interval
+    arithmetic.
 
-    Valid for sums of products with any sign; an unknown symbol has the range ``(0, None)``.
+    Valid for sums of products with any sign; an unknown symbol has the range ``(0, None)``. A dim
+    is a size: where no lower bound is found, 0 is one.
     """
     if isinstance(value, int):
         return value, value
@@ -196,7 +235,7 @@ def _interval(e: Any, ranges: Mapping[str, Range]) -> tuple[int | None, int | No
     if e.func is sympy.Max:
         known = [low for low in lows if low is not None]
         return max(known) if known else None, _all(max, highs)
-    return 0, None
+    return None, None
 
 
 def _all(f: Callable[[Any], int], values: Sequence[int | None]) -> int | None:
@@ -225,13 +264,24 @@ def _quotient(
     parts: Sequence[tuple[int | None, int | None]], f: Callable[[int, int], int]
 ) -> tuple[int | None, int | None]:
     (alo, ahi), (blo, bhi) = parts
-    low = f(alo, bhi) if alo is not None and bhi else 0
-    high = f(ahi, blo) if ahi is not None and blo else None
-    return low, high
+    least = max(blo or 1, 1)  # a divisor is positive
+    greatest = None if bhi is None else max(bhi, 1)
+    return _rounded(alo, greatest, least, f), _rounded(ahi, least, greatest, f)
+
+
+def _rounded(
+    a: int | None, by: int | None, by_if_negative: int | None, f: Callable[[int, int], int]
+) -> int | None:
+    """``f(a, by)``, the extreme over the divisors, which depends on the sign of ``a``."""
+    if a is None:
+        return None
+    divisor = by if a >= 0 else by_if_negative
+    return 0 if divisor is None else f(a, divisor)
 
 
 def prove_at_most(a: Dim, b: Dim, ranges: Mapping[str, Range]) -> bool | None:
-    """Whether ``a <= b`` for all sizes in the ranges: ``True``, ``False`` (never), or ``None`` (not known).
+    """Whether ``a <= b`` for all sizes in the ranges: ``True``, ``False`` (never), or ``None`` (not
+    known).
 
     ``None`` is not yes: a caller must mask, guard or refuse.
     """

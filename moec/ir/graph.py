@@ -26,7 +26,9 @@ class Location:
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """A value: its type and a hint for its name. Two values are the same only if they are the same object."""
+    """A value: its type and a hint for its name. Two values are the same only if they are the same
+    object.
+    """
 
     type: Type
     hint: str = "v"
@@ -58,16 +60,17 @@ class Op:
         return value
 
     def __repr__(self) -> str:
-        return f"{', '.join(map(repr, self.results))} = {self.kind}({', '.join(map(repr, self.operands))})"
+        operands = ", ".join(map(repr, self.operands))
+        return f"{', '.join(map(repr, self.results))} = {self.kind}({operands})"
 
 
 @dataclass(frozen=True, eq=False)
 class Graph:
     """A straight-line program.
 
-    ``ranges`` bounds the symbols of the types (a symbol without a range is any nonnegative integer).
-    A joint forward-backward graph also has ``cotangents`` (inputs: one gradient per output) and
-    ``gradients`` (results: one per input, ``None`` where none is needed or exists).
+    ``ranges`` bounds the symbols of the types (a symbol without a range is any nonnegative
+    integer). A joint forward-backward graph also has ``cotangents`` (inputs: one gradient per
+    output) and ``gradients`` (results: one per input, ``None`` where none is needed or exists).
     """
 
     name: str
@@ -102,7 +105,9 @@ class Graph:
 
     @property
     def fingerprint(self) -> str:
-        """A stable hash of the graph's meaning: equal graphs have equal fingerprints in every process."""
+        """A stable hash of the graph's meaning: equal graphs have equal fingerprints in every
+        process.
+        """
         from moec.ir.text import show
 
         return hashlib.sha256(show(self, locations=False).encode()).hexdigest()[:16]

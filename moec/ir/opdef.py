@@ -1,14 +1,15 @@
 """Declaring ops: one class a kind, with everything that is known about it.
 
-``infer(*types, **attrs)`` gives the result types; ``eval(*tensors, **attrs)`` is the meaning in plain
-PyTorch; ``vjp(b, op, *cotangents)`` (optional) builds the gradients of the operands; ``cost(op)``
-(optional) gives bytes moved and floating-point operations as dims; ``attrs`` names the attributes.
+``infer(*types, **attrs)`` gives the result types; ``eval(*tensors, **attrs)`` is the meaning in
+plain PyTorch; ``vjp(b, op, *cotangents)`` (optional) builds the gradients of the operands;
+``cost(op)`` (optional) gives bytes moved and floating-point operations as dims; ``attrs`` names the
+attributes.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,8 +30,9 @@ class OpDef:
     cost: Callable[..., Any] | None = None
     has_body: bool = False
     pointwise: bool = False
-    attrs: frozenset[str] = field(default_factory=frozenset)
+    attrs: Mapping[str, str] = field(default_factory=dict)  # name -> type, as written in infer
     required: frozenset[str] = field(default_factory=frozenset)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def dialect(self) -> str:
@@ -45,24 +47,24 @@ def defop(kind: str, *, has_body: bool = False, pointwise: bool = False) -> Call
     """Class decorator that declares an op; its docstring becomes its entry in ``docs/ops.md``."""
 
     def register(cls: type) -> type:
-        keywords = [
-            p for p in inspect.signature(cls.infer).parameters.values() if p.kind is p.KEYWORD_ONLY
-        ]  # type: ignore[attr-defined]
         if kind in _OPS or kind.split(".", 1)[0] not in DIALECTS:
             raise IRError(
                 f"op {kind!r} is declared twice or has no known dialect ({', '.join(DIALECTS)})"
             )
+        declared: Any = cls
+        parameters = inspect.signature(declared.infer).parameters.values()
+        keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "body"]
         _OPS[kind] = OpDef(
             kind,
             inspect.cleandoc(cls.__doc__ or ""),
-            cls.infer,  # type: ignore[attr-defined]
-            cls.eval,  # type: ignore[attr-defined]
+            declared.infer,
+            declared.eval,
             getattr(cls, "vjp", None),
             getattr(cls, "cost", None),
             has_body,
             pointwise,
-            frozenset(p.name for p in keywords) - {"body"},
-            frozenset(p.name for p in keywords if p.default is p.empty) - {"body"},
+            {p.name: str(p.annotation) for p in keywords},
+            frozenset(p.name for p in keywords if p.default is p.empty),
         )
         return cls
 

@@ -1,4 +1,6 @@
-"""Reading IR text: a hand-written lexer and recursive-descent parser with ``file:line:column`` errors."""
+"""Reading IR text: a hand-written lexer and recursive-descent parser with ``file:line:column``
+errors.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 
 from moec.errors import DimError, IRError, MoecError, ParseError
 from moec.ir.builder import infer_types
-from moec.ir.dims import Dim, Range, parse_dim
+from moec.ir.dims import Dim, Range, dim, parse_dim
 from moec.ir.graph import Graph, Location, Op, Value
 from moec.ir.types import DTYPES, Type
 
@@ -18,12 +20,13 @@ _T = TypeVar("_T")
 MAX_DEPTH = 32
 MAX_DIGITS = 30
 _TOKEN = re.compile(
-    r"""(?P<space>[ \t\r\n]+)|(?P<comment>//[^\n]*)|(?P<value>%[A-Za-z_][A-Za-z_0-9]*)|(?P<at>@[A-Za-z_][A-Za-z_0-9]*)
+    r"""(?P<space>[ \t\r\n]+)|(?P<comment>//[^\n]*)
+    |(?P<value>%[A-Za-z_][A-Za-z_0-9]*)|(?P<at>@[A-Za-z_][A-Za-z_0-9]*)
     |(?P<string>"(?:[^"\\\n]|\\.)*")|(?P<float>-?(?:\d+\.\d*(?:e[+-]?\d+)?|\d+e[+-]?\d+|inf\b|nan\b))|(?P<int>\d+)
     |(?P<word>[A-Za-z_][A-Za-z_0-9]*(?:\.[A-Za-z_0-9]+)*)|(?P<mark><=|[-+*^(){}\[\],:;=])""",
     re.VERBOSE,
 )
-_PLACE = re.compile(r"//\s*(?P<file>\S+):(?P<line>\d{1,9})(?:\s+\((?P<module>[^()]*)\))?\s*\Z")
+_PLACE = re.compile(r"//\s*(?P<file>\S.*?):(?P<line>\d{1,9})(?:\s+\((?P<module>.*)\))?\s*\Z")
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class _Parser:
         source = self.text[start : end if end >= 0 else len(self.text)][:200]
         column = offset - start + 1
         raise ParseError(
-            f"{self.filename}:{line}:{column}: {message}\n  {source}\n  {' ' * min(column - 1, 200)}^"
+            f"{self.filename}:{line}:{column}: {message}\n"
+            f"  {source}\n  {' ' * min(column - 1, 200)}^"
         )
 
     # lexing
@@ -145,7 +149,9 @@ class _Parser:
         inputs = self.listed(lambda: self.input(scope), (")", ";"))
         cotangents = self.listed(lambda: self.input(scope), (")",)) if self.accept(";") else []
         self.expect(")")
-        ranges = dict(self.listed(self.range, ("{",))) if self.accept("where") else {}
+        ranges: dict[str, Range] = {}
+        if self.accept("where"):
+            self.listed(lambda: self.range(ranges), ("{",))
         self.expect("{")
         ops = []
         while not self.at("return"):
@@ -186,12 +192,21 @@ class _Parser:
             self.fail(f"%{name} is not defined before its use", offset)
         return scope[name]
 
-    def range(self) -> tuple[str, Range]:
+    def range(self, ranges: dict[str, Range]) -> None:
         low = self.integer()
         self.expect("<=")
+        offset = self.token.offset
         name = self.take("word", "the name of a dim")
         high = self.integer() if self.accept("<=") else None
-        return name, (low, high)
+        if name in ranges or (high is not None and high < low):
+            self.fail(
+                f"the range of {name} is {'given twice' if name in ranges else 'empty'}", offset
+            )
+        try:
+            dim(name)
+        except DimError as error:
+            self.fail(str(error), offset)
+        ranges[name] = low, high
 
     def integer(self) -> int:
         offset = self.token.offset
@@ -300,12 +315,14 @@ class _Parser:
         self.expect("[")
         shape = self.listed(self.dim, ("]",))
         self.expect("]")
-        return Type(dtype, tuple(shape))
+        try:
+            return Type(dtype, tuple(shape))
+        except IRError as error:
+            self.fail(str(error), offset)
 
     def dim(self) -> Dim:
         """A dim ends at the first comma or bracket that it did not open."""
-        start, depth = self.token.offset, 0
-        end = start
+        start, depth, words = self.token.offset, 0, []
         while self.token.kind in ("int", "word") or (
             self.token.kind == "mark" and self.token.text in "-+*^(),"
         ):
@@ -317,12 +334,13 @@ class _Parser:
             depth += {"(": 1, ")": -1}.get(text, 0)
             if depth > MAX_DEPTH:
                 self.fail(f"brackets are nested more than {MAX_DEPTH} deep")
-            end = self.next().offset + len(text)
-        if end == start:
+            words.append(self.next().text)
+        if not words:
             self.fail(f"expected a dim, found {self.token.text!r}")
+        # from the tokens, not the text between them, in which a comment would read as a division
         try:
-            return parse_dim(self.text[start:end])
-        except (DimError, MoecError) as error:
+            return parse_dim(" ".join(words))
+        except MoecError as error:
             self.fail(str(error), start)
 
 

@@ -2,9 +2,10 @@
 
 file   := graph*
 graph  := "graph" "@" NAME "(" inputs [";" inputs] ")" ["where" ranges] "{" op* return "}"
-inputs := "%" NAME ":" type, ...                 after ";" come the cotangents of a joint graph
+inputs := "%" NAME ":" type, ...              after ";" come the cotangents of a joint graph
 ranges := INT "<=" NAME ["<=" INT], ...
-op     := results "=" KIND "(" operands ")" ["{" attributes "}"] ":" types ["[" graph "]"] ["//" place]
+op     := results "=" KIND "(" operands ")" ["{" attributes "}"] ":" types ["[" graph "]"]
+          ["//" place]
 return := "return" results ["grad" results-or-"none"]
 """
 
@@ -34,8 +35,7 @@ class Names:
 
     def add(self, value: Value) -> str:
         """Give a value its name: the hint, or the hint with the first free number."""
-        base = _IDENTIFIER.sub("_", value.hint) or "v"
-        base = "v" + base if base[0].isdigit() else base
+        base = identifier(value.hint)
         name, count = base, 0
         while name in self._taken:
             count += 1
@@ -48,6 +48,12 @@ class Names:
         if value not in self._names:
             raise IRError(f"{value!r} is used but never defined in its graph")
         return self._names[value]
+
+
+def identifier(text: str) -> str:
+    """``text`` as a name that the grammar can read."""
+    name = _IDENTIFIER.sub("_", text) or "v"
+    return "v" + name if name[0].isdigit() else name
 
 
 def show_attribute(value: Any) -> str:
@@ -85,7 +91,7 @@ def _graph_lines(graph: Graph, indent: str, locations: bool) -> list[str]:
     names = Names()
     inputs = ", ".join(f"%{names.add(v)}: {v.type}" for v in graph.inputs)
     cotangents = ", ".join(f"%{names.add(v)}: {v.type}" for v in graph.cotangents)
-    head = f"graph @{graph.name}({inputs}{'; ' if cotangents else ''}{cotangents})"
+    head = f"graph @{identifier(graph.name)}({inputs}{'; ' if cotangents else ''}{cotangents})"
     ranges = ", ".join(
         f"{lo} <= {n}" + ("" if hi is None else f" <= {hi}") for n, (lo, hi) in graph.ranges.items()
     )
@@ -116,7 +122,8 @@ def show_op(op: Op, names: Names) -> str:
 
 def _op_lines(op: Op, names: Names, indent: str, locations: bool) -> list[str]:
     line = indent + show_op(op, names)
-    place = f"  // {op.loc}" if locations and op.loc is not None else ""
+    # a line break in a file's name must not end the comment
+    place = "  // " + " ".join(str(op.loc).split()) if locations and op.loc is not None else ""
     if op.body is None:
         return [line + place]
     return [line + " [" + place, *_graph_lines(op.body, indent + "  ", locations), indent + "]"]

@@ -43,6 +43,8 @@ class Type:
         if self.dtype not in DTYPES:
             raise IRError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
         object.__setattr__(self, "shape", tuple(canon(d) for d in self.shape))
+        if any(isinstance(d, int) and d < 0 for d in self.shape):
+            raise IRError(f"{self} has a negative size")
 
     @property
     def rank(self) -> int:

@@ -9,10 +9,12 @@ from moec.ir.builder import infer_types
 from moec.ir.dims import symbols
 from moec.ir.graph import Graph, Op, Value
 from moec.ir.text import Names, show_op
+from moec.ir.types import Type
 
 
 def verify(graph: Graph, *, dialects: Collection[str] | None = None, after: str = "") -> Graph:
-    """Return ``graph`` if it is well formed, otherwise raise :class:`IRError` naming op and source line.
+    """Return ``graph`` if it is well formed, otherwise raise :class:`IRError` naming op and source
+    line.
 
     ``dialects`` restricts the prefixes that may occur (bodies of ``kern.`` ops hold the other two).
     """
@@ -48,30 +50,37 @@ def _check_op(
     after: str,
 ) -> None:
     where = f"{op.loc}: " if op.loc else f"@{graph.name}: "
+
+    def check(condition: bool, message: str) -> None:
+        if not condition:
+            raise IRError(where + message + _after(after))
+
     for value in op.operands:
-        if value not in defined:
-            raise IRError(
-                f"{where}{op.kind}: operand {value!r} is not defined before its use" + _after(after)
-            )
-    if dialects is not None and op.kind.split(".")[0] not in dialects:
-        raise IRError(
-            f"{where}{op.kind}: only {', '.join(sorted(dialects))} ops may be left here"
-            + _after(after)
-        )
+        check(value in defined, f"{op.kind}: operand {value!r} is not defined before its use")
+    check(
+        dialects is None or op.kind.split(".")[0] in dialects,
+        f"{op.kind}: only {', '.join(sorted(dialects or ()))} ops may be left here",
+    )
     if op.body is not None:
         verify(op.body, dialects=("t", "moe"), after=after)
-    inferred = infer_types(op.kind, [v.type for v in op.operands], op.attrs, op.body)
+    inferred = _inferred(op, where, after)
     for value in op.results:
-        if value in defined:
-            raise IRError(f"{where}{op.kind}: result {value!r} is defined twice" + _after(after))
+        check(value not in defined, f"{op.kind}: result {value!r} is defined twice")
         defined.add(value)
     line = show_op(op, names)
     declared = tuple(v.type for v in op.results)
-    if declared != inferred:
-        raise IRError(
-            f"{where}{op.kind} gives {', '.join(map(str, inferred))}, declared {', '.join(map(str, declared))}\n  in  {line}"
-            + _after(after)
-        )
+    check(
+        declared == inferred,
+        f"{op.kind} gives {', '.join(map(str, inferred))}, "
+        f"declared {', '.join(map(str, declared))}\n  in  {line}",
+    )
+
+
+def _inferred(op: Op, where: str, after: str) -> tuple[Type, ...]:
+    try:
+        return infer_types(op.kind, [v.type for v in op.operands], op.attrs, op.body)
+    except IRError as error:
+        raise IRError(f"{where}{error}{_after(after)}") from error
 
 
 def _check_joint(graph: Graph, after: str) -> None:
@@ -80,8 +89,8 @@ def _check_joint(graph: Graph, after: str) -> None:
     floats = [v for v in graph.outputs if v.type.is_float]
     if len(graph.cotangents) != len(floats) or len(graph.gradients) != len(graph.inputs):
         raise IRError(
-            f"@{graph.name}: a joint graph has one cotangent per float output and one gradient per input"
-            + _after(after)
+            f"@{graph.name}: a joint graph has one cotangent per float output "
+            "and one gradient per input" + _after(after)
         )
     for kind, pairs in (
         ("cotangent", zip(graph.cotangents, floats, strict=True)),
@@ -90,8 +99,8 @@ def _check_joint(graph: Graph, after: str) -> None:
         for got, wanted in pairs:
             if got is not None and got.type != wanted.type:
                 raise IRError(
-                    f"@{graph.name}: the {kind} of %{wanted.hint}: {wanted.type} has type {got.type}"
-                    + _after(after)
+                    f"@{graph.name}: the {kind} of %{wanted.hint}: {wanted.type} "
+                    f"has type {got.type}" + _after(after)
                 )
 
 

@@ -1,4 +1,5 @@
-"""The ``kern.`` dialect: one launchable unit each, whose meaning is its ``body`` in the other two dialects.
+"""The ``kern.`` dialect: one launchable unit each, whose meaning is its ``body`` in the other two
+dialects.
 
 The kind names the anchor that code generation uses; tile sizes are attributes set when lowering.
 """
@@ -16,8 +17,9 @@ from moec.ir.types import Type
 
 ANCHORS = {
     "routing": "Scores, selection, weights, histogram, offsets and permutation of all tokens.",
-    "grouped_gemm": "A product over ragged rows, with a gather before it and pointwise work after it.",
-    "grouped_outer": "Weight gradients: a product over ragged rows as the inner dimension, with gathers on either side.",
+    "grouped_gemm": "A product over ragged rows, a gather before it and pointwise work after it.",
+    "grouped_outer": "Weight gradients: a product over ragged rows as the inner dimension, "
+    "with gathers on either side.",
     "combine": "The ordered sum of each token's rows, with pointwise work around it.",
     "pointwise": "Pointwise work and row reductions on one set of rows.",
 }
@@ -30,7 +32,8 @@ def _kernel(name: str, doc: str) -> None:
         expected = tuple(v.type for v in body.inputs)
         if operands != expected:
             raise IRError(
-                f"the body takes {', '.join(map(str, expected))}, got {', '.join(map(str, operands))}"
+                f"the body takes {', '.join(map(str, expected))}, "
+                f"got {', '.join(map(str, operands))}"
             )
         return tuple(v.type for v in body.outputs)
 

@@ -1,7 +1,7 @@
 """The ``moe.`` dialect: routing, dispatch, grouped products and combine.
 
-Shapes: ``T`` tokens, ``E`` experts, ``K`` choices a token, ``A = K*T`` rows. An expert index of ``E``
-means "no expert": such pairs come last in ``perm``, have ``inverse`` -1 and add nothing.
+Shapes: ``T`` tokens, ``E`` experts, ``K`` choices a token, ``A = K*T`` rows. An expert index of
+``E`` means "no expert": such pairs come last in ``perm``, have ``inverse`` -1 and add nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from moec.ops.shapes import require, same_dtype
 
 @defop("moe.activate")
 class Activate:
-    """Scores of router logits: ``fn`` is softmax, sigmoid, sqrtsoftplus or identity, over the last axis.
+    """Scores of router logits: ``fn`` is softmax, sigmoid, sqrtsoftplus or identity, over the last
+    axis.
 
     ``groups`` splits the experts into that many prototypes with a softmax each (M6-T).
     """
@@ -39,13 +40,14 @@ class Activate:
 
 @defop("moe.select")
 class Select:
-    """Expert indices ``i32[T, K]`` from scores ``[T, E]`` and an optional selection bias ``[E]``; no gradient.
+    """Expert indices ``i32[T, K]`` from scores ``[T, E]`` and an optional selection bias ``[E]``;
+    no gradient.
 
-    ``mode``: topk; group_limited (only the ``topk_groups`` best of ``groups`` groups take part, a group's
-    score being its ``group_score``: max or sum_top2; others get ``mask_value``); topk_per_group (the best
-    of each prototype); margin (the second only if within ``theta`` of the first); threshold (all above
-    ``theta``, at most ``k``). Places without an expert hold ``E``. Among equal scores any may win;
-    generated kernels take the lowest index.
+    ``mode``: topk; group_limited (only the ``topk_groups`` best of ``groups`` groups take part, a
+    group's score being its ``group_score``: max or sum_top2; others get ``mask_value``);
+    topk_per_group (the best of each prototype); margin (the second only if within ``theta`` of the
+    first); threshold (all above ``theta``, at most ``k``). Places without an expert hold ``E``.
+    Among equal scores any may win; generated kernels take the lowest index.
     """
 
     def infer(
@@ -82,7 +84,8 @@ class Weight:
     """Combine weights ``[T, K]`` of the chosen experts.
 
     ``source``: gather (the scores at idx), softmax or sigmoid of those; ``norm``: none, sum
-    (``/(sum + eps)``) or clamp_min (``/max(sum, eps)``); then times ``scale``. ``no expert`` weighs 0.
+    (``/(sum + eps)``) or clamp_min (``/max(sum, eps)``); then times ``scale``. ``no expert`` weighs
+    0.
     """
 
     def infer(
@@ -187,7 +190,9 @@ class Permute:
 
 @defop("moe.unpermute")
 class Unpermute:
-    """A number per row ``[A]`` back in the order of the pairs ``[T, K]``; 0 for a pair without a row."""
+    """A number per row ``[A]`` back in the order of the pairs ``[T, K]``; 0 for a pair without a
+    row.
+    """
 
     def infer(x: Type, perm: Type, inverse: Type) -> Type:
         require(x.shape == perm.shape, f"{x} is not one number per row of {perm}")
@@ -255,7 +260,9 @@ class Combine:
 
 @defop("moe.row_scale")
 class RowScale:
-    """Rows ``[A, N]`` times a number each, ``[A, 1]`` of any float dtype; the result keeps the rows' dtype."""
+    """Rows ``[A, N]`` times a number each, ``[A, 1]`` of any float dtype; the result keeps the
+    rows' dtype.
+    """
 
     def infer(rows: Type, scale: Type) -> Type:
         require(scale.shape == (rows.shape[0], 1), f"{scale} is not one number per row of {rows}")
@@ -272,7 +279,9 @@ class RowScale:
 
 @defop("moe.row_dot")
 class RowDot:
-    """The inner product of each row of ``a`` with the same row of ``b``, ``[A]``, summed in float32, given as ``dtype``."""
+    """The inner product of each row of ``a`` with the same row of ``b``, ``[A]``, summed in
+    float32, given as ``dtype``.
+    """
 
     def infer(a: Type, b: Type, *, dtype: str) -> Type:
         require(a.shape == b.shape, f"{a} and {b} differ in shape")
@@ -289,9 +298,11 @@ class RowDot:
 
 @defop("moe.grouped_mm")
 class GroupedMM:
-    """Each expert's rows times its matrix: ``x: [A, N_in]``, ``offsets: i32[E+1]``, result ``[A, N_out]``.
+    """Each expert's rows times its matrix: ``x: [A, N_in]``, ``offsets: i32[E+1]``, result ``[A,
+    N_out]``.
 
-    ``w`` is ``[E, N_out, N_in]``, or ``[E, N_in, N_out]`` if ``transposed``. Rows of no expert give zeros.
+    ``w`` is ``[E, N_out, N_in]``, or ``[E, N_in, N_out]`` if ``transposed``. Rows of no expert give
+    zeros.
     """
 
     def infer(x: Type, w: Type, offsets: Type, *, transposed: bool = False) -> Type:
@@ -325,7 +336,9 @@ class GroupedMM:
 
 @defop("moe.grouped_outer")
 class GroupedOuter:
-    """Per expert ``a_rows.T @ b_rows``: ``a: [A, M]``, ``b: [A, N]``, result ``[E, M, N]``; zero for an empty expert."""
+    """Per expert ``a_rows.T @ b_rows``: ``a: [A, M]``, ``b: [A, N]``, result ``[E, M, N]``; zero
+    for an empty expert.
+    """
 
     def infer(a: Type, b: Type, offsets: Type) -> Type:
         require(
@@ -371,7 +384,9 @@ class GroupSum:
 
 
 def row_tile_bound(pairs: int, experts: int, tile: int) -> int:
-    """The most tiles of ``tile`` rows that ``pairs`` rows of ``experts`` ragged groups can need (tight)."""
+    """The most tiles of ``tile`` rows that ``pairs`` rows of ``experts`` ragged groups can need
+    (tight).
+    """
     return (pairs + min(experts, pairs) * (tile - 1)) // tile if pairs else 0
 
 

@@ -203,7 +203,8 @@ def _extreme_gradient(wins: str) -> Callable[..., list[Value | None]]:
     return gradient
 
 
-# name: (meaning, gradient of both operands, documentation); every one also takes a number as second operand
+# name: (meaning, gradient of both operands, documentation); each also takes a number as second
+# operand
 BINARY: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., list[Value | None]], str]] = {
     "add": (torch.add, _add_gradient, "sum"),
     "sub": (torch.sub, lambda b, op, g: _add_gradient(b, op, g, -1.0), "difference"),
@@ -332,7 +333,9 @@ class Gelu:
 
 @defop("t.softplus", pointwise=True)
 class Softplus:
-    """``log(1 + exp(beta * x)) / beta``, and ``x`` itself where ``beta * x`` is above ``threshold``."""
+    """``log(1 + exp(beta * x)) / beta``, and ``x`` itself where ``beta * x`` is above
+    ``threshold``.
+    """
 
     def infer(x: Type, *, beta: float = 1.0, threshold: float = 20.0) -> Type:
         require(x.is_float, f"needs a float, got {x}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -186,7 +187,7 @@ def grouped_mm(
     """One product per non-empty expert."""
     out = x.new_zeros(x.shape[0], w.shape[2] if transposed else w.shape[1])
     bounds = offsets.tolist()
-    for e, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for e, (low, high) in enumerate(pairwise(bounds)):
         if high > low:
             out[low:high] = x[low:high] @ (w[e] if transposed else w[e].t())
     return out
@@ -196,7 +197,7 @@ def grouped_outer(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> to
     """``a_rows.T @ b_rows`` per expert."""
     bounds = offsets.tolist()
     out = a.new_zeros(len(bounds) - 1, a.shape[1], b.shape[1])
-    for e, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for e, (low, high) in enumerate(pairwise(bounds)):
         if high > low:
             out[e] = a[low:high].t() @ b[low:high]
     return out
@@ -205,9 +206,7 @@ def grouped_outer(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> to
 def group_sum(x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """The sum of each expert's rows."""
     bounds = offsets.tolist()
-    return torch.stack(
-        [accurate(x[low:high]).sum(0) for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
-    ).to(x.dtype)
+    return torch.stack([accurate(x[low:high]).sum(0) for low, high in pairwise(bounds)]).to(x.dtype)
 
 
 def expert_of_rows(offsets: torch.Tensor, rows: int) -> torch.Tensor:

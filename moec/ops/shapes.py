@@ -1,4 +1,6 @@
-"""Shape rules shared by the ops: broadcasting, normal axes, and reducing a gradient to an operand's shape."""
+"""Shape rules shared by the ops: broadcasting, normal axes, and reducing a gradient to an operand's
+shape.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def require(condition: bool, message: str) -> None:
 
 
 def reduce_to(b: Any, gradient: Value, target: Type) -> Value:
-    """Sum a gradient over the axes along which ``target`` was broadcast (transpose of broadcasting)."""
+    """Sum a gradient over the axes along which ``target`` was broadcast (transpose of
+    broadcasting).
+    """
     shape = gradient.type.shape
     if shape == target.shape:
         return gradient

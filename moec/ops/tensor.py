@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from moec.ir.dims import Dim, ceildiv, canon, product
+from moec.ir.dims import Dim, canon, ceildiv, product
 from moec.ir.graph import Op, Value
 from moec.ir.opdef import defop
 from moec.ir.types import DTYPES, Type
@@ -105,7 +105,9 @@ class Slice:
 
 @defop("t.unslice")
 class Unslice:
-    """The transpose of ``t.slice``: the elements back at their places of an axis of ``size``, zero elsewhere."""
+    """The transpose of ``t.slice``: the elements back at their places of an axis of ``size``, zero
+    elsewhere.
+    """
 
     def infer(x: Type, *, dim: int, start: Dim, stop: Dim, size: Dim, step: int = 1) -> Type:
         d = axis(dim, x.rank)
@@ -125,7 +127,9 @@ class Unslice:
 
 @defop("t.split")
 class Split:
-    """The last axis in ``parts`` equal parts: one after the other ("concat") or alternating ("interleave")."""
+    """The last axis in ``parts`` equal parts: one after the other ("concat") or alternating
+    ("interleave").
+    """
 
     def infer(x: Type, *, parts: int, layout: str = "concat") -> tuple[Type, ...]:
         size = x.shape[-1]
@@ -168,6 +172,25 @@ class Merge:
     def vjp(b: Any, op: Op, g: Value) -> tuple[Value, ...]:
         return tuple(
             b("t.split", g, parts=len(op.operands), layout=op.attrs.get("layout", "concat"))
+        )
+
+
+@defop("t.stack")
+class Stack:
+    """Tensors of one type stacked along a new first axis."""
+
+    def infer(*parts: Type) -> Type:
+        require(len(set(parts)) == 1, f"parts differ: {', '.join(map(str, parts))}")
+        return parts[0].with_shape(len(parts), *parts[0].shape)
+
+    def eval(*parts: torch.Tensor) -> torch.Tensor:
+        return torch.stack(parts)
+
+    def vjp(b: Any, op: Op, g: Value) -> tuple[Value, ...]:
+        shape = op.operands[0].type.shape
+        return tuple(
+            b("t.reshape", b("t.slice", g, dim=0, start=i, stop=i + 1), shape=shape)
+            for i in range(len(op.operands))
         )
 
 
@@ -290,7 +313,9 @@ class Cumsum:
 
 @defop("t.topk")
 class TopK:
-    """The ``k`` largest (or smallest) elements along an axis and their indices (i64); ties go to any of the equal ones."""
+    """The ``k`` largest (or smallest) elements along an axis and their indices (i64); ties go to
+    any of the equal ones.
+    """
 
     def infer(
         x: Type, *, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
@@ -349,7 +374,7 @@ class ScatterAdd:
 
 @defop("t.scatter")
 class Scatter:
-    """``x`` with the elements at ``index`` along an axis set to ``src`` or to the number ``value``."""
+    """``x`` with the elements at ``index`` along an axis set to ``src`` or to a ``value``."""
 
     def infer(
         x: Type, index: Type, src: Type | None = None, *, dim: int, value: float | None = None
@@ -379,7 +404,7 @@ class Scatter:
 
 @defop("t.one_hot")
 class OneHot:
-    """``i64[..., classes]`` with a one at each index; an index of ``classes`` or more gives no one."""
+    """``i64[..., classes]`` with a one at each index; an index of ``classes`` or more has none."""
 
     def infer(index: Type, *, classes: int) -> Type:
         return Type("i64", (*index.shape, classes))

@@ -1,0 +1,1 @@
+"""Code generation: from fused IR to an importable Python module of kernels."""

@@ -1,0 +1,407 @@
+"""The table of ATen ops: what each becomes in the IR."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from moec.capture.importer import HANDLERS, ExpertSlice, Importer, handles
+from moec.errors import CaptureError
+from moec.ir.dims import canon
+from moec.ir.graph import Value
+from moec.ir.types import FLOATS, Type, dtype_name
+
+aten = torch.ops.aten
+Args = Sequence[Any]
+Kwargs = Mapping[str, Any]
+
+_UNARY = {
+    aten.neg.default: "neg",
+    aten.abs.default: "abs",
+    aten.sign.default: "sign",
+    aten.exp.default: "exp",
+    aten.log.default: "log",
+    aten.log1p.default: "log1p",
+    aten.sqrt.default: "sqrt",
+    aten.rsqrt.default: "rsqrt",
+    aten.reciprocal.default: "reciprocal",
+    aten.erf.default: "erf",
+    aten.sigmoid.default: "sigmoid",
+    aten.tanh.default: "tanh",
+    aten.relu.default: "relu",
+    aten.silu.default: "silu",
+    aten.floor.default: "floor",
+}
+_BINARY = {
+    aten.add: "add",
+    aten.sub: "sub",
+    aten.mul: "mul",
+    aten.div: "div",
+    aten.maximum: "maximum",
+    aten.minimum: "minimum",
+}
+_COMPARISON = {aten.eq: "eq", aten.ne: "ne", aten.lt: "lt", aten.le: "le", aten.gt: "gt", aten.ge: "ge"}
+
+
+def _overloads(packet: Any) -> list[Any]:
+    return [getattr(packet, o) for o in packet.overloads() if o in ("Tensor", "Scalar", "default")]
+
+
+@handles(*_UNARY)
+def unary(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    x = i.cast(i.value(args[0]), i.dtype(node))
+    return i.b(f"t.{_UNARY[node.target]}", x, hint=i.hint(node))  # type: ignore[index,no-any-return]
+
+
+@handles(*(o for p in _BINARY for o in _overloads(p)))
+def binary(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    name = _BINARY[node.target.overloadpacket]  # type: ignore[union-attr]
+    if kwargs.get("alpha", 1) != 1 or kwargs.get("rounding_mode") is not None:
+        raise CaptureError(f"{name} with {dict(kwargs)}")
+    dtype = i.dtype(node)
+    x, y = args[0], args[1]
+    if not isinstance(y, Value | ExpertSlice):
+        return i.b(f"t.{name}", i.cast(i.value(x), dtype), other=_number(y), hint=i.hint(node))  # type: ignore[no-any-return]
+    if not isinstance(x, Value | ExpertSlice):
+        x = i.b.full(Type(dtype, ()), _number(x))
+    return i.b(f"t.{name}", i.cast(i.value(x), dtype), i.cast(i.value(y), dtype), hint=i.hint(node))  # type: ignore[no-any-return]
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise CaptureError(f"expected a number, got {value!r}")
+    return float(value)
+
+
+@handles(*(o for p in _COMPARISON for o in _overloads(p)))
+def comparison(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    name = _COMPARISON[node.target.overloadpacket]  # type: ignore[union-attr]
+    x, y = i.value(args[0]), args[1]
+    if not isinstance(y, Value | ExpertSlice):
+        return i.b(f"t.{name}", x, other=_number(y), hint=i.hint(node))  # type: ignore[no-any-return]
+    other = i.value(y)
+    if other.type.dtype != x.type.dtype:
+        common = dtype_name(torch.promote_types(_torch(x), _torch(other)))
+        x, other = i.cast(x, common), i.cast(other, common)
+    return i.b(f"t.{name}", x, other, hint=i.hint(node))  # type: ignore[no-any-return]
+
+
+def _torch(value: Value) -> torch.dtype:
+    from moec.ir.types import DTYPES
+
+    return DTYPES[value.type.dtype]
+
+
+@handles(aten.rsub.Scalar)
+def rsub(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    return i.b("t.add", i.b("t.neg", i.value(args[0])), other=_number(args[1]), hint=i.hint(node))  # type: ignore[no-any-return]
+
+
+@handles(aten.pow.Tensor_Scalar)
+def power(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    return i.b("t.pow", i.cast(i.value(args[0]), i.dtype(node)), exponent=_number(args[1]), hint=i.hint(node))  # type: ignore[no-any-return]
+
+
+@handles(aten.square.default)
+def square(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    return i.b("t.pow", i.value(args[0]), exponent=2.0, hint=i.hint(node))  # type: ignore[no-any-return]
+
+
+@handles(aten.gelu.default)
+def gelu(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    return i.b("t.gelu", i.value(args[0]), approximate=str(kwargs.get("approximate", "none")), hint=i.hint(node))  # type: ignore[no-any-return]
+
+
+@handles(aten.softplus.default)
+def softplus(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    options = dict(zip(("beta", "threshold"), map(float, args[1:]), strict=False))
+    return i.b("t.softplus", i.value(args[0]), hint=i.hint(node), **options)  # type: ignore[no-any-return]
+
+
+@handles(aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.hardtanh.default)
+def clamp(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    bounds = {"min": args[1] if len(args) > 1 else kwargs.get("min"), "max": args[2] if len(args) > 2 else kwargs.get("max")}
+    if node.target is aten.clamp_max.default:
+        bounds = {"min": None, "max": args[1]}
+    if node.target is aten.hardtanh.default and len(args) == 1:
+        bounds = {"min": -1.0, "max": 1.0}
+    numbers = {k: _number(v) for k, v in bounds.items() if v is not None}
+    return i.b("t.clamp", i.value(args[0]), hint=i.hint(node), **numbers)  # type: ignore[no-any-return]
+
+
+@handles(aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.other, aten.type_as.default)
+def to_copy(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
+    if isinstance(args[0], ExpertSlice):
+        return ExpertSlice(i.cast(args[0].stack, i.dtype(node)))
+    return i.cast(args[0], i.dtype(node))
+
+
+@handles(aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default)
+def same(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
+    return args[0]
+
+
+@handles(aten.dropout.default)
+def dropout(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
+    if args[1] != 0 and args[2]:
+        raise CaptureError("dropout inside a MoE block in training mode")
+    return args[0]
+
+
+@handles(aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.msg)
+def nothing(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> None:
+    return None
+
+
+@handles(aten.bitwise_not.default, aten.logical_not.default)
+def negate(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    return i.b("t.logical_not", i.cast(i.value(args[0]), "bool"), hint=i.hint(node))  # type: ignore[no-any-return]
+
+
+@handles(aten.bitwise_and.Tensor, aten.logical_and.default)
+def both(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    return i.b("t.logical_and", i.value(args[0]), i.value(args[1]), hint=i.hint(node))  # type: ignore[no-any-return]
+
+
+@handles(aten.bitwise_or.Tensor, aten.logical_or.default)
+def either(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    return i.b("t.logical_or", i.value(args[0]), i.value(args[1]), hint=i.hint(node))  # type: ignore[no-any-return]
+
+
+@handles(aten.where.self)
+def where(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    dtype = i.dtype(node)
+    return i.b("t.where", i.value(args[0]), i.cast(i.value(args[1]), dtype), i.cast(i.value(args[2]), dtype), hint=i.hint(node))  # type: ignore[no-any-return]
+
+
+@handles(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+def masked_fill(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    x = i.value(args[0])
+    fill = i.cast(args[2], x.type.dtype) if isinstance(args[2], Value) else i.b.full(Type(x.type.dtype, ()), _number(args[2]))
+    return i.b("t.where", i.value(args[1]), fill, x, hint=i.hint(node))  # type: ignore[no-any-return]
+
+
+# shapes
+
+
+@handles(
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.squeeze.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+)
+def reshape(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
+    if isinstance(args[0], ExpertSlice) and args[0].rank == 1:
+        return args[0]  # a vector that gets axes of size 1 to broadcast over rows
+    return i.b("t.reshape", i.value(args[0]), shape=i.shape_of(node), hint=i.hint(node))
+
+
+@handles(aten.permute.default, aten.transpose.int, aten.t.default, aten.numpy_T.default)
+def permute(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
+    x = args[0]
+    rank = x.rank if isinstance(x, ExpertSlice) else x.type.rank
+    order = _order(node.target, args, rank)
+    if isinstance(x, ExpertSlice):
+        shifted = (0, *(d + 1 for d in order))
+        return ExpertSlice(i.b("t.permute", x.stack, dims=shifted, hint=x.stack.hint))
+    return i.b("t.permute", x, dims=order, hint=i.hint(node))
+
+
+def _order(target: Any, args: Args, rank: int) -> tuple[int, ...]:
+    order = list(range(rank))
+    if target is aten.permute.default:
+        return tuple(int(d) % rank for d in args[1])
+    if target is aten.transpose.int:
+        a, b = int(args[1]) % rank, int(args[2]) % rank
+        order[a], order[b] = order[b], order[a]
+        return tuple(order)
+    return tuple(reversed(order))
+
+
+@handles(aten.expand.default, aten.broadcast_to.default)
+def expand(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    return i.b("t.expand", i.value(args[0]), shape=i.shape_of(node), hint=i.hint(node))  # type: ignore[no-any-return]
+
+
+@handles(aten.slice.Tensor)
+def slice_(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
+    defaults = (0, None, None, 1)
+    dim, start, stop, step = (*args[1:], *defaults[len(args) - 1 :])
+    x = args[0].stack if isinstance(args[0], ExpertSlice) else i.value(args[0])
+    axis = int(dim) % (x.type.rank - isinstance(args[0], ExpertSlice)) + isinstance(args[0], ExpertSlice)
+    size = x.type.shape[axis]
+    if (start in (0, None)) and (stop is None or _beyond(stop, size)) and step == 1:
+        return args[0]
+    if not isinstance(size, int):
+        raise CaptureError("a slice of a token axis")
+    low, high = (_inside(int(b), size) for b in (start or 0, size if stop is None else stop))
+    made = i.b("t.slice", x, dim=axis, start=low, stop=max(low, high), step=int(step), hint=i.hint(node))
+    return ExpertSlice(made) if isinstance(args[0], ExpertSlice) else made
+
+
+def _beyond(stop: Any, size: Any) -> bool:
+    return bool(stop == size) or (isinstance(stop, int) and stop >= 2**62)
+
+
+def _inside(bound: int, size: int) -> int:
+    return min(max(bound + size if bound < 0 else bound, 0), size)
+
+
+@handles(aten.select.int)
+def select(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
+    if isinstance(args[0], ExpertSlice):
+        raise CaptureError("an index into one expert's weight")
+    x = i.value(args[0])
+    axis, index = int(args[1]) % x.type.rank, int(args[2])
+    size = x.type.shape[axis]
+    if not isinstance(size, int):
+        raise CaptureError("an index into a token axis")
+    index = index + size if index < 0 else index
+    one = i.b("t.slice", x, dim=axis, start=index, stop=index + 1)
+    return i.b("t.reshape", one, shape=i.shape_of(node), hint=i.hint(node))
+
+
+@handles(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int)
+def split(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> tuple[Any, ...]:
+    x = args[0].stack if isinstance(args[0], ExpertSlice) else i.value(args[0])
+    shift = int(isinstance(args[0], ExpertSlice))
+    if node.target is aten.unbind.int:
+        raise CaptureError("unbind of a value")
+    dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+    axis = int(dim) % (x.type.rank - shift) + shift
+    sizes = [int(v.shape[axis - shift]) for v in node.meta["val"]]
+    starts = [sum(sizes[:j]) for j in range(len(sizes))]
+    parts = [i.b("t.slice", x, dim=axis, start=s, stop=s + n, hint=f"{i.hint(node)}_{j}") for j, (s, n) in enumerate(zip(starts, sizes, strict=True))]
+    return tuple(ExpertSlice(p) if shift else p for p in parts)
+
+
+@handles(aten.cat.default)
+def concat(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    dtype = i.dtype(node)
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    return i.b("t.concat", *(i.cast(i.value(a), dtype) for a in args[0]), dim=int(dim), hint=i.hint(node))  # type: ignore[no-any-return]
+
+
+@handles(aten.full.default, aten.zeros.default, aten.ones.default, aten.scalar_tensor.default)
+def full(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    fill = {aten.zeros.default: 0.0, aten.ones.default: 1.0}.get(node.target)
+    if fill is None:
+        fill = _number(args[0] if node.target is aten.scalar_tensor.default else args[1])
+    return i.b("t.full", value=fill, dtype=i.dtype(node), shape=i.shape_of(node), hint=i.hint(node))  # type: ignore[no-any-return]
+
+
+@handles(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default)
+def full_like(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    name = str(node.target)
+    fill = 0.0 if "zeros" in name else 1.0 if "ones" in name else _number(args[2] if "new_full" in name else args[1])
+    return i.b("t.full", value=fill, dtype=i.dtype(node), shape=i.shape_of(node), hint=i.hint(node))  # type: ignore[no-any-return]
+
+
+# reductions and indexing
+
+
+@handles(aten.sum.dim_IntList, aten.mean.dim, aten.amax.default)
+def reduce(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    kind = {aten.sum.dim_IntList: "t.sum", aten.mean.dim: "t.mean", aten.amax.default: "t.amax"}[node.target]
+    x = i.value(args[0])
+    dims = args[1] if len(args) > 1 and args[1] else range(x.type.rank)
+    dims = tuple(int(d) for d in (dims if isinstance(dims, list | tuple | range) else [dims]))
+    keepdim = bool(args[2]) if len(args) > 2 else False
+    wanted = i.dtype(node)
+    x = i.cast(x, wanted) if wanted in FLOATS else x
+    return i.cast(i.b(kind, x, dims=dims, keepdim=keepdim, hint=i.hint(node)), wanted)
+
+
+@handles(aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
+def softmax(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    return i.b("t.softmax", i.cast(i.value(args[0]), i.dtype(node)), dim=int(args[1]), hint=i.hint(node))  # type: ignore[no-any-return]
+
+
+@handles(aten.cumsum.default)
+def cumsum(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    return i.b("t.cumsum", i.value(args[0]), dim=int(args[1]), hint=i.hint(node))  # type: ignore[no-any-return]
+
+
+@handles(aten.topk.default)
+def topk(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
+    defaults: tuple[Any, ...] = (None, None, -1, True, True)
+    _, k, dim, largest, ordered = (*args, *defaults[len(args) :])
+    attrs = {"dim": int(dim), "largest": bool(kwargs.get("largest", largest)), "sorted": bool(kwargs.get("sorted", ordered))}
+    attrs = {n: v for n, v in attrs.items() if v != {"dim": -1, "largest": True, "sorted": True}[n]}
+    return i.b("t.topk", i.value(args[0]), k=int(k), hint=(f"{i.hint(node)}_values", f"{i.hint(node)}_indices"), **attrs)
+
+
+@handles(aten.gather.default)
+def gather(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    return i.b("t.gather", i.value(args[0]), i.value(args[2]), dim=int(args[1]), hint=i.hint(node))  # type: ignore[no-any-return]
+
+
+@handles(aten.scatter.value, aten.scatter.src, aten.scatter_add.default)
+def scatter(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    x, dim, index, source = i.value(args[0]), int(args[1]), i.value(args[2]), args[3]
+    if node.target is aten.scatter_add.default:
+        return i.b("t.scatter_add", x, index, i.value(source), dim=dim, hint=i.hint(node))  # type: ignore[no-any-return]
+    if isinstance(source, Value):
+        return i.b("t.scatter", x, index, i.cast(source, x.type.dtype), dim=dim, hint=i.hint(node))  # type: ignore[no-any-return]
+    return i.b("t.scatter", x, index, dim=dim, value=_number(source), hint=i.hint(node))  # type: ignore[no-any-return]
+
+
+@handles(aten.one_hot.default)
+def one_hot(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    return i.b("t.one_hot", i.value(args[0]), classes=int(args[1]), hint=i.hint(node))  # type: ignore[no-any-return]
+
+
+# products
+
+
+@handles(aten.linear.default)
+def linear(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    x, w = i.value(args[0]), args[1]
+    if isinstance(w, ExpertSlice):
+        return _grouped(i, node, x, ExpertSlice(w.stack), args[2] if len(args) > 2 else None, transposed=False)
+    biases = [i.value(a) for a in args[2:] if a is not None]
+    return i.b("t.linear", x, w, *biases, hint=i.hint(node))  # type: ignore[no-any-return]
+
+
+def _grouped(i: Importer, node: fx.Node, x: Value, w: ExpertSlice, bias: Any, *, transposed: bool) -> Value:
+    if i.offsets is None or w.rank != 2:
+        raise CaptureError(f"a product with a weight of type {w.stack.type}")
+    y: Value = i.b("moe.grouped_mm", x, w.stack, i.offsets, transposed=transposed, hint=i.hint(node))
+    return y if bias is None else i.b("t.add", y, i.value(bias), hint=i.hint(node))
+
+
+@handles(aten.mm.default, aten.matmul.default, aten.bmm.default)
+def matmul(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    x, y = args[0], args[1]
+    if isinstance(y, ExpertSlice):
+        return _grouped(i, node, i.value(x), y, None, transposed=True)
+    if isinstance(x, ExpertSlice):
+        raise CaptureError("an expert's weight as the left factor of a product")
+    return i.b("t.matmul", x, y, hint=i.hint(node))  # type: ignore[no-any-return]
+
+
+@handles(aten.addmm.default)
+def addmm(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    if kwargs.get("alpha", 1) != 1 or kwargs.get("beta", 1) != 1:
+        raise CaptureError(f"addmm with {dict(kwargs)}")
+    bias, x, w = args[:3]
+    if isinstance(w, ExpertSlice):
+        return _grouped(i, node, i.value(x), w, bias, transposed=True)
+    product = i.b("t.matmul", i.value(x), i.value(w))
+    return i.b("t.add", product, i.value(bias), hint=i.hint(node))  # type: ignore[no-any-return]
+
+
+def supported() -> list[str]:
+    """The names of the ATen ops that have an IR form."""
+    return sorted(str(t) for t in HANDLERS)
+
+
+__all__ = ["canon", "supported"]

@@ -1,0 +1,319 @@
+"""Reading what an experts module computes, from its own code.
+
+An experts module is called as ``forward(x, idx, w)`` and adds, for each token, the outputs of its chosen
+experts. Its loop is run with concrete routing (all tokens to one expert) under a recorder, which leaves a
+straight-line body; two recordings with different experts and sizes prove that the body is the same for
+every expert and every number of tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from moec.capture.importer import ExpertSlice, Importer
+from moec.capture.recorder import ConstantPair, IntegerPair, Recorder, Sizes, merge
+from moec.errors import CaptureError
+from moec.ir.builder import Builder
+from moec.ir.dims import dim
+from moec.ir.graph import Value
+
+aten = torch.ops.aten
+_ROWS = (5, 7)
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """The tokens ("x") or the weights ("w") before the loop picks its rows."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class ExpertsBody:
+    """The body of an experts loop: its graph, the experts' number and the weights that it reads.
+
+    ``weights`` maps each placeholder to the parameter path (stacked weights), or to one path an expert.
+    """
+
+    graph: fx.Graph
+    experts: int
+    hidden: int
+    weights: Mapping[str, tuple[str, ...]]
+    module_path: str
+
+    def inline(self, b: Builder, x: Value, idx: Value, w: Value, weight: Callable[[str], Value]) -> Value:
+        """Append the body for tokens ``x [T, H]``, indices ``idx [T, K]`` and weights ``w [T, K]``; returns ``[T, H]``."""
+        index: Value = idx if idx.type.dtype == "i32" else b("t.cast", idx, dtype="i32", hint="idx")
+        perm, offsets, inverse = b("moe.dispatch", index, experts=self.experts, hint=("perm", "offsets", "inverse"))
+        importer = _BodyImporter(b, self, perm, offsets, inverse, (x, w))
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                known = node.name in ("x", "w")
+                importer.env[node] = TokenData(node.name) if known else _weight(b, self.weights[node.name], weight)
+        importer.run(self.graph)
+        return importer.combined()
+
+
+def _weight(b: Builder, paths: tuple[str, ...], weight: Callable[[str], Value]) -> Value:
+    values = [weight(path) for path in paths]
+    stacked: Value = values[0] if len(values) == 1 else b("t.stack", *values, hint=values[0].hint)
+    return stacked
+
+
+class _BodyImporter(Importer):
+    """Imports a recorded body: indexing by the recorded routing becomes dispatch."""
+
+    def __init__(self, b: Builder, body: ExpertsBody, perm: Value, offsets: Value, inverse: Value, data: tuple[Value, Value]) -> None:
+        super().__init__(b, lambda node: node.meta["shape"], lambda a: a, module_path=body.module_path)
+        self.body, self.plan, self.data = body, (perm, inverse), data
+        self.offsets, self.rows = offsets, perm.type.shape[0]
+        self.output = next(n for n in body.graph.nodes if n.op == "output")
+        self.added: Value | None = None
+        self.shape_of = self.shape_in_rows
+
+    def shape_in_rows(self, node: fx.Node) -> tuple[Any, ...]:
+        """The recorded shape with the number of rows in place of the recorded symbol."""
+        from moec.ir.dims import substitute
+
+        return tuple(substitute(d, {"R": self.rows}) for d in node.meta["shape"])
+
+    def call(self, node: fx.Node) -> Any:
+        special = _SPECIAL.get(node.target)
+        found = special(self, node) if special is not None else None
+        return found if found is not None else super().call(node)
+
+    def argument(self, argument: Any) -> Any:
+        if isinstance(argument, ConstantPair):
+            return _number_of(argument)
+        if isinstance(argument, IntegerPair):
+            from moec.ir.dims import substitute
+
+            return substitute(_SIZES.dim(argument.first, argument.second), {"R": self.rows})
+        return super().argument(argument)
+
+    def is_every_row(self, index: Any) -> bool:
+        """Whether a recorded index is all rows in order."""
+        return isinstance(index, ConstantPair) and all(
+            t.dtype == torch.long and torch.equal(t.flatten().cpu(), torch.arange(n)) for t, n in zip((index.first, index.second), _ROWS, strict=True)
+        )
+
+    def rows_of(self, data: TokenData, node: fx.Node) -> Value:
+        """The tokens or the weights, one a row, in the shape that the node has."""
+        kind, value = ("moe.gather", self.data[0]) if data.name == "x" else ("moe.permute", self.data[1])
+        rows: Value = self.b(kind, value, *self.plan, hint="xs" if data.name == "x" else "ws")
+        shape = self.shape_in_rows(node)
+        reshaped: Value = rows if rows.type.shape == shape else self.b("t.reshape", rows, shape=shape, hint=rows.hint)
+        return reshaped
+
+    def combined(self) -> Value:
+        """The sum over the choices of what the body adds; a final row weight becomes the combine's."""
+        if self.added is None:
+            raise CaptureError("the loop adds nothing to its result")
+        dtype = self.data[0].type.dtype
+        rows, weights = _split_weight(self.b, self.added)
+        operands = (rows, *self.plan) if weights is None else (rows, *self.plan, self.data[1])
+        result: Value = self.b("moe.combine", *operands, dtype=dtype, hint="routed")
+        return result
+
+
+def _split_weight(b: Builder, added: Value) -> tuple[Value, Value | None]:
+    """``added`` without a last multiplication by the row weights, if it has one."""
+    value = added
+    op = b.made_by(value)
+    while op is not None and op.kind == "t.cast":
+        value = op.operands[0]
+        op = b.made_by(value)
+    if op is None or op.kind != "t.mul" or len(op.operands) != 2:
+        return added, None
+    for rows, column in (op.operands, op.operands[::-1]):
+        if _is_weight_column(b, column) and rows.type.rank == 2:
+            return _uncast(b, rows, added), column
+    return added, None
+
+
+def _is_weight_column(b: Builder, value: Value) -> bool:
+    op = b.made_by(value)
+    while op is not None and op.kind in ("t.cast", "t.reshape"):
+        op = b.made_by(op.operands[0])
+    return op is not None and op.kind == "moe.permute"
+
+
+def _uncast(b: Builder, rows: Value, added: Value) -> Value:
+    """Undo a widening before the weighting: the combine sums in float32 in any case."""
+    op = b.made_by(rows)
+    widened = op is not None and op.kind == "t.cast" and op.operands[0].type.dtype == added.type.dtype
+    return op.operands[0] if widened and op is not None else rows
+
+
+def _number_of(pair: ConstantPair) -> Any:
+    first, second = pair.first, pair.second
+    if first.numel() == 1 and second.numel() == 1 and first.dim() == 0:
+        if first.item() != second.item():
+            raise CaptureError("a number in the body depends on the expert or on the number of tokens")
+        return first.item()
+    return pair
+
+
+def _index(i: _BodyImporter, node: fx.Node) -> Any:
+    source, indices = i.env.get(node.args[0]), node.args[1]  # type: ignore[arg-type]
+    if isinstance(source, TokenData):
+        if not i.is_every_row(indices[0]):  # type: ignore[index]
+            raise CaptureError("the loop reads its tokens in an order of its own")
+        return i.rows_of(source, node)
+    if isinstance(source, Value) and len(indices) == 1 and _is_expert(indices[0]):  # type: ignore[index,arg-type]
+        return ExpertSlice(source)
+    return None
+
+
+def _view(i: _BodyImporter, node: fx.Node) -> Any:
+    """A view of the tokens or weights that the loop has not picked rows from yet."""
+    source = i.env.get(node.args[0])  # type: ignore[arg-type]
+    return source if isinstance(source, TokenData) else None
+
+
+def _is_expert(index: Any) -> bool:
+    return isinstance(index, ConstantPair | IntegerPair)
+
+
+def _select(i: _BodyImporter, node: fx.Node) -> Any:
+    source, axis, index = node.args[:3]
+    if isinstance(source, fx.Node) and source.op == "placeholder" and axis == 0 and _is_expert(index):
+        return ExpertSlice(i.env[source])
+    return None
+
+
+def _index_add(i: _BodyImporter, node: fx.Node) -> Any:
+    into, axis, index, source = node.args[:4]
+    if axis != 0 or not _is_zero(into) or not i.is_every_row(index) or node.kwargs.get("alpha", 1) != 1:
+        raise CaptureError("index_add into something that is not the zero-filled result")
+    i.added = i.env[source]  # type: ignore[index]
+    return i.added
+
+
+def _index_put(i: _BodyImporter, node: fx.Node) -> Any:
+    into, indices, source = node.args[:3]
+    if not _is_zero(into) or not i.is_every_row(indices[0]):  # type: ignore[index]
+        raise CaptureError("index_put into something that is not the zero-filled result")
+    i.added = i.env[source]  # type: ignore[index]
+    return i.added
+
+
+def _add(i: _BodyImporter, node: fx.Node) -> Any:
+    """``result[index] + rows`` while the result is still zero."""
+    a, b = node.args[:2]
+    for constant, value in ((a, b), (b, a)):
+        if isinstance(constant, ConstantPair) and _is_zero(constant) and isinstance(value, fx.Node):
+            i.added = i.env[value]
+            return i.added
+    return None
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, ConstantPair) and not value.first.any() and not value.second.any()
+
+
+_SPECIAL: dict[Any, Callable[[_BodyImporter, fx.Node], Any]] = {
+    aten.index.Tensor: _index,
+    aten.select.int: _select,
+    aten.unsqueeze.default: _view,
+    aten.index_add.default: _index_add,
+    aten.index_put.default: _index_put,
+    aten.add.Tensor: _add,
+}
+_SIZES = Sizes({"R": _ROWS})
+
+
+def read_experts(module: nn.Module, path: str = "") -> ExpertsBody:
+    """The body of an experts module; :class:`CaptureError` says why if there is none.
+
+    The module's forward takes tokens ``[T, H]``, indices ``[T, K]`` and weights ``[T, K]``.
+    """
+    forward = inspect.unwrap(type(module).forward)
+    experts = count_experts(module)
+    reasons = []
+    for hidden in hidden_sizes(module):
+        try:
+            return _read(module, forward, experts, hidden, path)
+        except CaptureError:
+            raise
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:
+            reasons.append(f"{hidden}: {str(error).splitlines()[0]}")
+    raise CaptureError(f"{type(module).__name__} ran with no hidden size ({'; '.join(reasons)})")
+
+
+def _read(module: nn.Module, forward: Callable[..., Any], experts: int, hidden: int, path: str) -> ExpertsBody:
+    chosen = (0, experts - 1)
+    pairs = [_record(module, forward, e, n, hidden) for e, n in zip(chosen, _ROWS, strict=True)]
+    (first, out1), (second, out2) = pairs
+    graph = merge(first, second, (out1, out2), _SIZES, lambda name, which: _pattern(name, chosen[which]))
+    weights = {n.name: _paths(module, str(n.meta["source"]), chosen[0], experts) for n in graph.nodes if n.op == "placeholder" and n.name not in ("x", "w")}
+    return ExpertsBody(graph, experts, hidden, weights, path)
+
+
+def _record(module: nn.Module, forward: Callable[..., Any], expert: int, rows: int, hidden: int) -> tuple[Recorder, torch.Tensor]:
+    parameter = next(module.parameters())
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, hidden, generator=generator).to(parameter.device, parameter.dtype)
+    idx = torch.full((rows, 1), expert, device=parameter.device)
+    w = (torch.rand(rows, 1, generator=generator) + 0.5).to(parameter.device)
+    recorder = Recorder()
+    recorder.mark("x", x)
+    recorder.mark("w", w)
+    for name, tensor in named_weights(module):
+        recorder.mark(name, tensor)
+    with torch.no_grad(), recorder:
+        out = forward(module, x, idx, w)
+    if not isinstance(out, torch.Tensor):
+        raise CaptureError(f"{type(module).__name__} returns {type(out).__name__}, not one tensor")
+    return recorder, out
+
+
+def named_weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and floating-point buffers by path."""
+    yield from module.named_parameters()
+    yield from ((n, t) for n, t in module.named_buffers() if t.is_floating_point())
+
+
+def count_experts(module: nn.Module) -> int:
+    """The number of experts: the first size of the stacked weights, or the length of the list of experts."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict) and len(child) > 1:
+            return len(child)
+    sizes = {t.shape[0] for _, t in named_weights(module) if t.dim() == 3}
+    if len(sizes) != 1:
+        raise CaptureError(f"{type(module).__name__} has no stacked weights of one number of experts")
+    return int(sizes.pop())
+
+
+def hidden_sizes(module: nn.Module) -> list[int]:
+    """Candidates for the size of a token, likely ones first."""
+    named = [getattr(module, n, None) for n in ("hidden_dim", "hidden_size", "dim", "d_model", "embed_dim")]
+    sizes = [s for _, t in named_weights(module) if t.dim() >= 2 for s in t.shape[-2:]]
+    return list(dict.fromkeys(int(s) for s in [*named, *sizes] if isinstance(s, int)))
+
+
+def _pattern(name: str, expert: int) -> str:
+    return ".".join("*" if part == str(expert) else part for part in name.split("."))
+
+
+def _paths(module: nn.Module, source: str, expert: int, experts: int) -> tuple[str, ...]:
+    parts = source.split(".")
+    if str(expert) not in parts or not _is_per_expert(module, parts, expert, experts):
+        return (source,)
+    place = parts.index(str(expert))
+    return tuple(".".join([*parts[:place], str(e), *parts[place + 1 :]]) for e in range(experts))
+
+
+def _is_per_expert(module: nn.Module, parts: list[str], expert: int, experts: int) -> bool:
+    place = parts.index(str(expert))
+    owner = module.get_submodule(".".join(parts[:place]))
+    return isinstance(owner, nn.ModuleList | nn.ModuleDict | nn.ParameterList) and len(owner) == experts
+
+
+__all__ = ["ExpertsBody", "count_experts", "dim", "hidden_sizes", "named_weights", "read_experts"]

@@ -1,0 +1,239 @@
+"""From the words of a command line to a model: a config.json, an architecture's name, a factory."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import inspect
+import json
+import os
+import re
+import sys
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moec.errors import CompileError
+
+# Above this a model is built without memory (on the meta device) and with its first layers only.
+MEMORY_LIMIT = 8_000_000_000
+_FACTORY = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<name>[A-Za-z_][\w.]*)\Z")
+_NAME = re.compile(r"[A-Za-z_][\w.-]*\Z")
+_EXPERT_LAYER = re.compile(r"\blayers\.(\d+)\..*expert")
+# Tried in this order for a configuration that names no architecture.
+_AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
+
+
+def load_model(spec: str) -> torch.nn.Module:
+    """The model that ``spec`` names.
+
+    ``spec`` is the path of a Hugging Face ``config.json`` (or of the folder that holds one), the
+    name of an architecture (``mixtral``, ``MixtralForCausalLM``; its default configuration), or
+    ``module:factory``, where the factory is an ``nn.Module`` or a function without arguments that
+    returns one. Weights of the first two are random, in the configuration's dtype (float32 if it
+    names none), on the CPU; or, where they would exceed ``MEMORY_LIMIT`` bytes, on the meta device
+    and with only as many layers as reach the first with experts.
+
+    Raises:
+        CompileError: nothing of that name, a file that is no configuration, transformers is not
+            installed, or a factory that fails or makes something else.
+    """
+    path = Path(spec)
+    if path.exists() or path.suffix == ".json" or os.sep in spec:
+        return _from_config(_read_config(path))
+    if match := _FACTORY.match(spec):
+        return _from_factory(match["module"], match["name"])
+    if _NAME.match(spec):
+        return _from_config(_default_config(spec))
+    raise CompileError(
+        f"{spec!r} names no model: give the path of a config.json, an architecture such as mixtral,"
+        " or module:factory"
+    )
+
+
+# factories
+def _from_factory(module_name: str, name: str) -> torch.nn.Module:
+    where = f"{module_name}:{name}"
+    found: Any = _import(module_name)
+    for part in name.split("."):
+        if not hasattr(found, part):
+            near = _near(part, [n for n in dir(found) if not n.startswith("_")])
+            raise CompileError(f"{where}: {module_name} has no {part!r}{near}")
+        found = getattr(found, part)
+    made = found if isinstance(found, torch.nn.Module) else _call(found, where)
+    if not isinstance(made, torch.nn.Module):
+        raise CompileError(
+            f"{where} gives a {type(made).__name__}; it must be, or return, a torch.nn.Module"
+        )
+    return made
+
+
+def _import(name: str) -> Any:
+    with _current_folder_importable():
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not name.startswith(error.name):
+                raise CompileError(f"{name} cannot be imported: {error}") from error
+            raise CompileError(
+                f"there is no module {name!r}; modules are looked for in the current folder and"
+                " among the installed packages"
+            ) from error
+        except (
+            Exception
+        ) as error:  # anything may happen in a user's module; the cause stays chained
+            raise CompileError(
+                f"{name} cannot be imported: {type(error).__name__}: {error}"
+            ) from error
+
+
+@contextlib.contextmanager
+def _current_folder_importable() -> Iterator[None]:
+    """A console script's ``sys.path`` lacks the folder that it is run in."""
+    folder = os.getcwd()
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
+def _call(factory: Any, where: str) -> Any:
+    if not callable(factory):
+        return factory
+    _check_takes_nothing(factory, where)
+    try:
+        return factory()
+    except Exception as error:  # anything may happen in a user's factory; the cause stays chained
+        raise CompileError(f"{where} raised {type(error).__name__}: {error}") from error
+
+
+def _check_takes_nothing(factory: Any, where: str) -> None:
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):
+        return  # a built-in without a signature; calling it will tell
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in optional]
+    if needed:
+        raise CompileError(
+            f"{where} needs the arguments {', '.join(needed)}; give a function that needs none"
+        )
+
+
+# Hugging Face configurations
+def _transformers() -> Any:
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise CompileError(
+            "transformers is needed for Hugging Face models: pip install 'moec[hf]'"
+        ) from error
+
+
+def _read_config(path: Path) -> Any:
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CompileError(f"{file}: no such file") from error
+    except OSError as error:
+        raise CompileError(f"{file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise CompileError(f"{file}: not text in UTF-8 (byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise CompileError(f"{file}:{error.lineno}:{error.colno}: {error.msg}") from error
+    if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
+        raise CompileError(
+            f'{file} has no "model_type"; it must be the config.json of a Hugging Face model'
+        )
+    return _config_from(file, data)
+
+
+def _config_from(file: Path, data: dict[str, Any]) -> Any:
+    known = _transformers().CONFIG_MAPPING
+    if data["model_type"] not in known:
+        near = _near(data["model_type"], list(known.keys()))
+        raise CompileError(f"{file}: transformers knows no model_type {data['model_type']!r}{near}")
+    try:
+        return known[data["model_type"]].from_dict(data)
+    except Exception as error:  # each configuration checks its fields in its own way
+        raise CompileError(
+            f"{file}: not a valid {data['model_type']} configuration: {error}"
+        ) from error
+
+
+def _default_config(name: str) -> Any:
+    transformers = _transformers()
+    known = transformers.CONFIG_MAPPING
+    for model_type in (name, name.replace("-", "_"), name.replace("_", "-")):
+        if model_type in known:
+            return known[model_type]()
+    found: Any = getattr(transformers, name, None) if name in dir(transformers) else None
+    base = transformers.PreTrainedModel
+    is_model = isinstance(found, type) and issubclass(found, base)
+    if is_model and found.config_class is not None:
+        config = found.config_class()
+        config.architectures = [name]
+        return config
+    architectures = [
+        n for n in dir(transformers) if n.endswith(("Model", "CausalLM", "Generation"))
+    ]
+    raise CompileError(
+        f"transformers has no model type or architecture {name!r}"
+        f"{_near(name, [*known.keys(), *architectures])}"
+    )
+
+
+def _near(name: str, names: Collection[str]) -> str:
+    lower = {n.lower(): n for n in names}
+    found = difflib.get_close_matches(name.lower(), lower, n=4, cutoff=0.5)
+    return "; did you mean " + ", ".join(lower[n] for n in found) + "?" if found else ""
+
+
+def _from_config(config: Any) -> torch.nn.Module:
+    model = _build(config, "meta")
+    if _bytes(model) <= MEMORY_LIMIT:
+        return _build(config, "cpu")
+    layers = _layers_to_first_experts(model)
+    return model if layers is None else _build(_with_layers(config, layers), "meta")
+
+
+def _build(config: Any, device: str) -> torch.nn.Module:
+    transformers = _transformers()
+    named = [n for n in config.architectures or () if n in dir(transformers)]
+    with torch.device(device):
+        if named:
+            model: torch.nn.Module = getattr(transformers, named[0])._from_config(config)
+            return model.eval()
+        for auto in _AUTO_CLASSES:
+            with contextlib.suppress(ValueError):  # this family has no such class; try the next
+                found: torch.nn.Module = getattr(transformers, auto).from_config(config)
+                return found.eval()
+    raise CompileError(f"transformers cannot build a model from a {type(config).__name__}")
+
+
+def _bytes(model: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _layers_to_first_experts(model: torch.nn.Module) -> int | None:
+    """How many layers there are up to the first with experts; ``None`` if none has."""
+    found = (_EXPERT_LAYER.search(name) for name, _ in model.named_parameters())
+    return min((int(match[1]) + 1 for match in found if match), default=None)
+
+
+def _with_layers(config: Any, layers: int) -> Any:
+    """The configuration with fewer layers, also in the lists that have an entry a layer."""
+    text = config.get_text_config()
+    lists = {k: v[:layers] for k, v in vars(text).items() if _is_per_layer(v, text)}
+    for name, value in {"num_hidden_layers": layers, **lists}.items():
+        setattr(text, name, value)
+    return config
+
+
+def _is_per_layer(value: Any, config: Any) -> bool:
+    return isinstance(value, list) and len(value) == config.num_hidden_layers

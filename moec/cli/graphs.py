@@ -1,0 +1,260 @@
+"""``moec opt``, ``moec run`` and ``moec emit``: work on IR files."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from moec import interp
+from moec.cli.console import graphs_in, progress, read_graphs, read_text, say, write_result
+from moec.errors import CodegenError, DimError, PassError
+from moec.inputs import dim_names, random_inputs
+from moec.ir import Graph, Value, show
+from moec.ir.graph import walk
+from moec.manager import Observer as ObserverProtocol
+from moec.manager import PassCall, PassManager, Step, find_pass, parse_pipeline
+from moec.observers import Check, Dump, Observer, Print, Stats, Time, Verify
+from moec.pipeline import pipeline as default_pipeline
+from moec.reproducer import Reproducer, pipeline_of
+
+
+class Target(StrEnum):
+    """What code is generated for."""
+
+    triton = "triton"
+    aten = "aten"
+
+
+File = Annotated[
+    Path,
+    typer.Argument(metavar="FILE", help="A file of IR text; - is stdin.", show_default=False),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option("-o", "--output", help="The file to write; stdout if absent.", show_default=False),
+]
+Name = Annotated[
+    str | None,
+    typer.Option(
+        "--graph", metavar="NAME", help="Only this graph of the file.", show_default=False
+    ),
+]
+
+
+def opt(
+    file: File,
+    passes: Annotated[
+        str | None,
+        typer.Option(
+            "-p",
+            "--passes",
+            metavar="PASSES",
+            help='The passes: "cse, fuse-gemm{max-ops=16}". Absent: the file\'s "// run:" line, or'
+            " else the default pipeline for --target and --training.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Output = None,
+    target: Annotated[Target, typer.Option(help="Of the default pipeline.")] = Target.triton,
+    training: Annotated[
+        bool, typer.Option("--training", help="Default pipeline: with the backward pass.")
+    ] = False,
+    graph: Name = None,
+    print_after: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PASS|all", help="Print the IR after this pass, on stderr.", show_default=False
+        ),
+    ] = None,
+    dump: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Write DIR/07-fuse-gemm.moe and so on: the IR after each pass that changed it.",
+            show_default=False,
+        ),
+    ] = None,
+    time: Annotated[bool, typer.Option("--time", help="Print the time of each pass.")] = False,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Print the rewrites of each pass.")
+    ] = False,
+    check_each: Annotated[
+        bool,
+        typer.Option("--check-each", help="Interpret before and after each pass, and compare."),
+    ] = False,
+    verify: Annotated[bool, typer.Option(help="Check the IR's rules after each pass.")] = True,
+) -> None:
+    """Run passes over IR text.
+
+    If a pass fails, a reproducer moec-repro-<hash>.moe is written into the current folder; moec
+    opt on that file runs the pass again on the same graph.
+
+    \b
+    Examples:
+      moec opt a.moe -o b.moe
+      moec opt a.moe -p "cse, dce" --print-after cse
+      moec opt a.moe --training --dump steps --time --stats
+      moec opt a.moe --check-each > b.moe
+    """
+    text = read_text(file)
+    found = graphs_in(text, file, graph)
+    named = passes if passes is not None else pipeline_of(text)
+    calls = parse_pipeline(default_pipeline(target.value, training) if named is None else named)
+    names = _printed(print_after, calls)
+    reports: list[Observer] = [*([Time()] if time else []), *([Stats()] if stats else [])]
+
+    def observers(one: Graph) -> list[Observer]:
+        watching: list[Observer] = [Verify()] if verify else []
+        watching += [Print(names, say)] if print_after else []
+        watching += [Dump(dump / one.name if len(found) > 1 else dump)] if dump else []
+        return [*watching, *([Check()] if check_each else []), *reports]
+
+    results = run_passes(found, calls, observers)
+    write_result(show(results), output)
+    for report in reports:
+        say(str(report))
+
+
+def _printed(print_after: list[str] | None, calls: Sequence[PassCall]) -> set[str] | None:
+    """The passes to print after; ``None`` for all."""
+    if not print_after or "all" in print_after:
+        return None
+    there = {call.definition.name for call in calls}
+    for name in print_after:
+        if find_pass(name).name not in there:
+            raise PassError(
+                f"--print-after {name}: this pipeline does not run it; it runs {_shown(calls)}"
+            )
+    return set(print_after)
+
+
+def _shown(calls: Sequence[PassCall]) -> str:
+    return ", ".join(map(str, calls)) or "nothing"
+
+
+class _Steps(Observer):
+    """Moves a progress bar."""
+
+    def __init__(self, step: Callable[[str], None]) -> None:
+        self.step = step
+
+    def after(self, step: Step, index: int) -> None:
+        self.step(step.call.definition.name)
+
+
+def run_passes(
+    graphs: Sequence[Graph],
+    calls: Sequence[PassCall],
+    observers: Callable[[Graph], Sequence[ObserverProtocol]],
+) -> list[Graph]:
+    """Every graph after the passes; a pass that fails leaves a reproducer in the current folder."""
+    results = []
+    with progress("passes", len(graphs) * len(calls)) as step:
+        for one in graphs:
+            reproducer = Reproducer()
+            watching = [*observers(one), reproducer, _Steps(step)]
+            with reproducer:
+                results.append(PassManager(calls, watching).run(one))
+    return results
+
+
+def run(
+    file: File,
+    dims: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="T=33 ...", help="Sizes of the graph's dims.", show_default=False),
+    ] = None,
+    graph: Name = None,
+    seed: Annotated[int, typer.Option(help="Of the generated inputs.")] = 0,
+    float64: Annotated[
+        bool, typer.Option("--float64", help="Compute every float in float64: the reference.")
+    ] = False,
+) -> None:
+    """Interpret graphs on generated inputs; print shape, norm and checksum of every result.
+
+    The same seed gives the same inputs, before and after optimisation, so two runs can be compared.
+
+    \b
+    Examples:
+      moec run a.moe T=33
+      moec run a.moe T=0 --float64 --graph mlp
+    """
+    sizes = read_sizes(dims or [])
+    found = read_graphs(file, graph)
+    unknown = sizes.keys() - {n for g in found for n in dim_names(g)}
+    if unknown:
+        known = ", ".join(dict.fromkeys(n for g in found for n in dim_names(g))) or "none"
+        raise DimError(f"{file} has no dim {', '.join(sorted(unknown))}; its dims: {known}")
+    for one in found:
+        inputs = random_inputs(one, sizes, seed=seed, float64=float64)
+        with torch.no_grad():
+            results = interp.run(one, inputs, float64=float64, dims=sizes)
+        typer.echo("\n".join([f"@{one.name}", *result_lines(one, results)]))
+
+
+def read_sizes(words: Sequence[str]) -> dict[str, int]:
+    """``["T=33"]`` as a mapping; anything else is wrong usage."""
+    sizes: dict[str, int] = {}
+    for word in words:
+        name, _, number = word.partition("=")
+        if not number.isdecimal() or not name.isidentifier() or len(number) > 18:
+            raise typer.BadParameter(f"{word!r} is no size; write a dim and a number, as in T=33")
+        sizes[name] = int(number)
+    return sizes
+
+
+def result_lines(graph: Graph, results: Sequence[torch.Tensor]) -> list[str]:
+    """One line a result; a gradient is called after its input."""
+    named = [(v.hint, v) for v in graph.outputs]
+    pairs = zip(graph.inputs, graph.gradients, strict=False)
+    named += [(f"grad {v.hint}", g) for v, g in pairs if g is not None]
+    width = max((len(n) for n, _ in named), default=0)
+    rows = zip(named, results, strict=True)
+    return [f"  {name.ljust(width)}  {_described(value, t)}" for (name, value), t in rows]
+
+
+def _described(value: Value, tensor: torch.Tensor) -> str:
+    norm = float(tensor.double().norm())
+    flat = tensor.contiguous()
+    # The bytes themselves: NumPy, which has the usual way to them, is no dependency.
+    data = ctypes.string_at(flat.data_ptr(), flat.nbytes) if flat.nbytes else b""
+    checksum = hashlib.sha256(data).hexdigest()[:12]
+    return f"{value.type}  shape {tuple(tensor.shape)}  norm {norm:.6g}  checksum {checksum}"
+
+
+def emit(
+    file: File,
+    output: Output = None,
+    target: Annotated[Target, typer.Option(help="What to generate.")] = Target.triton,
+    training: Annotated[
+        bool, typer.Option("--training", help="Differentiate first, if the graph is no joint one.")
+    ] = False,
+    graph: Name = None,
+    as_it_is: Annotated[bool, typer.Option("--as-it-is", help="Run no passes first.")] = False,
+) -> None:
+    """Write the Python module (kernels and a run function) that would run a graph.
+
+    A graph without kernels is optimised first, by the default pipeline of the target.
+
+    \b
+    Examples:
+      moec emit a.moe -o kernels.py
+      moec emit a.moe --target aten --graph mlp
+    """
+    from moec.codegen import emit_module
+
+    found = read_graphs(file, graph)
+    if len(found) > 1:
+        names = ", ".join(g.name for g in found)
+        raise CodegenError(f"{file} holds {len(found)} graphs; choose one with --graph: {names}")
+    lowered = as_it_is or any(op.kind.startswith("kern.") for op in walk(found[0]))
+    calls = parse_pipeline("" if lowered else default_pipeline(target.value, training))
+    (result,) = run_passes(found, calls, lambda one: [Verify()])
+    write_result(emit_module(result, target=target.value), output)
