@@ -1,1 +1,5 @@
-"""Code generation: from fused IR to an importable Python module of kernels."""
+"""Code generation: a graph becomes one importable Python module."""
+
+from moec.codegen.module import emit_module
+
+__all__ = ["emit_module"]

@@ -177,14 +177,15 @@ def random_inputs(
         DimError: a symbol has no size in ``dims``, or one outside its range; or the tensors would
             not fit into this machine's memory.
     """
-    _check_dims(graph, dims)
+    check_dims(graph, dims)
     values = (*graph.inputs, *graph.cotangents)
     _check_memory(graph, values, dims, float64)
     maker = _Maker(graph, dims, seed, float64)
     return [maker.make(value) for value in values]
 
 
-def _check_dims(graph: Graph, dims: Mapping[str, int]) -> None:
+def check_dims(graph: Graph, dims: Mapping[str, int]) -> None:
+    """Raise :class:`DimError` unless ``dims`` has a size inside its range for every symbol."""
     names = dim_names(graph)
     missing = [n for n in names if n not in dims]
     if missing:

@@ -96,11 +96,11 @@ def versions() -> str:
 
 
 def version_of(package: str) -> str:
-    """The installed version of a package; "not installed" for a plain checkout."""
+    """The installed version of a package; "(not installed)" for a checkout."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        return "(not installed)"
 
 
 def pipeline_of(text: str) -> str | None:

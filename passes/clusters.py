@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 
 from moec.fuel import spend
 from moec.ir.builder import make_op
@@ -22,49 +23,50 @@ class Neighbourhood:
         self.backward = backward_ops(graph)
         self.returned = set(graph.returned)
 
-    def depends(self, value: Value, on: Collection[Op], through: Collection[Op]) -> bool:
-        """Whether ``value`` needs an op of ``on`` by a path that leaves ``through``."""
-        stack, seen = [value], set()
-        while stack:
-            op = self.made.get(stack.pop())
-            if op is None or op in seen:
-                continue
-            seen.add(op)
-            if op in on:
-                return True
-            stack.extend(op.operands)
-        return False
+    def convex(self, members: Collection[Op]) -> bool:
+        """Whether no path leaves ``members`` and comes back: only then can they run as one."""
+        inside, after = set(members), set[Op]()
+        for op in self.graph.ops:
+            sources = {self.made[v] for v in op.operands if v in self.made}
+            if op in inside:
+                if sources & after:
+                    return False
+            elif sources & inside or sources & after:
+                after.add(op)
+        return True
 
 
-def grow(around: Neighbourhood, anchor: Op, accept: Accept, accept_source: Accept) -> list[Op]:
+def grow(
+    around: Neighbourhood, anchor: Op, accept: Accept, accept_source: Accept, max_ops: int = 1 << 30
+) -> list[Op]:
     """The ops to fuse with ``anchor``: readers that ``accept`` takes and sources that only the
     cluster reads.
 
-    A reader joins if everything else that it needs can be computed before the cluster (convexity)
-    and runs in the same phase; a source joins, together with its other readers, if
-    ``accept_source`` takes it and ``accept`` takes them.
+    A reader joins if it runs in the same phase; a source joins, together with its other readers, if
+    ``accept_source`` takes it and ``accept`` takes them. What joins must leave the cluster convex
+    and no larger than ``max_ops``.
     """
     members = [anchor]
+
+    def joins(group: list[Op]) -> bool:
+        return (
+            len(members) + len(group) <= max_ops
+            and all((op in around.backward) == (anchor in around.backward) for op in group)
+            and around.convex([*members, *group])
+        )
+
     changed = True
     while changed:
-        changed = False
+        before = len(members)
         for op in _readers(around, members):
-            if accept(op) and _same_phase(around, op, anchor) and _convex(around, op, members):
+            if accept(op) and joins([op]):
                 members.append(op)
-                changed = True
         for op in _sources(around, members):
-            extra = _other_readers(around, op, members)
-            joins = (
-                accept_source(op)
-                and _same_phase(around, op, anchor)
-                and not any(v in around.returned for v in op.results)
-            )
-            if joins and all(
-                accept(r) and _same_phase(around, r, anchor) and _convex(around, r, [*members, op])
-                for r in extra
-            ):
-                members += [op, *(r for r in extra if r not in members)]
-                changed = True
+            group = [op, *_other_readers(around, op, members)]
+            inner = not any(v in around.returned for v in op.results)
+            if inner and accept_source(op) and all(map(accept, group[1:])) and joins(group):
+                members += [m for m in group if m not in members]
+        changed = len(members) > before
     order = {op: i for i, op in enumerate(around.graph.ops)}
     return sorted(members, key=order.__getitem__)
 
@@ -79,15 +81,6 @@ def _sources(around: Neighbourhood, members: list[Op]) -> list[Op]:
     return [op for op in dict.fromkeys(found) if op not in members]
 
 
-def _same_phase(around: Neighbourhood, op: Op, anchor: Op) -> bool:
-    return (op in around.backward) == (anchor in around.backward)
-
-
-def _convex(around: Neighbourhood, op: Op, members: list[Op]) -> bool:
-    outside = [v for v in op.operands if around.made.get(v) not in members]
-    return not any(around.depends(v, members, members) for v in outside)
-
-
 def _other_readers(around: Neighbourhood, op: Op, members: list[Op]) -> list[Op]:
     found = [r for v in op.results for r in around.readers.get(v, []) if r not in members]
     return list(dict.fromkeys(found))
@@ -100,19 +93,23 @@ def fuse(graph: Graph, members: list[Op], kind: str, *, duplicated: Collection[O
     (dead-code elimination removes them if there are none).
     """
     around = Neighbourhood(graph)
+    members = [op for op in graph.ops if op in members]
     inside = [op for op in graph.ops if op in members or op in duplicated]
     if not spend(f"fuse {kind}: {', '.join(op.kind for op in inside)}"):
         return graph
     made = {v for op in inside for v in op.results}
     inputs = tuple(dict.fromkeys(v for op in inside for v in op.operands if v not in made))
     outputs = tuple(v for op in members for v in op.results if _escapes(around, v, members))
+    if not outputs:  # dead code: a kernel without results would be one too
+        return graph.with_ops([op for op in graph.ops if op not in members])
     kernel = _kernel_op(graph, kind, inside, inputs, outputs)
-    rest = [op for op in graph.ops if op not in members]
-    mapping = dict(zip(outputs, kernel.results, strict=True))
-    ops = [
-        _renamed(op, mapping)
-        for op in [*_before(rest, graph, members), kernel, *_after(rest, graph, members)]
+    first = min(i for i, op in enumerate(graph.ops) if op in members)
+    rest = [
+        [op for i, op in enumerate(graph.ops) if op not in members and (i < first) == earlier]
+        for earlier in (True, False)
     ]
+    mapping = dict(zip(outputs, kernel.results, strict=True))
+    ops = [_renamed(op, mapping) for op in [*rest[0], kernel, *rest[1]]]
     new = graph.with_ops(topological(ops, (*graph.inputs, *graph.cotangents)))
     return _with_returned(new, mapping)
 
@@ -145,21 +142,15 @@ def _renamed(op: Op, mapping: dict[Value, Value]) -> Op:
     )
 
 
-def _before(rest: list[Op], graph: Graph, members: list[Op]) -> list[Op]:
-    first = min(graph.ops.index(m) for m in members)
-    return [op for op in rest if graph.ops.index(op) < first]
-
-
-def _after(rest: list[Op], graph: Graph, members: list[Op]) -> list[Op]:
-    first = min(graph.ops.index(m) for m in members)
-    return [op for op in rest if graph.ops.index(op) >= first]
-
-
 def _with_returned(graph: Graph, mapping: dict[Value, Value]) -> Graph:
-    from dataclasses import replace
-
     return replace(
         graph,
         outputs=tuple(mapping.get(v, v) for v in graph.outputs),
         gradients=tuple(None if g is None else mapping.get(g, g) for g in graph.gradients),
     )
+
+
+def constants_of(around: Neighbourhood, members: list[Op]) -> list[Op]:
+    """The ``t.full`` ops that ``members`` read: cheaper to make again than to pass."""
+    made = dict.fromkeys(around.made[v] for m in members for v in m.operands if v in around.made)
+    return [op for op in made if op.kind == "t.full" and op not in members]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moec.ir.graph import Graph, Op
 from moec.ir.opdef import opdef
 from moec.manager import register
-from moec.passes.clusters import Neighbourhood, fuse, grow
+from moec.passes.clusters import Neighbourhood, constants_of, fuse, grow
 
 
 @register("fuse-combine")
@@ -32,5 +32,6 @@ def _fuse_one(graph: Graph, anchor: Op) -> Graph:
             v.type.shape in (shape, ()) for v in (*op.operands, *op.results)
         )
 
-    members = grow(Neighbourhood(graph), anchor, accept, lambda op: False)
-    return fuse(graph, members, "combine")
+    around = Neighbourhood(graph)
+    members = grow(around, anchor, accept, lambda op: False)
+    return fuse(graph, members, "combine", duplicated=constants_of(around, members))

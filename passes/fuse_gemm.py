@@ -5,7 +5,7 @@ from __future__ import annotations
 from moec.ir.graph import Graph, Op, Value
 from moec.ir.opdef import opdef
 from moec.manager import register
-from moec.passes.clusters import Neighbourhood, fuse, grow
+from moec.passes.clusters import Neighbourhood, constants_of, fuse, grow
 
 _ROW_WORK = {"t.split", "t.merge", "moe.row_scale", "moe.row_dot", "t.reshape", "t.full"}
 _ROW_LOADS = {"moe.permute", "moe.expert_rows", "t.full"}
@@ -33,31 +33,18 @@ def _fuse_one(graph: Graph, anchor: Op, max_ops: int) -> Graph:
     around = Neighbourhood(graph)
     rows = anchor.result.type.shape[0]
     width = _domain_width(around, anchor)
-    count = [1]
 
     def accept(op: Op) -> bool:
-        fits = count[0] < max_ops and is_row_work(op, rows, width)
-        count[0] += fits
-        return fits
+        return is_row_work(op, rows, width)
 
     def accept_source(op: Op) -> bool:
-        return (op.kind in _ROW_LOADS or is_row_work(op, rows, width)) and _on_rows(op, rows)
+        return (op.kind in _ROW_LOADS or accept(op)) and _on_rows(op, rows)
 
-    members = grow(around, anchor, accept, accept_source)
+    members = grow(around, anchor, accept, accept_source, max_ops)
     gather = around.made.get(anchor.operands[0])
     prologue = [gather] if gather is not None and gather.kind == "moe.gather" else []
-    constants = [
-        op
-        for m in members
-        for op in (around.made.get(v) for v in m.operands)
-        if op is not None and op.kind == "t.full"
-    ]
-    return fuse(
-        graph,
-        members,
-        "grouped_gemm",
-        duplicated=[op for op in [*prologue, *constants] if op not in members],
-    )
+    constants = constants_of(around, members)
+    return fuse(graph, members, "grouped_gemm", duplicated=[*prologue, *constants])
 
 
 def _on_rows(op: Op, rows: object) -> bool:
@@ -68,7 +55,7 @@ def _domain_width(around: Neighbourhood, anchor: Op) -> int:
     """The number of columns on which the epilogue works: a part's, if the product is read by a
     split.
     """
-    width = int(anchor.result.type.shape[1])  # type: ignore[arg-type]
+    width = int(anchor.result.type.shape[1])
     for op in around.readers.get(anchor.result, []):
         if op.kind == "t.split" and op.operands[0] is anchor.result:
             return width // int(op.attrs["parts"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moec.ir.graph import Graph, Op
 from moec.ir.opdef import opdef
 from moec.manager import register
-from moec.passes.clusters import Neighbourhood, fuse, grow
+from moec.passes.clusters import Neighbourhood, constants_of, fuse, grow
 
 
 @register("fuse-pointwise")
@@ -41,12 +41,4 @@ def _fuse_one(graph: Graph, anchor: Op, min_ops: int) -> Graph:
     members = grow(around, anchor, accept, accept)
     if len(members) < min_ops:
         return graph
-    constants = (around.made.get(v) for m in members for v in m.operands)
-    return fuse(
-        graph,
-        members,
-        "pointwise",
-        duplicated=[
-            op for op in constants if op is not None and op.kind == "t.full" and op not in members
-        ],
-    )
+    return fuse(graph, members, "pointwise", duplicated=constants_of(around, members))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moec.ir.graph import Graph, Op, Value
 from moec.ir.opdef import opdef
 from moec.manager import register
-from moec.passes.clusters import Neighbourhood, fuse, grow
+from moec.passes.clusters import Accept, Neighbourhood, constants_of, fuse, grow
 
 _ROUTING = {"moe.activate", "moe.select", "moe.weight"}
 
@@ -19,9 +19,14 @@ def fuse_routing(graph: Graph, *, max_experts: int = 1024) -> Graph:
     kernel is the dispatch alone. ``max_experts`` bounds the row that one program holds in
     registers.
     """
-    for anchor in [op for op in graph.ops if op.kind == "moe.dispatch"]:
-        graph = _fuse_one(graph, anchor, max_experts)
-    return graph
+    while True:
+        anchor = next((op for op in graph.ops if op.kind == "moe.dispatch"), None)
+        if anchor is None:
+            return graph
+        fused = _fuse_one(graph, anchor, max_experts)
+        if fused is graph:
+            return graph
+        graph = fused
 
 
 def _fuse_one(graph: Graph, anchor: Op, max_experts: int) -> Graph:
@@ -40,41 +45,33 @@ def _fuse_one(graph: Graph, anchor: Op, max_experts: int) -> Graph:
     select = around.made.get(anchor.operands[0])
     if select is None or select.kind != "moe.select" or not accept(select):
         return fuse(graph, [anchor], "routing")
-    members = _closure(around, anchor, accept)
-    return fuse(graph, members, "routing", duplicated=_constants(around, members))
+    members = _closure(around, anchor, select, accept)
+    return fuse(graph, members, "routing", duplicated=constants_of(around, members))
 
 
-def _closure(around: Neighbourhood, anchor: Op, accept: object) -> list[Op]:
+def _closure(around: Neighbourhood, anchor: Op, select: Op, accept: Accept) -> list[Op]:
     """The selection with what feeds and follows it; scores stay readable from outside."""
-    select = around.made[anchor.operands[0]]
-    members = grow(around, select, accept, lambda op: False)  # type: ignore[arg-type]
+    members = [*grow(around, select, accept, lambda op: False), anchor]
     for op in _score_ops(around, members, accept):
-        members.append(op)
-    again = [op for op in around.graph.ops if op in members or op is anchor]
-    weights = [
-        op
-        for op in around.graph.ops
-        if op.kind == "moe.weight"
-        and op not in again
-        and accept(op)
-        and op.operands[1] in select.results
-    ]  # type: ignore[operator]
-    return [op for op in around.graph.ops if op in again or op in weights]
+        if around.convex([*members, op]):
+            members.append(op)
+    for op in around.graph.ops:
+        weighs = op.kind == "moe.weight" and op.operands[1] in select.results
+        if weighs and op not in members and accept(op) and around.convex([*members, op]):
+            members.append(op)
+    return members
 
 
-def _score_ops(around: Neighbourhood, members: list[Op], accept: object) -> list[Op]:
+def _score_ops(around: Neighbourhood, members: list[Op], accept: Accept) -> list[Op]:
+    """What makes the scores, nearest first."""
     found: list[Op] = []
     stack = [v for m in members for v in m.operands]
     while stack:
-        op = around.made.get(stack.pop())
-        if op is None or op in members or op in found or op.kind == "t.full" or not accept(op):  # type: ignore[operator]
+        op = around.made.get(stack.pop(0))
+        known = op is None or op in members or op in found or op.kind == "t.full"
+        if op is None or known or not accept(op):
             continue
         if (op in around.backward) == (members[0] in around.backward):
             found.append(op)
             stack.extend(op.operands)
     return found
-
-
-def _constants(around: Neighbourhood, members: list[Op]) -> list[Op]:
-    made = (around.made.get(v) for m in members for v in m.operands)
-    return [op for op in made if op is not None and op.kind == "t.full" and op not in members]

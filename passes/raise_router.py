@@ -39,91 +39,124 @@ def select_from_topk(b: Builder, op: Op, find: Lookup) -> Any:
     selection.
     """
     choice = op.operands[0]
-    if choice.type.rank != 2 or not _is_last_axis(op) or not op.attrs.get("largest", True):
+    if choice.type.rank != 2 or not _is_largest(op):
         return None
     limited = _limited_groups(find, choice)
-    scores, attrs = (choice, {}) if limited is None else limited
-    operands, plain = [scores], limited is None
-    biased = _made_by(find, scores, "t.add")
-    if (
-        biased is not None
-        and len(biased.operands) == 2
-        and biased.operands[1].type.shape == (scores.type.shape[1],)
-    ):
-        operands, plain = list(biased.operands), False
+    scores, attrs = limited or (choice, {})
+    operands = _scores_and_bias(find, scores)
     idx = b("moe.select", *operands, k=op.attrs["k"], hint="idx", **attrs)
-    values = b(
-        "moe.weight" if plain else "t.gather",
-        scores,
-        idx,
-        hint=op.results[0].hint,
-        **({} if plain else {"dim": -1}),
-    )
+    hint = op.results[0].hint
+    if limited is None and len(operands) == 1:
+        values = b("moe.weight", scores, idx, hint=hint)
+    else:  # the values are those that were compared, so they are no weights
+        values = b("t.gather", choice, idx, dim=-1, hint=hint)
     return values, b("t.cast", idx, dtype="i64", hint=op.results[1].hint)
+
+
+def _is_largest(op: Op) -> bool:
+    return _is_last_axis(op) and bool(op.attrs.get("largest", True))
+
+
+def _scores_and_bias(find: Lookup, scores: Value) -> list[Value]:
+    """The scores, or the scores and the selection bias whose sum they are."""
+    total = _made_by(find, scores, "t.add")
+    if total is None or len(total.operands) != 2:
+        return [scores]
+    x, y = total.operands
+    for plain, bias in ((x, y), (y, x)):
+        if plain.type == scores.type and bias.type.shape == (scores.type.shape[1],):
+            return [plain, bias]
+    return [scores]
 
 
 def _limited_groups(find: Lookup, value: Value) -> tuple[Value, dict[str, Any]] | None:
     """Scores and attributes if ``value`` is ``where(not in a best group, fill, scores)``."""
     where = _made_by(find, value, "t.where")
-    fill = None if where is None else _made_by(find, where.operands[1], "t.full")
-    if where is None or fill is None:
+    fill = None if where is None else _constant(find, where.operands[1])
+    if where is None or fill is None or where.operands[2].type != value.type:
         return None
     negated = _made_by(find, where.operands[0], "t.logical_not")
-    mask = (
-        _skip(find, negated.operands[0], "t.cast", "t.reshape", "t.expand")
-        if negated is not None
-        else None
-    )
-    scattered = _made_by(find, mask, "t.scatter") if mask is not None else None
-    if (
-        scattered is None
-        or scattered.attrs.get("value") != 1.0
-        or not _is_zero(find, scattered.operands[0])
-    ):
+    mask = None if negated is None else _group_mask(find, negated.operands[0])
+    if mask is None:
         return None
-    return _group_choice(find, scattered.operands[1], where.operands[2], fill.attrs["value"])
+    return _group_choice(find, mask, where.operands[2], fill)
+
+
+def _constant(find: Lookup, value: Value) -> float | None:
+    op = _made_by(find, _skip(find, value, "t.cast", "t.expand", "t.reshape"), "t.full")
+    return None if op is None else float(op.attrs["value"])
+
+
+def _group_mask(find: Lookup, mask: Value) -> Op | None:
+    """The scatter of ones at the best groups ``[T, G]`` that ``mask`` repeats for their experts."""
+    value, shapes = mask, [mask.type.shape]
+    op = _made_by(find, value, "t.cast", "t.reshape", "t.expand")
+    while op is not None:
+        value = op.operands[0]
+        shapes.append(value.type.shape)
+        op = _made_by(find, value, "t.cast", "t.reshape", "t.expand")
+    op = _made_by(find, value, "t.scatter")
+    if op is None or op.attrs.get("value") != 1 or _constant(find, op.operands[0]) != 0:
+        return None
+    if value.type.rank != 2 or op.attrs["dim"] not in (-1, 1):
+        return None
+    (tokens, experts), groups = mask.type.shape, value.type.shape[1]
+    if not isinstance(experts, int) or not isinstance(groups, int) or experts % groups:
+        return None
+    column, whole = (tokens, groups, 1), (tokens, groups, experts // groups)
+    # each group's flag becomes a column and is repeated along it; any other way mixes groups up
+    wanted = [(tokens, experts), whole, column, (tokens, groups)]
+    return op if _without_repeats(shapes) == _without_repeats(wanted) else None
+
+
+def _without_repeats(shapes: list[Any]) -> list[Any]:
+    return [s for s, last in zip(shapes, [None, *shapes], strict=False) if s != last]
 
 
 def _group_choice(
-    find: Lookup, index: Value, scores: Value, fill: float
+    find: Lookup, mask: Op, scores: Value, fill: float
 ) -> tuple[Value, dict[str, Any]] | None:
-    best = _made_by(find, _skip(find, index, "t.cast"), "t.topk")
-    if best is None:
+    """The attributes of a selection limited to the groups that ``mask`` marks."""
+    index = _skip(find, mask.operands[1], "t.cast")
+    best = _made_by(find, index, "t.topk")
+    if best is None or index is not best.results[1] or not _is_largest(best):
         return None
-    scored = _made_by(find, best.operands[0], "t.sum", "t.amax")
-    if (
-        scored is None
-        or scored.attrs["dims"] not in ((-1,), (2,))
-        or scored.attrs.get("keepdim", False)
-    ):
+    found = _group_score(find, best.operands[0])
+    (tokens, experts), groups = scores.type.shape, mask.result.type.shape[1]
+    if found is None or found[0].type.shape != (tokens, groups, _per_group(experts, groups)):
         return None
-    source = scored.operands[0]
-    if scored.kind == "t.sum":
-        two = _made_by(find, source, "t.topk")
-        if two is None or two.attrs["k"] != 2 or source is not two.results[0]:
-            return None
-        source = two.operands[0]
-    if _skip(find, source, "t.reshape") is not _skip(find, scores, "t.reshape"):
+    if _skip(find, found[0], "t.reshape") is not _skip(find, scores, "t.reshape"):
         return None
-    score = "sum_top2" if scored.kind == "t.sum" else "max"
-    groups = source.type.shape[1]
     return scores, {
         "mode": "group_limited",
         "groups": groups,
         "topk_groups": best.attrs["k"],
-        "group_score": score,
+        "group_score": found[1],
         "mask_value": fill,
     }
+
+
+def _per_group(experts: Any, groups: Any) -> int:
+    return int(experts) // int(groups)
+
+
+def _group_score(find: Lookup, value: Value) -> tuple[Value, str] | None:
+    """The scores by group whose maximum, or sum of the two largest, ``value`` is."""
+    op = _made_by(find, value, "t.sum", "t.amax")
+    if op is None or op.attrs["dims"] not in ((-1,), (2,)) or op.attrs.get("keepdim", False):
+        return None
+    source = op.operands[0]
+    if op.kind == "t.amax":
+        return source, "max"
+    two = _made_by(find, source, "t.topk")
+    if two is None or two.attrs["k"] != 2 or source is not two.results[0] or not _is_largest(two):
+        return None
+    return two.operands[0], "sum_top2"
 
 
 def _skip(find: Lookup, value: Value, *kinds: str) -> Value:
     op = _made_by(find, value, *kinds)
     return value if op is None else _skip(find, op.operands[0], *kinds)
-
-
-def _is_zero(find: Lookup, value: Value) -> bool:
-    op = _made_by(find, value, "t.full")
-    return op is not None and op.attrs["value"] == 0
 
 
 def weight_from_gather(b: Builder, op: Op, find: Lookup) -> Any:
@@ -148,31 +181,29 @@ def weight_from_activation(b: Builder, op: Op, find: Lookup) -> Any:
 
 def weight_normalised(b: Builder, op: Op, find: Lookup) -> Any:
     """Weights divided by their sum, by their sum plus eps, or by their sum held above eps."""
-    if len(op.operands) != 2:
-        return None
     weight = _plain_weight(find, op.operands[0])
-    bottom, norm, eps = op.operands[1], "sum", 0.0
-    outer = _made_by(find, bottom, "t.add", "t.clamp")
-    if outer is not None and len(outer.operands) == 1:
-        eps = outer.attrs.get("other") if outer.kind == "t.add" else outer.attrs.get("min")
-        norm = "sum" if outer.kind == "t.add" else "clamp_min"
-        if eps is None or "max" in outer.attrs:
-            return None
-        bottom = outer.operands[0]
-    total = _made_by(find, bottom, "t.sum")
-    if (
-        weight is None
-        or total is None
-        or total.operands[0] is not op.operands[0]
-        or not total.attrs.get("keepdim")
-    ):
+    if weight is None or len(op.operands) != 2:
         return None
-    if total.attrs["dims"] not in ((-1,), (1,)):
+    total, norm, eps = _bottom(find, op.operands[1])
+    made = _made_by(find, total, "t.sum")
+    if made is None or made.operands[0] is not op.operands[0] or not made.attrs.get("keepdim"):
         return None
-    attrs = {k: v for k, v in weight.attrs.items() if k == "source"}
-    return b(
-        "moe.weight", *weight.operands, norm=norm, eps=float(eps), hint=op.result.hint, **attrs
-    )
+    if made.attrs["dims"] not in ((-1,), (1,)):
+        return None
+    attrs: dict[str, Any] = {k: v for k, v in weight.attrs.items() if k == "source"}
+    return b("moe.weight", *weight.operands, norm=norm, eps=eps, hint=op.result.hint, **attrs)
+
+
+def _bottom(find: Lookup, value: Value) -> tuple[Value, str, float]:
+    """A divisor: the sum in it, how the sum is kept from zero, and by how much."""
+    op = _made_by(find, value, "t.add", "t.clamp")
+    if op is None or len(op.operands) != 1:
+        return value, "sum", 0.0
+    if op.kind == "t.add":
+        return op.operands[0], "sum", float(op.attrs["other"])
+    if op.attrs.get("min") is None or op.attrs.get("max") is not None:
+        return value, "sum", 0.0
+    return op.operands[0], "clamp_min", float(op.attrs["min"])
 
 
 def weight_scaled(b: Builder, op: Op, find: Lookup) -> Any:
@@ -232,30 +263,27 @@ def _apply(graph: Graph, routed: frozenset[Value]) -> Graph:
 
 
 def _raise_activation(graph: Graph) -> Graph:
-    """Scores that a selection or a weight reads, made by softmax, sigmoid or sqrt(softplus) of
-    logits.
-    """
+    """Scores that a selection or a weight reads, made by an activation of logits."""
     readers = users(graph)
     definitions = Definitions(graph)
 
     def rule(builder: Builder, op: Op) -> Any:
-        if op.kind not in ("t.softmax", "t.sigmoid", "t.sqrt") or op.result.type.rank != 2:
+        routers = [r for v in op.results for r in readers.get(v, []) if r.operands[0] is v]
+        if not any(r.kind in ("moe.select", "moe.weight") for r in routers):
             return None
-        if not any(
-            r.kind in ("moe.select", "moe.weight") and r.operands[0] is op.result
-            for r in readers.get(op.result, [])
-        ):
+        found = _activation(op, lambda v: definitions.of(builder, v))
+        if found is None:
             return None
-        if op.kind == "t.sqrt":
-            inner = definitions.of(builder, op.operands[0])
-            plain = inner is not None and inner.kind == "t.softplus" and not inner.attrs
-            return (
-                builder("moe.activate", inner.operands[0], fn="sqrtsoftplus", hint=op.result.hint)
-                if plain and inner
-                else None
-            )
-        if not _is_last_axis(op):
-            return None
-        return builder("moe.activate", op.operands[0], fn=op.kind[2:], hint=op.result.hint)
+        return builder("moe.activate", found[0], fn=found[1], hint=op.result.hint)
 
     return transform(graph, rule, "raise-router")
+
+
+def _activation(op: Op, find: Lookup) -> tuple[Value, str] | None:
+    """The logits and the name of the activation that makes scores of them."""
+    if op.kind in ("t.softmax", "t.sigmoid") and op.result.type.rank == 2 and _is_last_axis(op):
+        return op.operands[0], op.kind[2:]
+    inner = _made_by(find, op.operands[0], "t.softplus") if op.kind == "t.sqrt" else None
+    if inner is None or inner.attrs.get("beta", 1) != 1 or inner.attrs.get("threshold", 20) != 20:
+        return None
+    return inner.operands[0], "sqrtsoftplus"

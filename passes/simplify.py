@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from moec.ir.builder import Builder
 from moec.ir.dims import canon
 from moec.ir.graph import Graph, Op, Value, users
+from moec.ir.opdef import opdef
 from moec.ir.types import FLOATS, SIZES
 from moec.manager import register
+from moec.passes.dce import dce
 from moec.rewrite import Definitions, fixpoint, transform
 
-Simplification = Callable[[Builder, Op, Op | None], Value | None]
+Simplification = Callable[[Builder, Op, Op | None], Value | Sequence[Value] | None]
 _EXACT = {
     ("bf16", "f32"),
     ("f16", "f32"),
@@ -90,6 +92,37 @@ def product_of_transposed(b: Builder, op: Op, inner: Op | None) -> Value | None:
     return value
 
 
+def split_of_merge(b: Builder, op: Op, inner: Op | None) -> Sequence[Value] | None:
+    """Parts that were merged are the parts."""
+    if inner is None or inner.kind != "t.merge" or len(inner.operands) != len(op.results):
+        return None
+    same = inner.attrs.get("layout", "concat") == op.attrs.get("layout", "concat")
+    return inner.operands if same else None
+
+
+def merge_of_split(b: Builder, op: Op, inner: Op | None) -> Value | None:
+    """All parts of a split, merged in order, are what was split."""
+    if inner is None or inner.kind != "t.split" or inner.results != op.operands:
+        return None
+    same = inner.attrs.get("layout", "concat") == op.attrs.get("layout", "concat")
+    return inner.operands[0] if same else None
+
+
+def merge_of_sums(b: Builder, op: Op, inner: Op | None) -> Value | None:
+    """Sums by expert of the parts, merged, are the sums of the merged parts: the bias gradient then
+    reads what the weight gradient reads.
+    """
+    sums = [b.made_by(v) for v in op.operands]
+    if inner is None or any(s is None or s.kind != "moe.group_sum" for s in sums):
+        return None
+    rows = [s.operands[0] for s in sums if s is not None and s.operands[1] is inner.operands[1]]
+    if len(rows) != len(sums):
+        return None
+    merged = b("t.merge", *rows, layout=op.attrs.get("layout", "concat"))
+    value: Value = b("moe.group_sum", merged, inner.operands[1], hint=op.result.hint)
+    return value
+
+
 RULES: dict[str, tuple[Simplification, ...]] = {
     "t.reshape": (same_shape, reshape_of_reshape),
     "t.expand": (same_shape,),
@@ -97,6 +130,8 @@ RULES: dict[str, tuple[Simplification, ...]] = {
     "t.cast": (exact_cast,),
     "t.neg": (double_negation,),
     "t.logical_not": (double_negation,),
+    "t.split": (split_of_merge,),
+    "t.merge": (merge_of_split, merge_of_sums),
     "t.mul": (times_one,),
     "t.div": (times_one,),
     "moe.grouped_mm": (product_of_transposed,),
@@ -105,17 +140,18 @@ RULES: dict[str, tuple[Simplification, ...]] = {
 
 @register("simplify")
 def simplify(graph: Graph) -> Graph:
-    """Remove casts, reshapes and arithmetic that change nothing, and gather slices into splits.
+    """Remove casts, reshapes and arithmetic that change nothing, gather slices into splits, and
+    move splits in front of pointwise work.
 
     Every rule is exact: the result has the same bits.
     """
-    return fixpoint(graph, lambda g: slices_to_splits(_apply_rules(g)), "simplify")
+    return fixpoint(graph, lambda g: splits_first(slices_to_splits(_apply_rules(g))), "simplify")
 
 
 def _apply_rules(graph: Graph) -> Graph:
     definitions = Definitions(graph)
 
-    def rule(builder: Builder, op: Op) -> Value | None:
+    def rule(builder: Builder, op: Op) -> Value | Sequence[Value] | None:
         for simplification in RULES.get(op.kind, ()):
             inner = definitions.of(builder, op.operands[0])
             found = simplification(builder, op, inner)
@@ -126,8 +162,63 @@ def _apply_rules(graph: Graph) -> Graph:
     return transform(graph, rule, "simplify")
 
 
+def splits_first(graph: Graph) -> Graph:
+    """The split of pointwise work, or of a bias's rows, that nothing else reads becomes the same
+    work on the parts: there it fits behind the product that it follows.
+    """
+    readers = users(dce(graph))
+    definitions = Definitions(graph)
+    returned = set(graph.returned)
+
+    def rule(builder: Builder, op: Op) -> Sequence[Value] | None:
+        if op.kind != "t.split":
+            return None
+        inner = definitions.of(builder, op.operands[0])
+        if inner is None or len(inner.results) != 1:
+            return None
+        # an op that this walk made is read by what takes its place: left for the next round
+        alone = len(readers.get(inner.result, ())) == 1 and inner.result not in returned
+        return _on_parts(builder, op, inner) if alone else None
+
+    return transform(graph, rule, "simplify")
+
+
+def _on_parts(b: Builder, split: Op, inner: Op) -> Sequence[Value] | None:
+    """``inner`` on the parts of its operands; ``None`` if it is not the same on each column."""
+    count, size = len(split.results), inner.result.type.shape[-1]
+    if inner.kind == "moe.expert_rows":
+        columns: tuple[Value, ...] = inner.operands[:1]
+    elif opdef(inner.kind).pointwise:
+        wide = (v for v in inner.operands if v.type.rank and v.type.shape[-1] == size)
+        columns = tuple(dict.fromkeys(wide))
+    else:
+        return None
+    if size == 1 or not columns:
+        return None
+    parts = {
+        v: b("t.split", v, **split.attrs, hint=[r.hint for r in split.results]) for v in columns
+    }
+    return [
+        b(
+            inner.kind,
+            *(parts[v][i] if v in parts else v for v in inner.operands),
+            **inner.attrs,
+            hint=split.results[i].hint,
+        )
+        for i in range(count)
+    ]
+
+
 def slices_to_splits(graph: Graph) -> Graph:
     """Slices of the last axis that together are the whole become one ``t.split``."""
+    while True:
+        new = _first_split(graph)
+        if new is graph:
+            return graph
+        graph = new
+
+
+def _first_split(graph: Graph) -> Graph:
     for value, readers in users(graph).items():
         found = _split_of(value, [op for op in readers if op.kind == "t.slice"])
         if found is not None:

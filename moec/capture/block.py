@@ -47,13 +47,11 @@ def _experts_fake(x: torch.Tensor, idx: torch.Tensor, w: torch.Tensor) -> torch.
 class CapturedBlock:
     """A block's IR. ``weights`` are the parameter paths of the graph's inputs after the tokens.
 
-    ``token_rank`` is the rank of the tokens that the graph takes: 2 (``[T, H]``, leading axes flattened)
-    or what the module takes. ``outputs`` tells how each result of the module is shaped.
+    ``tree`` is the structure of the module's result.
     """
 
     graph: Graph
     weights: tuple[str, ...]
-    flattened: bool
     tree: Any
 
 
@@ -130,7 +128,7 @@ class _ExportImporter:
         output = next(n for n in graph.nodes if n.op == "output")
         results = [importer.value(importer.env[n]) for n in output.args[0]]
         graph_ = self.builder.graph(block_name(self.path, block), [tokens, *self.weights.values()], results)
-        return CapturedBlock(graph_, tuple(self.weights), False, self.exported.call_spec.out_spec)
+        return CapturedBlock(graph_, tuple(self.weights), self.exported.call_spec.out_spec)
 
     def bind_inputs(self, importer: Importer, graph: fx.Graph, block: nn.Module) -> Value:
         signature = self.exported.graph_signature

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from moec.capture.block import CapturedBlock
@@ -13,5 +14,5 @@ def has_expert_list(module: nn.Module) -> bool:
     return False
 
 
-def capture_loop(module: nn.Module, path: str, rank: int) -> CapturedBlock:
+def capture_loop(module: nn.Module, path: str, dtype: torch.dtype | None, rank: int) -> CapturedBlock:
     raise CaptureError("loops are not captured")

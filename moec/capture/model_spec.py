@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,12 @@ import torch
 
 from moec.errors import CompileError
 
-# Above this a model is built without memory (on the meta device) and with its first layers only.
+# A larger model is built with its first layers only, and with weights that share memory.
 MEMORY_LIMIT = 8_000_000_000
+# Weights of such a model that have more elements than this share memory.
+_LARGE = 1 << 22
+# How far the windows of two neighbouring experts (rows of an embedding) are apart, in elements.
+_STEP = 97
 _FACTORY = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<name>[A-Za-z_][\w.]*)\Z")
 _NAME = re.compile(r"[A-Za-z_][\w.-]*\Z")
 _EXPERT_LAYER = re.compile(r"\blayers\.(\d+)\..*expert")
@@ -27,15 +32,29 @@ _EXPERT_LAYER = re.compile(r"\blayers\.(\d+)\..*expert")
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
 
 
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model, and what was changed to be able to hold it (nothing, if ``note`` is empty)."""
+
+    model: torch.nn.Module
+    note: str = ""
+
+
 def load_model(spec: str) -> torch.nn.Module:
-    """The model that ``spec`` names.
+    """The model that ``spec`` names; see :func:`load`."""
+    return load(spec).model
+
+
+def load(spec: str) -> LoadedModel:
+    """The model that ``spec`` names, in evaluation mode unless a factory made it.
 
     ``spec`` is the path of a Hugging Face ``config.json`` (or of the folder that holds one), the
     name of an architecture (``mixtral``, ``MixtralForCausalLM``; its default configuration), or
     ``module:factory``, where the factory is an ``nn.Module`` or a function without arguments that
     returns one. Weights of the first two are random, in the configuration's dtype (float32 if it
-    names none), on the CPU; or, where they would exceed ``MEMORY_LIMIT`` bytes, on the meta device
-    and with only as many layers as reach the first with experts.
+    names none), on the CPU. Where they would exceed ``MEMORY_LIMIT`` bytes, the model has only as
+    many layers as reach the first with experts, and each large weight is a stack of overlapping
+    windows into few random numbers: distinct for each expert, but only good to be read.
 
     Raises:
         CompileError: nothing of that name, a file that is no configuration, transformers is not
@@ -45,7 +64,7 @@ def load_model(spec: str) -> torch.nn.Module:
     if path.exists() or path.suffix == ".json" or os.sep in spec:
         return _from_config(_read_config(path))
     if match := _FACTORY.match(spec):
-        return _from_factory(match["module"], match["name"])
+        return LoadedModel(_from_factory(match["module"], match["name"]))
     if _NAME.match(spec):
         return _from_config(_default_config(spec))
     raise CompileError(
@@ -194,12 +213,20 @@ def _near(name: str, names: Collection[str]) -> str:
     return "; did you mean " + ", ".join(lower[n] for n in found) + "?" if found else ""
 
 
-def _from_config(config: Any) -> torch.nn.Module:
-    model = _build(config, "meta")
-    if _bytes(model) <= MEMORY_LIMIT:
-        return _build(config, "cpu")
-    layers = _layers_to_first_experts(model)
-    return model if layers is None else _build(_with_layers(config, layers), "meta")
+def _from_config(config: Any) -> LoadedModel:
+    whole = _build(config, "meta")
+    size = sum(p.numel() * p.element_size() for p in whole.parameters())
+    if size <= MEMORY_LIMIT:
+        return LoadedModel(_build(config, "cpu"))
+    note = f"{size / 1e9:.0f} GB of weights are not held in full: large ones share memory"
+    layers = _layers_to_first_experts(whole)
+    if layers is None:
+        return LoadedModel(_with_weights(whole), note)
+    total = config.get_text_config().num_hidden_layers
+    part = _build(_with_layers(config, layers), "meta")
+    return LoadedModel(
+        _with_weights(part), f"{note}, and of {total} layers the first {layers} are built"
+    )
 
 
 def _build(config: Any, device: str) -> torch.nn.Module:
@@ -216,8 +243,27 @@ def _build(config: Any, device: str) -> torch.nn.Module:
     raise CompileError(f"transformers cannot build a model from a {type(config).__name__}")
 
 
-def _bytes(model: torch.nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+def _with_weights(model: torch.nn.Module) -> torch.nn.Module:
+    """Replace the parameters and buffers of a model on the meta device by random ones."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            weight = torch.nn.Parameter(_random(parameter), requires_grad=parameter.requires_grad)
+            setattr(module, name, weight)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module._buffers[name] = _random(buffer)
+    return model
+
+
+def _random(like: torch.Tensor) -> torch.Tensor:
+    """A CPU tensor of that shape: random floats of the scale of weights; integers are zeros."""
+    if not like.is_floating_point():
+        return torch.zeros(like.shape, dtype=like.dtype)
+    if like.numel() <= _LARGE:
+        return torch.randn(like.shape).mul_(0.02).to(like.dtype)
+    inner = like[0].numel()
+    numbers = torch.randn((like.shape[0] - 1) * _STEP + inner).mul_(0.02).to(like.dtype)
+    strides = torch.empty(like.shape[1:], device="meta").stride()
+    return numbers.as_strided(like.shape, (_STEP, *strides))
 
 
 def _layers_to_first_experts(model: torch.nn.Module) -> int | None:

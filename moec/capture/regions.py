@@ -14,7 +14,7 @@ from moec.capture.block import CapturedBlock, capture_block, weight_hint
 from moec.capture.experts import ExpertsBody, named_weights, read_experts
 from moec.capture.flatten import flatten_tokens
 from moec.capture.loops import capture_loop, has_expert_list
-from moec.errors import CaptureError, MoecError
+from moec.errors import MoecError
 from moec.ir.builder import Builder
 from moec.ir.dims import dim
 from moec.ir.graph import Graph, Value
@@ -28,7 +28,9 @@ class FoundRegion:
     """A region of a model: a MoE block, or the experts inside one whose router could not be read.
 
     ``graph`` is the imported forward IR (``None`` if the module stays as it is, then ``reason`` says why);
-    ``weights`` are the parameter paths, relative to the module, of the graph's inputs after the data.
+    ``weights`` are the parameter paths, relative to the module, of the graph's inputs after the data;
+    ``results`` says of each output whether it has the token axes of the input ("lead") or is as computed;
+    ``tree`` is the structure of the module's result.
     ``kind`` is "block" (called with tokens), "experts" (tokens, indices, weights) or "loop".
     """
 
@@ -39,6 +41,7 @@ class FoundRegion:
     weights: tuple[str, ...] = ()
     reason: str = ""
     tree: Any = None
+    results: tuple[tuple[Any, ...], ...] = ((),)
 
     @property
     def fingerprint(self) -> str:
@@ -53,6 +56,11 @@ class Candidate:
     name: str
     module: nn.Module
     experts: str | None
+
+    @property
+    def is_experts(self) -> bool:
+        """Whether the module itself is called with tokens, indices and weights."""
+        return self.experts is None and is_experts(self.module)
 
 
 def find_candidates(model: nn.Module) -> Iterator[Candidate]:
@@ -93,31 +101,46 @@ def capture(candidate: Candidate, dtype: torch.dtype | None = None, rank: int = 
 
     Falls back from the whole block to its experts alone; what cannot be read has ``graph=None``.
     """
+    if candidate.is_experts:
+        return capture_experts(candidate, dtype)
+    found = capture_whole(candidate, dtype, rank)
+    if found.graph is not None or candidate.experts is None:
+        return found
+    inner = replace(candidate, name=join(candidate.name, candidate.experts), module=candidate.module.get_submodule(candidate.experts))
+    fallback = capture_experts(inner, dtype)
+    return replace(fallback, reason=found.reason if fallback.graph is not None else fallback.reason)
+
+
+def capture_whole(candidate: Candidate, dtype: torch.dtype | None = None, rank: int = 3) -> FoundRegion:
+    """Capture a whole block: experts module and router, or a loop over a list of experts."""
+    name, module = candidate.name, candidate.module
+    kind = "loop" if candidate.experts is None else "block"
+    try:
+        if candidate.experts is None:
+            return _finished(name, module, kind, capture_loop(module, name, dtype, rank))
+        body = read_experts(module.get_submodule(candidate.experts), join(name, candidate.experts))
+        example = _example(module, body.hidden, dtype, rank)
+        return _finished(name, module, kind, capture_block(module, body, candidate.experts, example, name))
+    except MoecError as error:
+        return FoundRegion(name, module, kind, None, reason=str(error))
+
+
+def capture_experts(
+    candidate: Candidate, dtype: torch.dtype | None = None, choices: int = 2, weight_dtype: torch.dtype = torch.float32
+) -> FoundRegion:
+    """Capture an experts module alone: inputs are tokens ``[T, H]``, indices and weights ``[T, K]``."""
     name, module = candidate.name, candidate.module
     try:
-        if candidate.experts is None and not is_experts(module):
-            return _loop(candidate, rank)
-        if candidate.experts is None:
-            return _experts_region(name, module, "")
+        body = read_experts(module, name)
+        graph, weights = experts_graph(module, body, choices, dtype_name(weight_dtype), None if dtype is None else dtype_name(dtype))
     except MoecError as error:
-        return FoundRegion(name, module, "loop", None, reason=str(error))
-    return _block_region(candidate, dtype, rank)
+        return FoundRegion(name, module, "experts", None, reason=str(error))
+    return FoundRegion(name, module, "experts", graph, weights)
 
 
-def _block_region(candidate: Candidate, dtype: torch.dtype | None, rank: int) -> FoundRegion:
-    name, module, path = candidate.name, candidate.module, candidate.experts or ""
-    experts = module.get_submodule(path)
-    full = f"{name}.{path}" if name else path
-    try:
-        body = read_experts(experts, full)
-    except MoecError as error:
-        return FoundRegion(name, module, "block", None, reason=str(error))
-    try:
-        captured = capture_block(module, body, path, _example(module, body.hidden, dtype, rank), name)
-        return _finished(name, module, "block", captured)
-    except MoecError as error:
-        inner = _experts_region(full, experts, str(error))
-        return inner
+def join(*parts: str) -> str:
+    """A module path from its parts."""
+    return ".".join(p for p in parts if p)
 
 
 def _example(module: nn.Module, hidden: int, dtype: torch.dtype | None, rank: int) -> torch.Tensor:
@@ -128,20 +151,11 @@ def _example(module: nn.Module, hidden: int, dtype: torch.dtype | None, rank: in
 
 def _finished(name: str, module: nn.Module, kind: str, captured: CapturedBlock) -> FoundRegion:
     graph = PassManager("simplify, cse, dce").run(captured.graph)
-    flat = flatten_tokens(graph) if "S" in graph.ranges else graph
-    graph = verify(PassManager("simplify, cse, dce").run(flat)) if flat is not None else verify(graph)
-    return FoundRegion(name, module, kind, graph, captured.weights, tree=captured.tree)
-
-
-def _loop(candidate: Candidate, rank: int) -> FoundRegion:
-    captured = capture_loop(candidate.module, candidate.name, rank)
-    return _finished(candidate.name, candidate.module, "loop", captured)
-
-
-def _experts_region(name: str, experts: nn.Module, reason: str) -> FoundRegion:
-    """The region of an experts module alone: inputs are tokens, indices and weights."""
-    body = read_experts(experts, name)
-    return FoundRegion(name, experts, "experts", *experts_graph(experts, body), reason=reason)
+    lead = tuple(captured.graph.inputs[0].type.shape[:-1])
+    results = tuple(("lead",) if v.type.shape[: len(lead)] == lead else () for v in graph.outputs)
+    flat = flatten_tokens(graph) if "S" in graph.ranges else None
+    graph = graph if flat is None else PassManager("simplify, cse, dce").run(flat)
+    return FoundRegion(name, module, kind, verify(graph), captured.weights, tree=captured.tree, results=results)
 
 
 def experts_graph(experts: nn.Module, body: ExpertsBody, choices: int = 2, weight_dtype: str = "f32", dtype: str | None = None) -> tuple[Graph, tuple[str, ...]]:
@@ -168,9 +182,4 @@ def experts_graph(experts: nn.Module, body: ExpertsBody, choices: int = 2, weigh
     return verify(PassManager("simplify, cse, dce").run(graph)), tuple(weights)
 
 
-def unread(region: FoundRegion, reason: str) -> FoundRegion:
-    """The same region, left as it is for ``reason``."""
-    return replace(region, graph=None, reason=reason)
-
-
-__all__ = ["Candidate", "CaptureError", "FoundRegion", "capture", "experts_graph", "find_candidates", "find_regions"]
+__all__ = ["Candidate", "FoundRegion", "capture", "capture_experts", "capture_whole", "find_candidates", "find_regions"]

@@ -15,7 +15,7 @@ import typer
 from moec import interp
 from moec.cli.console import graphs_in, progress, read_graphs, read_text, say, write_result
 from moec.errors import CodegenError, DimError, PassError
-from moec.inputs import dim_names, random_inputs
+from moec.inputs import check_dims, dim_names, random_inputs
 from moec.ir import Graph, Value, show
 from moec.ir.graph import walk
 from moec.manager import Observer as ObserverProtocol
@@ -177,9 +177,10 @@ def run(
         bool, typer.Option("--float64", help="Compute every float in float64: the reference.")
     ] = False,
 ) -> None:
-    """Interpret graphs on generated inputs; print shape, norm and checksum of every result.
+    """Interpret graphs on generated inputs.
 
-    The same seed gives the same inputs, before and after optimisation, so two runs can be compared.
+    Prints shape, norm and checksum of every result. The same seed gives the same inputs, before
+    and after optimisation, so two runs can be compared.
 
     \b
     Examples:
@@ -192,6 +193,8 @@ def run(
     if unknown:
         known = ", ".join(dict.fromkeys(n for g in found for n in dim_names(g))) or "none"
         raise DimError(f"{file} has no dim {', '.join(sorted(unknown))}; its dims: {known}")
+    for one in found:
+        check_dims(one, sizes)  # all of them, before the first result is printed
     for one in found:
         inputs = random_inputs(one, sizes, seed=seed, float64=float64)
         with torch.no_grad():
@@ -239,9 +242,10 @@ def emit(
     graph: Name = None,
     as_it_is: Annotated[bool, typer.Option("--as-it-is", help="Run no passes first.")] = False,
 ) -> None:
-    """Write the Python module (kernels and a run function) that would run a graph.
+    """Write the Python module that runs a graph.
 
-    A graph without kernels is optimised first, by the default pipeline of the target.
+    It holds the kernels and a run function. A graph without kernels is optimised first, by the
+    default pipeline of the target.
 
     \b
     Examples:

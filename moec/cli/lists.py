@@ -13,9 +13,10 @@ from moec.manager import PassDef, all_passes
 
 
 def passes() -> None:
-    """List the passes: name, what it does, options with their defaults.
+    """List the passes.
 
-    The same in full is in docs/passes.md. A pass is named in `moec opt -p`.
+    Name, what it does, options with their defaults. The same in full is in docs/passes.md. moec
+    opt -p takes these names.
 
     \b
     Example:
@@ -30,9 +31,9 @@ def ops(
         str | None, typer.Argument(help="Only these: t, moe or kern.", show_default=False)
     ] = None,
 ) -> None:
-    """List the operations of the IR: kind, meaning, attributes (in brackets: may be absent).
+    """List the operations of the IR.
 
-    The same in full is in docs/ops.md.
+    Kind, meaning, attributes (those in brackets may be absent). The same in full is in docs/ops.md.
 
     \b
     Example:
@@ -59,4 +60,4 @@ def options_of(definition: PassDef) -> str:
 def attributes_of(op: OpDef) -> str:
     """Attributes, those with a default in brackets: ``k, [mode]``."""
     required = sorted(op.required)
-    return ", ".join([*required, *(f"[{a}]" for a in sorted(op.attrs - op.required))])
+    return ", ".join([*required, *(f"[{a}]" for a in sorted(set(op.attrs) - op.required))])

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import torch
 import typer
 
 from moec import pipeline
@@ -29,7 +30,9 @@ Model = Annotated[
 
 
 def explain(model: Model) -> None:
-    """Say what moec makes of a model: regions, what each becomes, what stays as it is and why.
+    """Say what becomes of each block of a model, and why.
+
+    Regions found, what each was compiled to, what was left as it is and for what reason.
 
     \b
     Examples:
@@ -38,10 +41,8 @@ def explain(model: Model) -> None:
       moec explain mypackage.models:build
     """
     from moec.api import explain as explain_model
-    from moec.capture.model_spec import load_model
 
-    with working(f"building {model}"):
-        built = load_model(model)
+    built = _build(model)
     with working("looking for regions"):
         explanation = explain_model(built)
     typer.echo(str(explanation))
@@ -59,21 +60,19 @@ def trace(
         bool, typer.Option("--training", help="Write joint forward-backward graphs.")
     ] = False,
 ) -> None:
-    """Write the MoE blocks of a model as IR text: one graph for each distinct block.
+    """Write the MoE blocks of a model as IR text.
 
-    Blocks that cannot be captured are named on stderr with the reason. If none can, that is an
-    error.
+    One graph for each distinct block. Blocks that cannot be captured are named on stderr with the
+    reason. If none can, that is an error.
 
     \b
     Examples:
       moec trace mixtral -o mixtral.moe
       moec trace mypackage.models:build --training | moec opt - --target aten
     """
-    from moec.capture.model_spec import load_model
     from moec.capture.regions import find_regions
 
-    with working(f"building {model}"):
-        built = load_model(model)
+    built = _build(model)
     with working("looking for regions"):
         found = find_regions(built)
     groups = distinct(found)
@@ -84,6 +83,16 @@ def trace(
     write_result("\n".join(texts), output)
     if output is not None:
         say(f"wrote {output}: {len(groups)} distinct of {len(found)} regions")
+
+
+def _build(spec: str) -> torch.nn.Module:
+    from moec.capture.model_spec import load
+
+    with working(f"building {spec}"):
+        loaded = load(spec)
+    if loaded.note:
+        say(f"{spec}: {loaded.note}")
+    return loaded.model
 
 
 def distinct(found: Iterable[FoundRegion]) -> list[tuple[Graph, list[str]]]:

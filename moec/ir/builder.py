@@ -13,6 +13,9 @@ from moec.ir.graph import Graph, Location, Op, Value
 from moec.ir.opdef import OpDef, opdef
 from moec.ir.types import Type
 
+# what an infer runs into when operands are too many, too few, or of other ranks than it expects
+_NOT_FITTING = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+
 
 def infer_types(
     kind: str, operands: Sequence[Type], attrs: Mapping[str, Any], body: Graph | None
@@ -30,16 +33,12 @@ def infer_types(
     return (result,) if isinstance(result, Type) else tuple(result)
 
 
-# what an infer runs into when operands are too many, too few, or of other ranks than it expects
-_NOT_FITTING = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
-
-
 def _check_attributes(declaration: OpDef, attrs: Mapping[str, Any]) -> None:
     unknown = sorted(attrs.keys() - declaration.attrs.keys())
     missing = sorted(declaration.required - attrs.keys())
     words = [f"unknown attribute {a!r}" for a in unknown]
     words += [f"missing attribute {a!r}" for a in missing]
-    for name in attrs.keys() & declaration.attrs.keys():
+    for name in sorted(attrs.keys() & declaration.attrs.keys()):
         if not is_attribute(attrs[name], declaration.attrs[name]):
             words.append(f"attribute {name!r} is {attrs[name]!r}, no {declaration.attrs[name]}")
     if words:
@@ -78,7 +77,13 @@ def make_op(
     loc: Location | None = None,
 ) -> Op:
     """A checked op with fresh results."""
+    defaults = opdef(kind).defaults
     attrs = {k: normal_attribute(v) for k, v in (attrs or {}).items() if v is not None}
+    attrs = {
+        k: v
+        for k, v in attrs.items()
+        if k not in defaults or v != defaults[k] or type(v) is not type(defaults[k])
+    }
     types = infer_types(kind, [v.type for v in operands], attrs, body)
     default = kind.split(".")[-1]
     names = [hints[i] if i < len(hints) else default for i in range(len(types))]

@@ -18,6 +18,11 @@ from moec.ops import routing
 from moec.ops.shapes import require, same_dtype
 
 
+def _in_groups(scores: Type, groups: int) -> bool:
+    experts = scores.shape[-1]
+    return isinstance(experts, int) and groups > 0 and experts % groups == 0
+
+
 @defop("moe.activate")
 class Activate:
     """Scores of router logits: ``fn`` is softmax, sigmoid, sqrtsoftplus or identity, over the last
@@ -29,6 +34,7 @@ class Activate:
     def infer(logits: Type, *, fn: str, groups: int = 1) -> Type:
         require(fn in routing.ACTIVATIONS, f"fn {fn!r} is none of {', '.join(routing.ACTIVATIONS)}")
         require(logits.is_float, f"needs floats, got {logits}")
+        require(_in_groups(logits, groups), f"{groups} groups of {logits.shape[-1]} experts")
         return logits
 
     def eval(logits: torch.Tensor, *, fn: str, groups: int = 1) -> torch.Tensor:
@@ -36,6 +42,16 @@ class Activate:
 
     def vjp(b: Any, op: Op, g: Value) -> tuple[Value]:
         return (routing.activate_gradient(b, op, g),)
+
+
+def _check_groups(scores: Type, groups: int, topk_groups: int, group_score: str) -> None:
+    experts = scores.shape[-1]
+    require(
+        _in_groups(scores, groups) and 0 < topk_groups <= groups,
+        f"{topk_groups} of {groups} groups of {experts} experts",
+    )
+    require(group_score in ("max", "sum_top2"), f"unknown group_score {group_score!r}")
+    require(group_score == "max" or experts >= 2 * groups, "sum_top2 needs groups of two or more")
 
 
 @defop("moe.select")
@@ -65,6 +81,13 @@ class Select:
         require(scores.rank == 2, f"scores must be [T, E], got {scores}")
         require(mode in routing.MODES, f"mode {mode!r} is none of {', '.join(routing.MODES)}")
         require(0 < k <= scores.shape[-1], f"k = {k} of {scores.shape[-1]} experts")
+        require(
+            bias is None or bias.shape == scores.shape[1:], f"the bias {bias} for scores {scores}"
+        )
+        if mode == "topk_per_group":
+            require(_in_groups(scores, k), f"{k} groups of {scores.shape[-1]} experts")
+        if mode == "group_limited":
+            _check_groups(scores, groups, topk_groups, group_score)
         return Type("i32", (scores.shape[0], k))
 
     def eval(
@@ -99,6 +122,11 @@ class Weight:
     ) -> Type:
         require(source in ("gather", "softmax", "sigmoid"), f"unknown source {source!r}")
         require(norm in ("none", "sum", "clamp_min"), f"unknown norm {norm!r}")
+        require(scores.is_float and scores.rank == 2, f"scores must be floats [T, E], got {scores}")
+        require(
+            idx.rank == 2 and idx.shape[0] == scores.shape[0] and idx.dtype in ("i32", "i64"),
+            f"idx must be integers [T, K], got {idx} for scores {scores}",
+        )
         return scores.with_shape(*idx.shape)
 
     def eval(
@@ -125,6 +153,7 @@ class Limit:
 
     def infer(idx: Type, *, experts: int, capacity: Dim, order: str = "choice_major") -> Type:
         require(order in ("choice_major", "token_major"), f"unknown order {order!r}")
+        require(idx.dtype == "i32" and idx.rank == 2, f"idx must be i32[T, K], got {idx}")
         return idx
 
     def eval(
@@ -162,6 +191,10 @@ class Gather:
     """The token of each row: ``x[perm // K]``, ``[A, H]``."""
 
     def infer(x: Type, perm: Type, inverse: Type) -> Type:
+        require(
+            x.rank >= 1 and x.shape[0] == inverse.shape[0],
+            f"{x} does not have one row per token of {inverse}",
+        )
         return x.with_shape(_row_types(perm, inverse), *x.shape[1:])
 
     def eval(x: torch.Tensor, perm: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
@@ -265,7 +298,10 @@ class RowScale:
     """
 
     def infer(rows: Type, scale: Type) -> Type:
-        require(scale.shape == (rows.shape[0], 1), f"{scale} is not one number per row of {rows}")
+        require(
+            rows.rank == 2 and scale.shape == (rows.shape[0], 1),
+            f"{scale} is not one number per row of {rows}",
+        )
         return rows
 
     def eval(rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -284,7 +320,7 @@ class RowDot:
     """
 
     def infer(a: Type, b: Type, *, dtype: str) -> Type:
-        require(a.shape == b.shape, f"{a} and {b} differ in shape")
+        require(a.shape == b.shape and a.rank == 2, f"{a} and {b} differ in shape or are no rows")
         return Type(dtype, (a.shape[0],))
 
     def eval(a: torch.Tensor, b: torch.Tensor, *, dtype: str) -> torch.Tensor:
@@ -293,7 +329,12 @@ class RowDot:
     def vjp(b: Any, op: Op, g: Value) -> tuple[Value, Value]:
         x, y = op.operands
         column = b("t.reshape", g, shape=(g.type.shape[0], 1))
-        return b("moe.row_scale", y, column), b("moe.row_scale", x, column)
+        pairs = ((y, x.type.dtype), (x, y.type.dtype))
+        dx, dy = (
+            b("moe.row_scale", v if v.type.dtype == d else b("t.cast", v, dtype=d), column)
+            for v, d in pairs
+        )
+        return dx, dy
 
 
 @defop("moe.grouped_mm")
@@ -377,6 +418,7 @@ class GroupSum:
     """The sum of each expert's rows: ``x: [A, N]`` gives ``[E, N]``."""
 
     def infer(x: Type, offsets: Type) -> Type:
+        require(x.rank == 2 and offsets.rank == 1, f"needs x [A, N], got {x} and {offsets}")
         return x.with_shape(canon(offsets.shape[0] - 1), *x.shape[1:])
 
     def eval(x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:

@@ -106,6 +106,8 @@ def _clamp_gradient(b: Any, op: Op, g: Value) -> Value:
 
 def _pow_gradient(b: Any, op: Op, g: Value) -> Value:
     exponent = op.attrs["exponent"]
+    if exponent == 0:  # x ** -1 would be infinite at 0
+        return b.full(g.type, 0.0)
     inner = _x(op) if exponent == 2 else b("t.pow", _x(op), exponent=exponent - 1)
     return b("t.mul", g, _scale(b, inner, exponent))
 
@@ -235,13 +237,15 @@ def _binary(
     doc: str,
 ) -> None:
     def infer(x: Type, y: Type | None = None, *, other: float | None = None) -> Type:
+        fits = x.is_float or (name != "div" and x.dtype != "bool" and type(other) is not float)
+        require(fits, f"needs floats, or integers throughout (not t.div), got {x} and {y or other}")
         return _binary_type(x, y, other)
 
     def evaluate(
         x: torch.Tensor, y: torch.Tensor | None = None, *, other: float | None = None
     ) -> torch.Tensor:
         if y is None and name in ("maximum", "minimum"):
-            y = torch.full((), float(other or 0.0), dtype=x.dtype, device=x.device)
+            y = torch.full((), 0 if other is None else other, dtype=x.dtype, device=x.device)
         return meaning(x, other if y is None else y)
 
     def vjp(b: Any, op: Op, g: Value) -> tuple[Value | None, ...]:
@@ -354,6 +358,8 @@ class Clamp:
 
     def infer(x: Type, *, min: float | None = None, max: float | None = None) -> Type:
         require(min is not None or max is not None, "needs min or max")
+        whole = all(isinstance(v, int) for v in (min, max) if v is not None)
+        require(x.is_float or whole, f"{x} limited by a number that is no integer")
         return x
 
     def eval(

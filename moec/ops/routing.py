@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
@@ -21,6 +22,11 @@ def accurate(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def grouped(scores: torch.Tensor, groups: int) -> torch.Tensor:
+    """Scores ``[T, E]`` as ``[T, groups, E / groups]``."""
+    return scores.reshape(*scores.shape[:-1], groups, scores.shape[-1] // groups)
+
+
 def activate(logits: torch.Tensor, fn: str, groups: int) -> torch.Tensor:
     """Scores of logits ``[T, E]``."""
     if fn == "identity":
@@ -29,11 +35,7 @@ def activate(logits: torch.Tensor, fn: str, groups: int) -> torch.Tensor:
         return logits.sigmoid()
     if fn == "sqrtsoftplus":
         return F.softplus(logits).sqrt()
-    return (
-        logits.unflatten(-1, (groups, -1)).softmax(-1).flatten(-2)
-        if groups > 1
-        else logits.softmax(-1)
-    )
+    return grouped(logits, groups).softmax(-1).flatten(-2) if groups > 1 else logits.softmax(-1)
 
 
 def activate_gradient(b: Any, op: Op, g: Value) -> Value:
@@ -61,26 +63,26 @@ def select(choice: torch.Tensor, k: int, mode: str, options: Mapping[str, Any]) 
     """Indices ``[T, k]`` by mode; ``E`` where a place holds no expert."""
     experts = choice.shape[-1]
     if mode == "topk_per_group":
-        groups = choice.unflatten(-1, (k, -1))
+        groups = grouped(choice, k)
         return groups.argmax(-1) + torch.arange(k, device=choice.device) * groups.shape[-1]
     if mode == "group_limited":
         choice = limit_groups(choice, options)
     values, idx = torch.topk(choice, k, dim=-1)
     if mode == "margin":
-        idx = idx.masked_fill(values[:, :1] - values > options["theta"], experts)
+        idx = idx.masked_fill(values[:, :1] - values > options.get("theta", 0.0), experts)
     if mode == "threshold":
-        idx = idx.masked_fill(values <= options["theta"], experts)
+        idx = idx.masked_fill(values <= options.get("theta", 0.0), experts)
     return idx
 
 
 def limit_groups(choice: torch.Tensor, options: Mapping[str, Any]) -> torch.Tensor:
     """Scores with the experts outside the best groups set to ``mask_value``."""
-    groups = choice.unflatten(-1, (options["groups"], -1))
+    groups = grouped(choice, options["groups"])
     if options.get("group_score", "sum_top2") == "max":
         group_scores = groups.amax(-1)
     else:
         group_scores = groups.topk(2, dim=-1).values.sum(-1)
-    best = group_scores.topk(options["topk_groups"], dim=-1, sorted=False).indices
+    best = group_scores.topk(options.get("topk_groups", 1), dim=-1, sorted=False).indices
     keep = torch.zeros_like(group_scores, dtype=torch.bool).scatter(1, best, True)
     return groups.masked_fill(
         ~keep.unsqueeze(-1), options.get("mask_value", float("-inf"))
@@ -93,13 +95,17 @@ def weight(
     """Combine weights ``[T, K]``; see ``moe.weight``."""
     none = idx >= scores.shape[-1]
     w = scores.gather(-1, idx.masked_fill(none, 0))
-    w = w.softmax(-1) if source == "softmax" else w.sigmoid() if source == "sigmoid" else w
+    if source == "softmax":
+        # a place without an expert takes no part; a row of only such places must not be 0 / 0
+        w = w.masked_fill(none, -math.inf).masked_fill(none.all(-1, keepdim=True), 0).softmax(-1)
+    w = w.sigmoid() if source == "sigmoid" else w
     w = w.masked_fill(none, 0)
     total = w.sum(-1, keepdim=True)
     if norm == "sum":
         w = w / (total + eps) if eps else w / total
     elif norm == "clamp_min":
         w = w / total.clamp(min=eps)
+    w = w.masked_fill(none, 0)
     return w * scale if scale != 1.0 else w
 
 
@@ -107,25 +113,64 @@ def weight_gradient(b: Any, op: Op, g: Value) -> Value:
     """The gradient of :func:`weight` with respect to the scores."""
     scores, idx = op.operands
     attrs = op.attrs
-    picked = b("t.gather", scores, idx, dim=-1)
-    raw = b("t.softmax", picked, dim=-1) if attrs.get("source") == "softmax" else picked
-    raw = b("t.sigmoid", picked) if attrs.get("source") == "sigmoid" else raw
     if attrs.get("scale", 1.0) != 1.0:
         g = b("t.mul", g, other=attrs["scale"])
-    g = _norm_gradient(b, raw, g, attrs.get("norm", "none"), attrs.get("eps", 0.0))
-    if attrs.get("source") == "softmax":
-        weighted = b("t.mul", g, raw)
-        g = b("t.sub", weighted, b("t.mul", raw, b("t.sum", weighted, dims=(-1,), keepdim=True)))
-    elif attrs.get("source") == "sigmoid":
-        g = b("t.mul", g, b("t.mul", raw, b("t.add", b("t.neg", raw), other=1.0)))
+    none = _no_expert(b, idx, scores.type.shape[-1])
+    if none is not None:
+        idx = b("t.clamp", idx, max=scores.type.shape[-1] - 1)
+    picked = b("t.gather", scores, idx, dim=-1)
+    g = _source_gradient(b, attrs, picked, none, g)
+    if none is not None:
+        g = _masked(b, none, g, 0.0)
     return b("t.scatter_add", b.full(scores.type, 0.0), idx, g, dim=-1)
+
+
+def _source_gradient(
+    b: Any, attrs: Mapping[str, Any], picked: Value, none: Value | None, g: Value
+) -> Value:
+    """The gradient through norm and source, given that with respect to the weights."""
+    source, norm, eps = attrs.get("source", "gather"), attrs.get("norm", "none"), attrs.get("eps")
+    raw = picked
+    if source == "softmax":
+        raw = b("t.softmax", _masked(b, none, picked, -math.inf), dim=-1)
+    elif source == "sigmoid":
+        raw = b("t.sigmoid", picked)
+    raw = _masked(b, none, raw, 0.0)
+    g = _norm_gradient(b, raw, g, norm, eps or 0.0)
+    if source == "softmax":
+        weighted = b("t.mul", g, raw)
+        return b("t.sub", weighted, b("t.mul", raw, b("t.sum", weighted, dims=(-1,), keepdim=True)))
+    if source == "sigmoid":
+        return b("t.mul", g, b("t.mul", raw, b("t.add", b("t.neg", raw), other=1.0)))
+    return g
+
+
+def _no_expert(b: Any, idx: Value, experts: Any) -> Value | None:
+    """Where ``idx`` holds no expert; ``None`` if a selection made it that always finds one."""
+    made = b.made_by(idx)
+    while made is not None and made.kind == "t.cast":
+        made = b.made_by(made.operands[0])
+    if made is not None and made.kind == "moe.select":
+        if made.attrs.get("mode", "topk") not in ("margin", "threshold"):
+            return None
+    none: Value = b("t.ge", idx, other=experts)
+    return none
+
+
+def _masked(b: Any, none: Value | None, x: Value, value: float) -> Value:
+    if none is None:
+        return x
+    masked: Value = b("t.where", none, b.full(Type(x.type.dtype, ()), value), x)
+    return masked
 
 
 def _norm_gradient(b: Any, raw: Value, g: Value, norm: str, eps: float) -> Value:
     if norm == "none":
         return g
     total = b("t.sum", raw, dims=(-1,), keepdim=True)
-    bottom = b("t.add", total, other=eps) if norm == "sum" else b("t.clamp", total, min=eps)
+    bottom = total
+    if norm == "clamp_min" or eps:
+        bottom = b("t.add", total, other=eps) if norm == "sum" else b("t.clamp", total, min=eps)
     inner = b("t.sum", b("t.mul", g, b("t.div", raw, bottom)), dims=(-1,), keepdim=True)
     if norm == "clamp_min":
         inner = b(

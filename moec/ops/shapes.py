@@ -37,6 +37,7 @@ def axis(dim: int, rank: int) -> int:
 
 def reduced(shape: tuple[Dim, ...], dims: Sequence[int], keepdim: bool) -> tuple[Dim, ...]:
     """The shape after reducing ``dims``."""
+    require(len(dims) > 0, "needs at least one axis")  # PyTorch takes none as all
     gone = {axis(d, len(shape)) for d in dims}
     if keepdim:
         return tuple(1 if i in gone else s for i, s in enumerate(shape))

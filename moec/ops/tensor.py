@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from moec.ir.dims import Dim, canon, ceildiv, product
+from moec.ir.dims import Dim, canon, ceildiv, product, prove_at_most, show_dim
 from moec.ir.graph import Op, Value
 from moec.ir.opdef import defop
 from moec.ir.types import DTYPES, Type
@@ -77,14 +77,23 @@ class Expand:
         return (reduce_to(b, g, op.operands[0].type),)
 
 
+def _sliced(start: Dim, stop: Dim, size: Dim, step: int) -> Dim:
+    """The number of elements from ``start`` up to ``stop`` by ``step`` of an axis of ``size``."""
+    ordered = [prove_at_most(a, b, {}) for a, b in ((0, start), (start, stop), (stop, size))]
+    require(
+        step >= 1 and False not in ordered,
+        f"{show_dim(start)}:{show_dim(stop)}:{step} is no slice of an axis of {show_dim(size)}",
+    )
+    return canon(ceildiv(canon(stop - start), step))
+
+
 @defop("t.slice")
 class Slice:
     """Every ``step``-th element of an axis from ``start`` up to ``stop``."""
 
     def infer(x: Type, *, dim: int, start: Dim, stop: Dim, step: int = 1) -> Type:
         d = axis(dim, x.rank)
-        size = canon(ceildiv(canon(stop) - canon(start), step))  # type: ignore[operator]
-        return x.with_shape(*x.shape[:d], size, *x.shape[d + 1 :])
+        return x.with_shape(*x.shape[:d], _sliced(start, stop, x.shape[d], step), *x.shape[d + 1 :])
 
     def eval(x: torch.Tensor, *, dim: int, start: int, stop: int, step: int = 1) -> torch.Tensor:
         index = [slice(None)] * x.dim()
@@ -111,6 +120,10 @@ class Unslice:
 
     def infer(x: Type, *, dim: int, start: Dim, stop: Dim, size: Dim, step: int = 1) -> Type:
         d = axis(dim, x.rank)
+        require(
+            _sliced(start, stop, size, step) == x.shape[d],
+            f"{x} is no slice {show_dim(start)}:{show_dim(stop)}:{step} along axis {d}",
+        )
         return x.with_shape(*x.shape[:d], size, *x.shape[d + 1 :])
 
     def eval(
@@ -125,6 +138,12 @@ class Unslice:
         return out
 
 
+def _check_layout(layout: str) -> None:
+    require(
+        layout in ("concat", "interleave"), f"layout {layout!r} is neither concat nor interleave"
+    )
+
+
 @defop("t.split")
 class Split:
     """The last axis in ``parts`` equal parts: one after the other ("concat") or alternating
@@ -134,18 +153,15 @@ class Split:
     def infer(x: Type, *, parts: int, layout: str = "concat") -> tuple[Type, ...]:
         size = x.shape[-1]
         require(
-            isinstance(size, int) and size % parts == 0,
-            f"the last axis of {x} has no {parts} equal parts",
+            isinstance(size, int) and 1 <= parts <= 64 and size % parts == 0,
+            f"the last axis of {x} has no {parts} equal parts (at most 64)",
         )
-        require(
-            layout in ("concat", "interleave"),
-            f"layout {layout!r} is neither concat nor interleave",
-        )
+        _check_layout(layout)
         return (x.with_shape(*x.shape[:-1], int(size) // parts),) * parts
 
     def eval(x: torch.Tensor, *, parts: int, layout: str = "concat") -> tuple[torch.Tensor, ...]:
         if layout == "concat":
-            return tuple(x.chunk(parts, dim=-1))
+            return x.tensor_split(parts, dim=-1)
         return tuple(x[..., i::parts] for i in range(parts))
 
     def vjp(b: Any, op: Op, *grads: Value | None) -> tuple[Value]:
@@ -161,6 +177,7 @@ class Merge:
 
     def infer(*parts: Type, layout: str = "concat") -> Type:
         require(len(set(parts)) == 1, f"parts differ: {', '.join(map(str, parts))}")
+        _check_layout(layout)
         first = parts[0]
         return first.with_shape(*first.shape[:-1], canon(first.shape[-1] * len(parts)))
 
@@ -232,7 +249,7 @@ def _expand_reduced(b: Any, op: Op, g: Value) -> Value:
 
 @defop("t.sum")
 class Sum:
-    """The sum over axes."""
+    """The sum over axes (at least one)."""
 
     def infer(x: Type, *, dims: tuple[int, ...], keepdim: bool = False) -> Type:
         return Type(x.dtype if x.is_float else "i64", reduced(x.shape, dims, keepdim))
@@ -311,108 +328,6 @@ class Cumsum:
         return torch.cumsum(x, dim=dim)
 
 
-@defop("t.topk")
-class TopK:
-    """The ``k`` largest (or smallest) elements along an axis and their indices (i64); ties go to
-    any of the equal ones.
-    """
-
-    def infer(
-        x: Type, *, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
-    ) -> tuple[Type, Type]:
-        d = axis(dim, x.rank)
-        values = x.with_shape(*x.shape[:d], k, *x.shape[d + 1 :])
-        return values, values.with_dtype("i64")
-
-    def eval(
-        x: torch.Tensor, *, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        values, indices = torch.topk(x, k, dim=dim, largest=largest, sorted=sorted)
-        return values, indices
-
-    def vjp(
-        b: Any, op: Op, values: Value | None, indices: Value | None = None
-    ) -> tuple[Value | None]:
-        if values is None:
-            return (None,)
-        zeros = b.full(op.operands[0].type, 0.0)
-        return (b("t.scatter_add", zeros, op.results[1], values, dim=op.attrs.get("dim", -1)),)
-
-
-@defop("t.gather")
-class Gather:
-    """``out[.., j, ..] = x[.., index[.., j, ..], ..]`` along an axis."""
-
-    def infer(x: Type, index: Type, *, dim: int) -> Type:
-        axis(dim, x.rank)
-        require(index.rank == x.rank, f"{x} and the index {index} differ in rank")
-        return x.with_shape(*index.shape)
-
-    def eval(x: torch.Tensor, index: torch.Tensor, *, dim: int) -> torch.Tensor:
-        return torch.gather(x, dim, index.long())
-
-    def vjp(b: Any, op: Op, g: Value) -> tuple[Value, None]:
-        zeros = b.full(op.operands[0].type, 0.0)
-        return b("t.scatter_add", zeros, op.operands[1], g, dim=op.attrs["dim"]), None
-
-
-@defop("t.scatter_add")
-class ScatterAdd:
-    """``x`` with ``src`` added at ``index`` along an axis."""
-
-    def infer(x: Type, index: Type, src: Type, *, dim: int) -> Type:
-        same_dtype(x, src)
-        require(index.shape == src.shape, f"index {index} and src {src} differ in shape")
-        return x
-
-    def eval(x: torch.Tensor, index: torch.Tensor, src: torch.Tensor, *, dim: int) -> torch.Tensor:
-        return torch.scatter_add(x, dim, index.long(), src)
-
-    def vjp(b: Any, op: Op, g: Value) -> tuple[Value, None, Value]:
-        return g, None, b("t.gather", g, op.operands[1], dim=op.attrs["dim"])
-
-
-@defop("t.scatter")
-class Scatter:
-    """``x`` with the elements at ``index`` along an axis set to ``src`` or to a ``value``."""
-
-    def infer(
-        x: Type, index: Type, src: Type | None = None, *, dim: int, value: float | None = None
-    ) -> Type:
-        require((src is None) != (value is None), "takes src or value")
-        return x
-
-    def eval(
-        x: torch.Tensor,
-        index: torch.Tensor,
-        src: torch.Tensor | None = None,
-        *,
-        dim: int,
-        value: float | None = None,
-    ) -> torch.Tensor:
-        return torch.scatter(x, dim, index.long(), value if src is None else src)
-
-    def vjp(b: Any, op: Op, g: Value) -> tuple[Value | None, ...]:
-        index = op.operands[1]
-        dx = b("t.scatter", g, index, dim=op.attrs["dim"], value=0.0)
-        return (
-            (dx, None)
-            if len(op.operands) == 2
-            else (dx, None, b("t.gather", g, index, dim=op.attrs["dim"]))
-        )
-
-
-@defop("t.one_hot")
-class OneHot:
-    """``i64[..., classes]`` with a one at each index; an index of ``classes`` or more has none."""
-
-    def infer(index: Type, *, classes: int) -> Type:
-        return Type("i64", (*index.shape, classes))
-
-    def eval(index: torch.Tensor, *, classes: int) -> torch.Tensor:
-        return (index.unsqueeze(-1) == torch.arange(classes, device=index.device)).long()
-
-
 @defop("t.linear")
 class Linear:
     """``x @ w.T + bias`` over the last axis; ``w`` is ``[out, in]``."""
@@ -423,6 +338,9 @@ class Linear:
             x.shape[-1] == w.shape[1], f"inner dimensions differ: {x.shape[-1]} and {w.shape[1]}"
         )
         same_dtype(x, w, *(() if bias is None else (bias,)))
+        require(
+            bias is None or bias.shape == w.shape[:1], f"the bias {bias} does not fit weights {w}"
+        )
         return x.with_shape(*x.shape[:-1], w.shape[0])
 
     def eval(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -433,7 +351,8 @@ class Linear:
         rows = canon(product(x.type.shape[:-1]))
         flat_g = b("t.reshape", g, shape=(rows, g.type.shape[-1])) if g.type.rank != 2 else g
         flat_x = b("t.reshape", x, shape=(rows, x.type.shape[-1])) if x.type.rank != 2 else x
-        dx = b("t.matmul", g, w)
+        dx = b("t.matmul", flat_g, w)
+        dx = b("t.reshape", dx, shape=x.type.shape) if x.type.rank != 2 else dx
         dw = b("t.matmul", b("t.permute", flat_g, dims=(1, 0)), flat_x)
         return (dx, dw) if len(op.operands) == 2 else (dx, dw, b("t.sum", flat_g, dims=(0,)))
 

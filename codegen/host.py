@@ -1,0 +1,117 @@
+"""The host part of an emitted module: ``forward`` and ``backward`` as plain PyTorch, one op a line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import sympy
+
+from moec.codegen import aten
+from moec.codegen.names import PythonNames
+from moec.codegen.writer import Writer
+from moec.ir.graph import Graph, Op, Value, backward_ops, forward_ops
+
+EmitOp = Callable[[Writer, Op, PythonNames], bool]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A graph cut in two: what runs forward, what runs backward, and the values kept between."""
+
+    graph: Graph
+    forward: tuple[Op, ...]
+    backward: tuple[Op, ...]
+    saved: tuple[Value, ...]
+    backward_inputs: tuple[int, ...]
+
+
+def partition(graph: Graph) -> Program:
+    """Cut a graph at the outputs; constants are rebuilt on either side rather than kept."""
+    ahead, behind = forward_ops(graph), backward_ops(graph)
+    forward = tuple(op for op in graph.ops if op in ahead)
+    backward = [op for op in graph.ops if op in behind]
+    constants = {v: op for op in forward if op.kind == "t.full" for v in op.results}
+    made = {v for op in forward for v in op.results}
+    read = list(dict.fromkeys([v for op in backward for v in op.operands] + [g for g in graph.gradients if g is not None]))
+    again = [constants[v] for v in read if v in constants]
+    saved = tuple(v for v in read if v in made and v not in constants)
+    needed = tuple(i for i, v in enumerate(graph.inputs) if v in read)
+    return Program(graph, forward, (*dict.fromkeys(again), *backward), saved, needed)
+
+
+def emit_host(writer: Writer, program: Program, emit_op: EmitOp, target: str) -> None:
+    """Write ``forward``, and ``backward`` for a joint graph, with what the runtime reads about them."""
+    graph = program.graph
+    training = bool(graph.cotangents)
+    writer.line(f"SAVED = {tuple(v.hint for v in program.saved)!r}")
+    writer.line(f"BACKWARD_INPUTS = {program.backward_inputs!r}")
+    writer.lines("", "")
+    _emit_forward(writer, program, emit_op, training)
+    if training:
+        writer.lines("", "")
+        _emit_backward(writer, program, emit_op)
+
+
+def _signature(values: Sequence[Value], names: PythonNames) -> str:
+    return ", ".join(names.add(v) for v in values)
+
+
+def _emit_forward(writer: Writer, program: Program, emit_op: EmitOp, training: bool) -> None:
+    graph, names = program.graph, PythonNames(frozenset(program.graph.ranges))
+    with writer.block(f"def forward({_signature(graph.inputs, names)}):"):
+        writer.line(f'"""{", ".join(f"{names[v]}: {v.type}" for v in graph.inputs)}."""')
+        _bind(writer, graph.inputs, names)
+        keep = {*graph.outputs, *program.saved, *graph.inputs}
+        _emit_ops(writer, program.forward, keep, names, emit_op)
+        outputs = _tuple(graph.outputs, names)
+        writer.line(f"return {outputs}, {_tuple(program.saved, names)}" if training else f"return {outputs}, ()")
+
+
+def _emit_backward(writer: Writer, program: Program, emit_op: EmitOp) -> None:
+    graph, names = program.graph, PythonNames(frozenset(program.graph.ranges))
+    arguments = [*(graph.inputs[i] for i in program.backward_inputs), *program.saved, *graph.cotangents]
+    with writer.block(f"def backward({_signature(arguments, names)}):"):
+        writer.line('"""Gradients of the inputs, in their order; None where none is needed."""')
+        _bind(writer, arguments, names)
+        keep = {g for g in graph.gradients if g is not None}
+        _emit_ops(writer, program.backward, keep, names, emit_op)
+        returned = ", ".join("None" if g is None else names[g] for g in graph.gradients)
+        writer.line(f"return ({returned},)")
+
+
+def _tuple(values: Sequence[Value], names: PythonNames) -> str:
+    inner = ", ".join(names[v] for v in values)
+    return f"({inner},)" if values else "()"
+
+
+def _bind(writer: Writer, values: Sequence[Value], names: PythonNames) -> None:
+    """Bind the symbols to sizes, and ``device``."""
+    bound: set[str] = set()
+    for value in values:
+        for axis, size in enumerate(value.type.shape):
+            if isinstance(size, sympy.Symbol) and size.name not in bound:
+                bound.add(size.name)
+                writer.line(f"{size.name} = {names[value]}.shape[{axis}]")
+    writer.line(f"device = {names[values[0]]}.device")
+
+
+def _emit_ops(writer: Writer, ops: Sequence[Op], keep: set[Value], names: PythonNames, emit_op: EmitOp) -> None:
+    last = {v: op for op in ops for v in (*op.operands, *op.results)}
+    place = ""
+    for op in ops:
+        if op.loc is not None and str(op.loc) != place:
+            place = str(op.loc)
+            writer.line(f"# {place}")
+        if not emit_op(writer, op, names):
+            emit_aten(writer, op, names)
+        dead = [v for v in dict.fromkeys((*op.operands, *op.results)) if last[v] is op and v not in keep]
+        if dead:
+            writer.line(f"del {', '.join(names[v] for v in dead)}")
+
+
+def emit_aten(writer: Writer, op: Op, names: PythonNames) -> None:
+    """One op as a PyTorch expression."""
+    arguments = [names[v] for v in op.operands]
+    targets = ", ".join(names.add(v) for v in op.results)
+    writer.line(f"{targets} = {aten.expression(op, arguments)}")

@@ -1,0 +1,46 @@
+"""Emitting a whole module for a target."""
+
+from __future__ import annotations
+
+from moec.codegen.host import emit_host, partition
+from moec.codegen.writer import Writer
+from moec.errors import CodegenError
+from moec.ir.graph import Graph
+from moec.ir.text import show
+
+TARGETS = ("triton", "aten")
+
+
+def emit_module(graph: Graph, target: str = "triton") -> str:
+    """Python source of a module with ``forward`` (and ``backward`` for a joint graph).
+
+    ``forward(*inputs)`` returns ``(outputs, saved)``; ``backward`` takes the inputs listed in
+    ``BACKWARD_INPUTS``, the saved values and the cotangents, and returns one gradient (or ``None``) an
+    input. Deterministic: equal graphs give equal text.
+    """
+    if target not in TARGETS:
+        raise CodegenError(f"unknown target {target!r}; targets: {', '.join(TARGETS)}")
+    writer = Writer()
+    program = partition(graph)
+    _emit_header(writer, graph, target)
+    if target == "triton":
+        from moec.codegen.triton import TritonEmitter
+
+        emitter = TritonEmitter(graph)
+        emitter.emit_kernels(writer)
+        emit_host(writer, program, emitter.emit_op, target)
+    else:
+        emit_host(writer, program, lambda w, op, names: False, target)
+    return writer.text()
+
+
+def _emit_header(writer: Writer, graph: Graph, target: str) -> None:
+    writer.line(f'"""@{graph.name} for the {target} target, emitted by moec.')
+    writer.line("")
+    for line in show(graph, locations=False).rstrip().replace("\\", "\\\\").replace('"""', "'''").split("\n"):
+        writer.line(line)
+    writer.line('"""')
+    writer.lines("", "import torch", "import torch.nn.functional as F")
+    if target == "triton":
+        writer.lines("import triton", "import triton.language as tl")
+    writer.lines("", "from moec.runtime import grouped as moe", "")

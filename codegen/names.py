@@ -1,0 +1,40 @@
+"""Names of values in emitted Python: their hints, made unique and safe."""
+
+from __future__ import annotations
+
+import builtins
+import keyword
+import re
+
+from moec.ir.graph import Value
+
+_RESERVED = {*keyword.kwlist, *dir(builtins), "torch", "triton", "tl", "moe", "F", "forward", "backward", "T", "B", "S"}
+_UNSAFE = re.compile(r"[^A-Za-z0-9_]")
+
+
+class PythonNames:
+    """One name for each value; never a keyword, a builtin or a name that emitted code uses itself."""
+
+    def __init__(self, reserved: frozenset[str] = frozenset()) -> None:
+        self._names: dict[Value, str] = {}
+        self._taken = set(_RESERVED) | reserved
+
+    def add(self, value: Value) -> str:
+        """The value's name; made at the first call."""
+        if value not in self._names:
+            self._names[value] = self.fresh(value.hint)
+        return self._names[value]
+
+    def fresh(self, hint: str) -> str:
+        """A new name close to ``hint``."""
+        base = _UNSAFE.sub("_", hint).strip("_") or "value"
+        base = f"v{base}" if base[0].isdigit() else base
+        name, count = base, 1
+        while name in self._taken:
+            count += 1
+            name = f"{base}_{count}"
+        self._taken.add(name)
+        return name
+
+    def __getitem__(self, value: Value) -> str:
+        return self._names[value]

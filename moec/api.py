@@ -1,0 +1,173 @@
+"""The public calls: compile a model, explain what became of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from moec.capture.regions import Candidate, find_candidates, join
+from moec.compiled import install, region_of
+from moec.errors import CompileError
+from moec.manager import Observer, parse_pipeline
+from moec.region import Region, Session
+from moec.share import share
+from moec.targets import TARGETS
+
+M = TypeVar("M", bound=nn.Module)
+OPTIONS = {
+    "cache": "folder of the emitted modules (default: the user's cache folder)",
+    "dump": "folder to which the IR after each pass is written",
+    "passes": "pipeline text in place of the default one",
+}
+
+
+def compile(  # noqa: A001  (the name that users of torch.compile look for)
+    model: M,
+    *,
+    dynamic: bool = True,
+    memory_budget: int | str | None = None,
+    target: str | None = None,
+    scope: str = "region",
+    strict: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> M:
+    """A model of the same class over the same parameters, whose MoE regions run compiled code.
+
+    The original model is untouched. ``state_dict()``, ``generate()``, optimizers, autocast and
+    ``no_grad`` work as before; each region is compiled once for every number of tokens, at its first
+    call in each mode (training or not, dtype, device).
+
+    Args:
+        model: any ``nn.Module``; what moec does not understand stays as it was, with one warning.
+        dynamic: must be True: artifacts serve every number of tokens.
+        memory_budget: not available yet; must be None.
+        target: "triton", "aten", or None for the best one of the device.
+        scope: "region": each MoE block by itself.
+        strict: raise :class:`MoecError` where the default is to warn and leave code as it was.
+        options: see ``moec.api.OPTIONS``.
+
+    Raises:
+        CompileError: for a model or an option that cannot be taken.
+    """
+    _check_arguments(model, dynamic, memory_budget, target, scope)
+    session = _session(target, strict, dict(options or {}))
+    compiled = share(model)
+    candidates = list(find_candidates(compiled))
+    for candidate in candidates:
+        _install(session, candidate)
+    if not candidates:
+        session.warn(f"moec: found no MoE block in {type(model).__name__}; the model is returned unchanged. See docs/tour.md for what is looked for.")
+    return compiled
+
+
+def _install(session: Session, candidate: Candidate) -> None:
+    region = Region(session, candidate, "experts" if candidate.is_experts else "block")
+    if candidate.experts is not None:
+        experts = candidate.module.get_submodule(candidate.experts)
+        inner = Candidate(join(candidate.name, candidate.experts), experts, None)
+        region.inner = Region(session, inner, "experts")
+        install(experts, region.inner)
+    install(candidate.module, region)
+    region.try_capture()
+
+
+def _check_arguments(model: Any, dynamic: bool, memory_budget: Any, target: str | None, scope: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise CompileError(f"moec.compile takes an nn.Module, got {type(model).__name__}; for a function use torch.compile(backend='moec')")
+    if any(region_of(m) is not None for m in model.modules()):
+        raise CompileError("this model is compiled already; compile the original again, or use the compiled one")
+    if dynamic is not True:
+        raise CompileError("dynamic=False: moec has one artifact for every number of tokens and none for a single one; leave dynamic=True")
+    if memory_budget is not None:
+        raise CompileError("memory_budget needs whole-model planning, which this version does not have; leave it None")
+    if target is not None and target not in TARGETS:
+        raise CompileError(f"unknown target {target!r}; targets: {', '.join(TARGETS)}")
+    if scope != "region":
+        raise CompileError(f"unknown scope {scope!r}; this version has scope='region' (each MoE block by itself)")
+
+
+def _session(target: str | None, strict: bool, options: dict[str, Any]) -> Session:
+    unknown = sorted(options.keys() - OPTIONS.keys())
+    if unknown:
+        known = "; ".join(f"{k}: {v}" for k, v in OPTIONS.items())
+        raise CompileError(f"unknown option {', '.join(map(repr, unknown))}. Options are {known}")
+    observers: list[Observer] = []
+    if "dump" in options:
+        from moec.observers import Dump
+
+        observers.append(Dump(Path(options["dump"])))
+    passes = options.get("passes")
+    if passes is not None:
+        parse_pipeline(str(passes))
+    cache = options.get("cache")
+    return Session(target, strict, None if cache is None else str(cache), passes, observers)
+
+
+def regions(compiled: nn.Module) -> list[Region]:
+    """The regions of a compiled model, in module order."""
+    found = [region for module in compiled.modules() if (region := region_of(module)) is not None]
+    inner = {id(region.inner) for region in found if region.inner is not None}
+    return [region for region in found if id(region) not in inner]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What moec found in a model: its regions and a text for people."""
+
+    regions: Sequence[Region]
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def explain(model: nn.Module) -> Explanation:
+    """List the regions of a model (compiled or not): what each became, on which target, and why not if not.
+
+    A model that is not compiled is analysed as :func:`compile` would, without changing it.
+    """
+    found = regions(model)
+    if not found:
+        import warnings
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the text says what the warnings say
+            found = regions(compile(model))
+    return Explanation(found, _explain_text(model, found))
+
+
+def _explain_text(model: nn.Module, found: Sequence[Region]) -> str:
+    if not found:
+        return f"{type(model).__name__}: no MoE block found; compiled and original model are the same."
+    counts: dict[str, int] = {}
+    for region in found:
+        counts[region.status] = counts.get(region.status, 0) + 1
+    head = f"{type(model).__name__}: {len(found)} MoE regions: " + ", ".join(f"{n} {s}" for s, n in counts.items())
+    return "\n".join([head, *(line for region in found for line in _region_lines(region))])
+
+
+def _region_lines(region: Region) -> list[str]:
+    kind = type(region.candidate.module)
+    lines = [f"  {region.name or '(the model)'}  {kind.__mro__[-0].__name__}: {region.status}, target {region.target}"]
+    if region.first is not None and region.first.graph is not None:
+        lines.append(f"      structure {region.first.fingerprint}, {len(region.first.graph.ops)} ops")
+    if region.reason:
+        lines.append(f"      why not the whole block: {region.reason}")
+        lines.append(f"      what to do: {advice(region)}")
+    lines += [f"      {a.mode} artifact: {a.path}" for a in region.artifacts]
+    return lines
+
+
+def advice(region: Region) -> str:
+    """What a user can do about a region that is not compiled as a whole."""
+    if region.status == "experts only":
+        return "nothing is needed: the experts are compiled, the router runs as it was"
+    return "write the experts as stacked 3-D weights or as a ModuleList of equal modules called on slices of the tokens"
+
+
+__all__ = ["OPTIONS", "Explanation", "compile", "explain", "regions", "torch"]

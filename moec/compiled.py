@@ -1,0 +1,82 @@
+"""Installing regions in a module tree: a subclass whose forward asks the region first."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from moec.region import Region
+
+
+class CompiledMixin:
+    """Put before a module's own class; instances carry their :class:`Region` in ``_moec_region``.
+
+    Pickling gives the original class (a compiled form belongs to a process); ``copy.deepcopy`` keeps it.
+    """
+
+    _moec_original: type[nn.Module]
+    _moec_region: Region
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Serve the call from the region, or run the module's own code."""
+        result = self._moec_region.call(self, args, kwargs)  # type: ignore[arg-type]
+        return super().forward(*args, **kwargs) if result is NotImplemented else result  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        plain = copy.copy(self)
+        restore(plain)  # type: ignore[arg-type]
+        return plain.__reduce_ex__(protocol)
+
+    def __copy__(self) -> Any:
+        new = type(self).__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        memo[id(self._moec_region)] = self._moec_region
+        new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
+        return new
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def install(module: nn.Module, region: Region) -> None:
+    """Make ``module`` ask ``region`` first; its class keeps its name and stays a subclass of the original."""
+    original = type(module)
+    if original not in _CLASSES:
+        members = {"_moec_original": original, "__module__": original.__module__, "__qualname__": original.__qualname__}
+        _CLASSES[original] = type(original.__name__, (CompiledMixin, original), members)
+    module.__class__ = _CLASSES[original]
+    module.__dict__["_moec_region"] = region
+
+
+def restore(module: nn.Module) -> None:
+    """Undo :func:`install`."""
+    module.__class__ = module._moec_original  # type: ignore[assignment]
+    module.__dict__.pop("_moec_region", None)
+
+
+@contextlib.contextmanager
+def as_original(module: nn.Module) -> Iterator[None]:
+    """Within the context, ``module`` and all below it have their own classes, so that their own code is read."""
+    swapped = [(m, type(m)) for m in module.modules() if isinstance(m, CompiledMixin)]
+    for m, cls in swapped:
+        m.__class__ = cls._moec_original
+    try:
+        yield
+    finally:
+        for m, cls in swapped:
+            m.__class__ = cls
+
+
+def region_of(module: nn.Module) -> Region | None:
+    """The region that a module asks, if any."""
+    return module.__dict__.get("_moec_region")

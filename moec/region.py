@@ -1,0 +1,295 @@
+"""A region of a model at run time: which artifact serves a call, and the compilation behind it."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree
+
+from moec.capture.regions import Candidate, FoundRegion, capture_experts, capture_whole
+from moec.compiled import as_original
+from moec.errors import CallError, MoecError
+from moec.ir.graph import Graph, Value
+from moec.ir.verify import verify
+from moec.manager import Observer, PassManager, Step
+from moec.pipeline import pipeline
+from moec.runtime.artifact import Artifact, build
+from moec.structure import structure_key
+from moec.targets import choose_target
+
+
+@dataclass
+class Session:
+    """What one call of :func:`moec.compile` shares between its regions: settings, captures, artifacts."""
+
+    target: str | None = None
+    strict: bool = False
+    cache: str | None = None
+    passes: str | None = None
+    observers: Sequence[Observer] = ()
+    captures: dict[Hashable, FoundRegion] = field(default_factory=dict)
+    artifacts: dict[Hashable, Artifact] = field(default_factory=dict)
+    warned: set[str] = field(default_factory=set)
+
+    def warn(self, text: str) -> None:
+        """Warn once a text, or raise it in strict mode."""
+        if self.strict:
+            raise CallError(text)
+        if text not in self.warned:
+            self.warned.add(text)
+            warnings.warn(text, stacklevel=2)
+
+    def artifact(self, graph: Graph, wanted: tuple[bool, ...] | None, device: torch.device) -> Artifact:
+        """The compiled form of a graph for a device; ``wanted`` says which inputs need gradients."""
+        target = choose_target(self.target, device)
+        key = (graph.fingerprint, wanted, target)
+        if key not in self.artifacts:
+            self.artifacts[key] = self._compile(graph, wanted, target)
+        return self.artifacts[key]
+
+    def _compile(self, graph: Graph, wanted: tuple[bool, ...] | None, target: str) -> Artifact:
+        named = _with_unique_hints(graph)
+        manager = PassManager(self._pipeline(named, wanted, target), self.observers)
+        lowered = verify(manager.run(named), after="the whole pipeline")
+        return build(lowered, target, "inference" if wanted is None else "training", manager.history, self.cache)
+
+    def _pipeline(self, graph: Graph, wanted: tuple[bool, ...] | None, target: str) -> str:
+        text = self.passes or pipeline(target, wanted is not None)
+        if wanted is None:
+            return text
+        names = "+".join(v.hint for v, w in zip(graph.inputs, wanted, strict=True) if w and v.type.is_float)
+        return text.replace("grad,", f"grad{{wanted={names}}},", 1)
+
+
+def _with_unique_hints(graph: Graph) -> Graph:
+    """The graph with distinct names of inputs, so that options can refer to them."""
+    from moec.ir.parser import parse
+    from moec.ir.text import show
+
+    hints = [v.hint for v in graph.inputs]
+    return graph if len(set(hints)) == len(hints) else parse(show(graph))
+
+
+@dataclass(frozen=True)
+class _Mode:
+    """What a capture depends on beyond the module's structure."""
+
+    training: bool
+    dtype: torch.dtype
+    rank: int
+    autocast: torch.dtype | None
+    choices: int = 0
+    weight_dtype: torch.dtype | None = None
+
+
+class Region:
+    """One block (or one experts module) of a compiled model.
+
+    ``name`` is its module path, ``status`` "compiled", "experts only" or "left as it was", ``reason`` why;
+    ``artifacts`` are the compiled forms in use, ``history`` the graphs after each pass of the first one.
+    """
+
+    def __init__(self, session: Session, candidate: Candidate, kind: str) -> None:
+        self.session, self.candidate, self.kind = session, candidate, kind
+        self.name = candidate.name
+        self.found: dict[_Mode, FoundRegion] = {}
+        self.artifacts: list[Artifact] = []
+        self.inner: Region | None = None
+        self._types = _types_below(candidate.module)
+        self._tensors: dict[tuple[str, ...], list[tuple[nn.Module, str]]] = {}
+
+    # what a user sees
+    @property
+    def first(self) -> FoundRegion | None:
+        """The first capture."""
+        return next(iter(self.found.values()), None)
+
+    @property
+    def status(self) -> str:
+        """What became of the region."""
+        if self.first is not None and self.first.graph is not None:
+            return "compiled"
+        inner = self.inner is not None and self.inner.first is not None and self.inner.first.graph is not None
+        return "experts only" if inner else "left as it was"
+
+    @property
+    def reason(self) -> str:
+        """Why the region is not compiled as a whole; empty if it is."""
+        return "" if self.first is None else self.first.reason
+
+    @property
+    def target(self) -> str:
+        """The target that serves it."""
+        parameter = next(self.candidate.module.parameters(), None)
+        return choose_target(self.session.target, parameter.device if parameter is not None else torch.device("cpu"))
+
+    @property
+    def history(self) -> list[tuple[str, Graph]]:
+        """The captured graph, then the graph after each pass of the latest artifact that changed it."""
+        artifact = self.artifacts[-1] if self.artifacts else None
+        steps: Sequence[Step] = artifact.history if artifact is not None else ()
+        start = steps[0].before if steps else (self.first.graph if self.first is not None else None)
+        captured = [] if start is None else [("capture", start)]
+        return captured + [(str(s.call), s.after) for s in steps if s.changed]
+
+    # capture
+    def capture(self, mode: _Mode) -> FoundRegion:
+        """The region's IR in a mode; structurally equal modules are captured once a session."""
+        if mode not in self.found:
+            module = self.candidate.module
+            with as_original(module):
+                key = (structure_key(module), mode, self.kind)
+                if key not in self.session.captures:
+                    with _capture_autocast(mode, module):
+                        self.session.captures[key] = self._read(mode)
+            self.found[mode] = replace(self.session.captures[key], name=self.name, module=module)
+            self._report(self.found[mode])
+        return self.found[mode]
+
+    def try_capture(self) -> None:
+        """Capture in the model's present mode, so that what stays as it was is known at once."""
+        module = self.candidate.module
+        parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
+        if parameter is None:
+            return
+        if self.kind == "block":
+            self.capture(_Mode(module.training, parameter.dtype, 3, None))
+        if self.status != "compiled":
+            inner = self.inner if self.inner is not None else self
+            if inner.kind == "experts":
+                inner.capture(_Mode(module.training, parameter.dtype, 2, None, 2, parameter.dtype))
+
+    def _read(self, mode: _Mode) -> FoundRegion:
+        if self.kind == "experts":
+            return capture_experts(self.candidate, mode.dtype, mode.choices, mode.weight_dtype or torch.float32)
+        return capture_whole(self.candidate, mode.dtype, mode.rank)
+
+    def _report(self, found: FoundRegion) -> None:
+        if found.graph is not None or self.inner is not None:
+            return  # a block whose experts are a region of their own reports through that one
+        kind = type(self.candidate.module).__name__
+        self.session.warn(f"moec: {self.name or 'the model'} ({kind}) stays as it was: {found.reason}. moec.explain(model) lists all regions.")
+
+    # calls
+    def call(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Serve a call from an artifact, or ``NotImplemented`` if the module's own code must run."""
+        data = _tensor_arguments(self.kind, args, kwargs)
+        if data is None or self._is_changed(module) or _has_hooks(module, self):
+            return NotImplemented
+        found = self.capture(self._mode(module, data))
+        if found.graph is None:
+            return NotImplemented
+        return self._run(found, module, data)
+
+    def _mode(self, module: nn.Module, data: Sequence[torch.Tensor]) -> _Mode:
+        x = data[0]
+        autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+        if self.kind == "experts":
+            return _Mode(module.training, x.dtype, 2, autocast, data[1].shape[-1], data[2].dtype)
+        return _Mode(module.training, x.dtype, x.dim(), autocast)
+
+    def _run(self, found: FoundRegion, module: nn.Module, data: Sequence[torch.Tensor]) -> Any:
+        graph = found.graph
+        if graph is None:
+            return NotImplemented
+        inputs = [*self._data(graph, found, data), *self._weights(found, module)]
+        check_inputs(self.name, graph, inputs)
+        wanted = tuple(t.requires_grad for t in inputs)
+        training = torch.is_grad_enabled() and any(wanted)
+        artifact = self.session.artifact(graph, wanted if training else None, data[0].device)
+        if artifact not in self.artifacts:
+            self.artifacts.append(artifact)
+        with _no_autocast(data[0].device.type):
+            outputs = artifact(inputs)
+        shaped = [o.reshape(_result_shape(t, data[0], o)) for o, t in zip(outputs, found.results, strict=True)]
+        return _pytree.tree_unflatten(shaped, found.tree) if found.tree is not None else shaped[0]
+
+    def _data(self, graph: Graph, found: FoundRegion, data: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [t.reshape(-1, *t.shape[t.dim() - v.type.rank + 1 :]) if t.dim() > v.type.rank else t for t, v in zip(data, graph.inputs, strict=False)]
+
+    def _weights(self, found: FoundRegion, module: nn.Module) -> list[torch.Tensor]:
+        if found.weights not in self._tensors:
+            places = []
+            for path in found.weights:
+                owner, _, name = path.rpartition(".")
+                places.append((module.get_submodule(owner), name))
+            self._tensors[found.weights] = places
+        return [getattr(owner, name) for owner, name in self._tensors[found.weights]]
+
+    def _is_changed(self, module: nn.Module) -> bool:
+        """Whether a submodule was replaced since compilation (an adapter put around it, say)."""
+        if _types_below(module) == self._types:
+            return False
+        self.session.warn(f"moec: {self.name}: a submodule was replaced after compilation; its own code runs. Compile again to include it.")
+        return True
+
+
+def _types_below(module: nn.Module) -> list[type]:
+    return [getattr(m, "_moec_original", type(m)) for m in module.modules()]
+
+
+def _has_hooks(module: nn.Module, region: Region) -> bool:
+    """Whether a module inside has hooks: they must see their own inputs and outputs."""
+    if region.kind == "experts":
+        return False
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in module.modules() if m is not module)
+
+
+def _tensor_arguments(kind: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor] | None:
+    """The tensors of a call in order, if it has the form that was captured."""
+    values = [*args, *kwargs.values()]
+    wanted = 3 if kind == "experts" else 1
+    if len(values) != wanted or not all(isinstance(v, torch.Tensor) for v in values):
+        return None
+    return values
+
+
+def _result_shape(declared: tuple[Any, ...], x: torch.Tensor, value: torch.Tensor) -> tuple[int, ...]:
+    """The shape of a result in the module's own form: "lead" stands for the axes of the tokens."""
+    return (*x.shape[:-1], value.shape[-1]) if declared else tuple(value.shape)
+
+
+def check_inputs(name: str, graph: Graph, inputs: Sequence[torch.Tensor]) -> None:
+    """Refuse wrong dtypes, shapes and devices before anything runs, naming the input."""
+    device = inputs[0].device
+    for value, tensor in zip(graph.inputs, inputs, strict=True):
+        fits = tensor.dim() == value.type.rank and all(not isinstance(d, int) or d == s for d, s in zip(value.type.shape, tensor.shape, strict=True))
+        if not fits:
+            raise CallError(f"{name}: %{value.hint} must be {value.type}, got shape {tuple(tensor.shape)}")
+        if tensor.dtype != _torch_dtype(value):
+            raise CallError(f"{name}: %{value.hint} must be {value.type}, got {tensor.dtype}; cast it, or compile the model in that dtype")
+        if tensor.device != device:
+            raise CallError(f"{name}: %{value.hint} is on {tensor.device}, the tokens are on {device}; move the model or the input")
+
+
+def _torch_dtype(value: Value) -> torch.dtype:
+    from moec.ir.types import DTYPES
+
+    return DTYPES[value.type.dtype]
+
+
+def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Emitted code has its casts written out."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _capture_autocast(mode: _Mode, module: nn.Module) -> Iterator[None]:
+    """Capture under the caller's autocast, without its cache of cast weights."""
+    if mode.autocast is None:
+        yield
+        return
+    device = next(module.parameters()).device.type
+    with torch.autocast(device, dtype=mode.autocast, cache_enabled=False):
+        yield
+
+
+__all__ = ["MoecError", "Region", "Session", "check_inputs"]

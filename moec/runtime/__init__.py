@@ -1,0 +1,1 @@
+"""What emitted modules call at run time."""

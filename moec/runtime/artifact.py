@@ -1,0 +1,81 @@
+"""A compiled graph: the emitted module and how to call it, with and without autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moec import cache
+from moec.codegen import emit_module
+from moec.ir.graph import Graph
+from moec.manager import Step
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """One compiled graph for one target, for inference or for training.
+
+    ``forward(*inputs)`` gives outputs and saved values; ``backward`` takes the inputs at
+    ``backward_inputs``, the saved values and the cotangents. It serves every size of the token axes.
+    """
+
+    graph: Graph
+    target: str
+    mode: str
+    path: Path
+    forward: Callable[..., tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]]
+    backward: Callable[..., tuple[torch.Tensor | None, ...]] | None
+    backward_inputs: tuple[int, ...]
+    saved: tuple[str, ...]
+    history: tuple[Step, ...] = field(default=(), repr=False)
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The outputs; differentiable if this is a training artifact."""
+        contiguous = [t if t.is_contiguous() else t.contiguous() for t in inputs]
+        if self.backward is None:
+            return self.forward(*contiguous)[0]
+        outputs: tuple[torch.Tensor, ...] = _Differentiable.apply(self, *contiguous)
+        return outputs
+
+
+def build(graph: Graph, target: str, mode: str, history: Sequence[Step], directory: str | Path | None = None) -> Artifact:
+    """Emit, store and import a lowered graph."""
+    source = emit_module(graph, target)
+    path = cache.store(source, f"{graph.name}_{target}_{mode}".lower(), directory)
+    module = cache.load(path)
+    return Artifact(
+        graph,
+        target,
+        mode,
+        path,
+        module.forward,
+        getattr(module, "backward", None),
+        tuple(module.BACKWARD_INPUTS),
+        tuple(module.SAVED),
+        tuple(history),
+    )
+
+
+class _Differentiable(torch.autograd.Function):
+    """Runs an artifact's forward, and its backward when autograd asks."""
+
+    @staticmethod
+    def forward(ctx: Any, artifact: Artifact, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        outputs, saved = artifact.forward(*inputs)
+        ctx.artifact = artifact
+        ctx.save_for_backward(*(inputs[i] for i in artifact.backward_inputs), *saved)
+        ctx.mark_non_differentiable(*(o for o in outputs if not o.is_floating_point()))
+        return outputs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        artifact: Artifact = ctx.artifact
+        floats = [c.contiguous() for c, o in zip(cotangents, artifact.graph.outputs, strict=True) if o.type.is_float]
+        if artifact.backward is None:
+            raise RuntimeError("an inference artifact has no backward")
+        return (None, *artifact.backward(*ctx.saved_tensors, *floats))

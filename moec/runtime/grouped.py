@@ -1,0 +1,129 @@
+"""The ``moe.`` ops as library calls: what modules emitted for the ``aten`` target run.
+
+No per-token work in Python: grouped products are one library call an expert on the CPU, and one in all
+where PyTorch has a grouped kernel. ``w`` may be a tuple of one matrix an expert (see :func:`stack`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from moec.ops import routing
+from moec.ops.routing import combine as _combine
+from moec.ops.routing import dispatch as _dispatch
+
+Weights = torch.Tensor | Sequence[torch.Tensor]
+
+
+def activate(logits: torch.Tensor, *, fn: str, groups: int = 1) -> torch.Tensor:
+    """See ``moe.activate``."""
+    return routing.activate(logits, fn, groups)
+
+
+def select(scores: torch.Tensor, bias: torch.Tensor | None = None, *, k: int, mode: str = "topk", **options: Any) -> torch.Tensor:
+    """See ``moe.select``."""
+    return routing.select(scores if bias is None else scores + bias, k, mode, options).int()
+
+
+def weight(scores: torch.Tensor, idx: torch.Tensor, *, source: str = "gather", norm: str = "none", eps: float = 0.0, scale: float = 1.0) -> torch.Tensor:
+    """See ``moe.weight``."""
+    return routing.weight(scores, idx.long(), source, norm, eps, scale)
+
+
+def limit(idx: torch.Tensor, *, experts: int, capacity: int, order: str = "choice_major") -> torch.Tensor:
+    """See ``moe.limit``."""
+    return routing.limit(idx, experts, capacity, order)
+
+
+def dispatch(idx: torch.Tensor, *, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See ``moe.dispatch``."""
+    return _dispatch(idx, experts)
+
+
+def gather(x: torch.Tensor, perm: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """See ``moe.gather``."""
+    return x.index_select(0, perm // max(inverse.shape[1], 1))
+
+
+def permute(x: torch.Tensor, perm: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """See ``moe.permute``."""
+    return x.reshape(-1).index_select(0, perm)
+
+
+def unpermute(x: torch.Tensor, perm: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """See ``moe.unpermute``."""
+    return routing.rows_of_pairs(x, inverse)
+
+
+def combine(
+    rows: torch.Tensor, perm: torch.Tensor, inverse: torch.Tensor, w: torch.Tensor | None = None, *, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """See ``moe.combine``; on the CPU without an ``[T, K, H]`` intermediate."""
+    return _combine(rows, inverse, w, dtype or rows.dtype)
+
+
+def row_scale(rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """See ``moe.row_scale``."""
+    return (rows * scale).to(rows.dtype)
+
+
+def row_dot(a: torch.Tensor, b: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
+    """See ``moe.row_dot``."""
+    return (routing.accurate(a) * routing.accurate(b)).sum(-1).to(dtype)
+
+
+def stack(*parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Separate matrices of the experts: kept apart, since grouped products take them one by one."""
+    return parts
+
+
+def grouped_mm(x: torch.Tensor, w: Weights, offsets: torch.Tensor, *, transposed: bool = False) -> torch.Tensor:
+    """See ``moe.grouped_mm``."""
+    first = w[0]
+    out = x.new_empty(x.shape[0], first.shape[1] if transposed else first.shape[0])
+    bounds = offsets.tolist()
+    for e, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        if high > low:
+            torch.mm(x[low:high], w[e] if transposed else w[e].t(), out=out[low:high])
+    if bounds[-1] < x.shape[0]:
+        out[bounds[-1] :].zero_()
+    return out
+
+
+def grouped_outer(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """See ``moe.grouped_outer``."""
+    bounds = offsets.tolist()
+    out = a.new_empty(len(bounds) - 1, a.shape[1], b.shape[1])
+    for e, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        if high > low:
+            torch.mm(a[low:high].t(), b[low:high], out=out[e])
+        else:
+            out[e].zero_()
+    return out
+
+
+def expert_rows(b: Weights, offsets: torch.Tensor, *, rows: int) -> torch.Tensor:
+    """See ``moe.expert_rows``."""
+    table = b if isinstance(b, torch.Tensor) else torch.stack(tuple(b))
+    return table.index_select(0, routing.expert_of_rows(offsets, rows))
+
+
+def group_sum(x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """See ``moe.group_sum``."""
+    return routing.group_sum(x, offsets)
+
+
+def unslice(x: torch.Tensor, *, dim: int, start: int, stop: int, size: int, step: int = 1) -> torch.Tensor:
+    """See ``t.unslice``."""
+    from moec.ir.opdef import opdef
+
+    result: torch.Tensor = opdef("t.unslice").eval(x, dim=dim, start=start, stop=stop, size=size, step=step)
+    return result
+
+
+def one_hot(index: torch.Tensor, *, classes: int) -> torch.Tensor:
+    """See ``t.one_hot``."""
+    return (index.unsqueeze(-1) == torch.arange(classes, device=index.device)).long()

@@ -1,0 +1,26 @@
+"""Which target serves a device."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from moec.errors import CompileError
+
+TARGETS = ("triton", "aten")
+
+
+def choose_target(asked: str | None, device: torch.device) -> str:
+    """``asked``, or "triton" on a GPU that Triton supports and "aten" elsewhere.
+
+    Raises :class:`CompileError` for an unknown name.
+    """
+    if asked is not None and asked not in TARGETS:
+        raise CompileError(f"unknown target {asked!r}; targets: {', '.join(TARGETS)}")
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return "aten"
+    if asked is not None:
+        return asked
+    capability = torch.cuda.get_device_capability(device)
+    return "triton" if capability >= (8, 0) else "aten"

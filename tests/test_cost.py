@@ -1,0 +1,76 @@
+"""The cost model, against what the kernels of one block move and keep."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from moec import cost
+from moec.cost import Cost
+from moec.ir import Builder, Graph, Type, Value, dim
+from moec.ir.dims import evaluate
+from moec.manager import PassManager
+from moec.pipeline import pipeline
+from tests.graphs import OLMOE, Options, build
+
+T = dim("T")
+
+
+def trained(options: Options) -> Graph:
+    return PassManager(pipeline("triton", training=True)).run(build(options).graph)
+
+
+def test_costs_of_single_ops() -> None:
+    b = Builder()
+    x, y = Value(Type("bf16", (T, 8)), "x"), Value(Type("bf16", (8,)), "y")
+    b("t.add", x, y)
+    b("t.mul", x, x)
+    b("t.sum", x, dims=(1,))
+    w, offsets = Value(Type("bf16", (4, 6, 8)), "w"), Value(Type("i32", (5,)), "offsets")
+    b("moe.grouped_mm", x, w, offsets)
+    b("moe.grouped_outer", x, x, offsets)
+    costs = [cost.op_cost(op) for op in b.ops]
+    assert costs[0] == Cost(32 * T + 16, 8 * T)
+    assert costs[1] == Cost(32 * T, 8 * T)
+    assert costs[2] == Cost(18 * T, 0)
+    assert costs[3] == Cost(28 * T + 2 * 4 * 6 * 8, 2 * T * 6 * 8)
+    assert costs[4] == Cost(32 * T + 2 * 4 * 8 * 8, 2 * T * 8 * 8)
+    total = cost.graph_cost(b.graph("g", [x, y, w, offsets], []))
+    assert total == costs[0] + costs[1] + costs[2] + costs[3] + costs[4]
+
+
+def test_saved_bytes_of_a_block_are_its_hidden_rows_and_its_routing() -> None:
+    """``4*A*I`` for the rows before the activation in bf16; nothing of width ``H`` is kept."""
+    for hidden, inner, choices, experts in ((16, 8, 2, 4), (64, 8, 3, 8), (8, 32, 1, 4)):
+        options = replace(
+            OLMOE, dtype="bf16", hidden=hidden, inner=inner, choices=choices, experts=experts
+        )
+        pairs = choices * T
+        scores = 4 * experts * T
+        weights, indices, order, inverse = 4 * pairs, 4 * pairs, 4 * pairs, 4 * pairs
+        routing = scores + weights + indices + order + inverse + 4 * (experts + 1)
+        assert cost.saved_bytes(trained(options)) == 4 * pairs * inner + routing
+
+
+def test_saved_bytes_count_results_handed_through() -> None:
+    graph = trained(OLMOE)
+    saved = {v.hint for v in cost.saved_values(graph)}
+    assert saved == {"h", "scores", "idx", "w", "perm", "offsets", "inverse"}
+    assert not saved & {v.hint for v in graph.inputs}
+
+
+def test_kernels_compute_the_same_and_move_less() -> None:
+    block = build(OLMOE)
+    plain = cost.graph_cost(block.graph)
+    fused = cost.graph_cost(PassManager(pipeline("triton", training=False)).run(block.graph))
+    assert fused.flops == plain.flops
+    for tokens in (1, 100):
+        size = {"T": tokens}
+        assert evaluate(fused.bytes, size) < evaluate(plain.bytes, size)
+
+
+def test_training_costs_twice_the_products_again() -> None:
+    """Two products of the forward pass; backward has two by inputs and two by weights."""
+    forward = cost.graph_cost(build(OLMOE).graph).flops
+    assert evaluate(cost.graph_cost(trained(OLMOE)).flops, {"T": 1000}) > 2 * evaluate(
+        forward, {"T": 1000}
+    )
