@@ -37,12 +37,12 @@ class Session:
     artifacts: dict[Hashable, Artifact] = field(default_factory=dict)
     warned: set[str] = field(default_factory=set)
 
-    def warn(self, text: str) -> None:
-        """Warn once a text, or raise it in strict mode."""
+    def warn(self, text: str, about: str = "") -> None:
+        """Warn once about a thing, or raise in strict mode."""
         if self.strict:
             raise CallError(text)
-        if text not in self.warned:
-            self.warned.add(text)
+        if (about or text) not in self.warned:
+            self.warned.add(about or text)
             warnings.warn(text, stacklevel=2)
 
     def artifact(self, graph: Graph, wanted: tuple[bool, ...] | None, device: torch.device) -> Artifact:
@@ -174,7 +174,7 @@ class Region:
         if found.graph is not None or self.inner is not None:
             return  # a block whose experts are a region of their own reports through that one
         kind = type(self.candidate.module).__name__
-        self.session.warn(f"moec: {self.name or 'the model'} ({kind}) stays as it was: {found.reason}. moec.explain(model) lists all regions.")
+        self.session.warn(f"moec: {self.name or 'the model'} ({kind}) stays as it was: {found.reason}. moec.explain(model) lists all regions.", kind + found.reason.replace(self.name, ""))
 
     # calls
     def call(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -20,6 +20,7 @@ CHEAP = {
     "t.permute",
     "t.expand",
     "t.full",
+    "t.stack",
 }
 
 

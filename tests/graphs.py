@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from moec.ir import Builder, Graph, Location, Type, Value, dim
 from moec.ir.types import DTYPES
+from moec.manager import PassManager
 
 T = dim("T")
 TOKENS = (0, 1, 7, 63, 65)
@@ -332,3 +333,21 @@ DEEPSEEK_V3 = Options(
 )
 MIXTRAL = Options(raised=False, norm="sum")
 MODELS = {"mixtral": MIXTRAL, "deepseek_v3": DEEPSEEK_V3, "gpt_oss": GPT_OSS}
+
+
+def passed(text: str, graph: Graph) -> Graph:
+    """The graph after a pipeline."""
+    return PassManager(text).run(graph)
+
+
+def assert_same(
+    actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], *, exact: bool
+) -> None:
+    """Equal bits if ``exact``; otherwise equal but for the rounding of float64."""
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        if exact:
+            assert torch.equal(a, e)
+        else:
+            scale = float(e.abs().max()) if e.numel() else 0.0
+            torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12 * (1 + scale))

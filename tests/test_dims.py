@@ -42,7 +42,7 @@ def sizes(ranges: dict[str, tuple[int, int | None]]) -> list[dict[str, int]]:
     return [dict(zip(ranges, p, strict=True)) for p in itertools.product(*spans)]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(EXPRESSIONS, EXPRESSIONS, RANGE, RANGE)
 def test_proofs_and_bounds_are_never_wrong(
     a: sympy.Expr, b: sympy.Expr, t: tuple[int, int | None], s: tuple[int, int | None]
@@ -59,7 +59,7 @@ def test_proofs_and_bounds_are_never_wrong(
         assert high is None or value <= high
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(EXPRESSIONS)
 def test_text_source_and_canonical_form_mean_the_same(e: sympy.Expr) -> None:
     value = canon(e)
@@ -96,7 +96,7 @@ def test_quotients_simplify_only_where_they_are_whole() -> None:
 
 
 @given(EXPRESSIONS, st.integers(1, 6))
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 def test_divisible_is_never_wrong(e: sympy.Expr, by: int) -> None:
     if dims.divisible(canon(e), by):
         for binding in sizes({"T": (0, 5), "S": (0, 5)}):

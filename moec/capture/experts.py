@@ -60,10 +60,10 @@ class ExpertsBody:
         return importer.combined()
 
 
-def _weight(b: Builder, paths: tuple[str, ...], weight: Callable[[str], Value]) -> Value:
+def _weight(b: Builder, paths: tuple[str, ...], weight: Callable[[str], Value]) -> Value | ExpertSlice:
+    """A stacked weight, or the weights of the experts stacked: then the body has one expert's part."""
     values = [weight(path) for path in paths]
-    stacked: Value = values[0] if len(values) == 1 else b("t.stack", *values, hint=values[0].hint)
-    return stacked
+    return values[0] if len(values) == 1 else ExpertSlice(b("t.stack", *values, hint=values[0].hint))
 
 
 class _BodyImporter(Importer):

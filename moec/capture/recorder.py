@@ -73,6 +73,14 @@ class Recorder(TorchDispatchMode):
         self.nodes[id(tensor)] = node
         self.alive.append(tensor)
 
+    def opaque(self, target: Any, args: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:
+        """Write one call that the recorder did not see inside of."""
+        recorded = self._arguments(args)
+        node = self.graph.call_function(target, recorded)
+        node.meta["location"] = user_location()
+        self._bind(out, node)
+        return out
+
     def node_of(self, tensor: torch.Tensor) -> fx.Node | None:
         """The node that made a tensor, ``None`` for a constant."""
         return self.nodes.get(id(tensor))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moec.capture.check import compare
 from moec.capture.block import CapturedBlock, capture_block, weight_hint
 from moec.capture.experts import ExpertsBody, named_weights, read_experts
 from moec.capture.flatten import flatten_tokens
@@ -74,6 +75,33 @@ def find_candidates(model: nn.Module) -> Iterator[Candidate]:
         if module in taken:
             continue
         experts = next((n for n, child in module.named_children() if is_experts(child)), None)
+        if experts is not None or is_experts(module) or _is_loop(module):
+            yield Candidate(name, module, experts)
+            taken.update(module.modules())
+
+
+def _is_loop(module: nn.Module) -> bool:
+    """Whether a module holds a list of experts, and none of its submodules is a region itself."""
+    inside = (m for m in module.modules() if m is not module)
+    return has_expert_list(module) and not any(is_experts(m) or has_expert_list(m) for m in inside)
+
+
+def is_experts(self) -> bool:
+        """Whether the module itself is called with tokens, indices and weights."""
+        return self.experts is None and is_experts(self.module)
+
+
+def find_candidates(model: nn.Module) -> Iterator[Candidate]:
+    """Modules that look like MoE regions, outermost first, none inside another.
+
+    A block has a child that takes three tensors and holds stacked or listed experts; a loop block holds a
+    list of experts itself.
+    """
+    taken: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module in taken:
+            continue
+        experts = next((n for n, child in module.named_children() if is_experts(child)), None)
         if experts is not None or is_experts(module) or has_expert_list(module):
             yield Candidate(name, module, experts)
             taken.update(module.modules())
@@ -117,12 +145,22 @@ def capture_whole(candidate: Candidate, dtype: torch.dtype | None = None, rank: 
     kind = "loop" if candidate.experts is None else "block"
     try:
         if candidate.experts is None:
-            return _finished(name, module, kind, capture_loop(module, name, dtype, rank))
+            return _checked(_finished(name, module, kind, capture_loop(module, name, dtype, rank)), dtype, rank)
         body = read_experts(module.get_submodule(candidate.experts), join(name, candidate.experts))
         example = _example(module, body.hidden, dtype, rank)
-        return _finished(name, module, kind, capture_block(module, body, candidate.experts, example, name))
+        captured = capture_block(module, body, candidate.experts, example, name)
+        return _checked(_finished(name, module, kind, captured), dtype, rank)
     except MoecError as error:
         return FoundRegion(name, module, kind, None, reason=str(error))
+
+
+def _checked(found: FoundRegion, dtype: torch.dtype | None, rank: int) -> FoundRegion:
+    """The region, if it computes what its module computes."""
+    if found.graph is not None:
+        parameter = next(found.module.parameters())
+        hidden = int(found.graph.inputs[0].type.shape[-1])  # type: ignore[arg-type]
+        compare(found.module, found.graph, found.weights, hidden, dtype or parameter.dtype, rank)
+    return found
 
 
 def capture_experts(

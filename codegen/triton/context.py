@@ -1,0 +1,117 @@
+"""What the host lines of one emitted function share: row tiles, gathered rows, last uses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from moec.codegen import aten
+from moec.codegen.names import PythonNames
+from moec.codegen.triton.kernel import KernelText, Parameter
+from moec.codegen.triton.tiles import power_of_two
+from moec.codegen.writer import Writer
+from moec.ir.dims import Dim, python_source, symbols
+from moec.ir.graph import Graph, Op, Value, producers
+
+# ops whose results are contiguous whatever their operands are
+_FRESH = {"t.full", "t.stack", "t.concat", "t.one_hot", "moe.gather", "moe.group_sum"}
+_PRODUCTS = {"t.linear", "t.matmul"}
+
+Gathered = tuple[Value, Value]  # tokens, perm
+
+
+def only_if(rows: Dim) -> str:
+    """The condition that there is any row."""
+    names = sorted(symbols(rows))
+    return names[0] if len(names) == 1 and len(getattr(rows, "args", ())) <= 2 else python_source(rows)
+
+
+@dataclass
+class Context:
+    """The state of one function (``forward`` or ``backward``) while its lines are written."""
+
+    graph: Graph
+    names: PythonNames
+    uses: dict[Gathered, int]  # how many kernels still read the gathered rows
+    rows: dict[Gathered, str] = field(default_factory=dict)
+    tiles: dict[tuple[Value, int], tuple[str, str, str]] = field(default_factory=dict)
+    checked: set[Value] = field(default_factory=set)
+
+    def contiguous(self, writer: Writer, values: Sequence[Value]) -> None:
+        """Kernels take row-major tensors: copy what an expression may have left in another order."""
+        made = producers(self.graph)
+        for value in dict.fromkeys(values):
+            op = made.get(value)
+            if value in self.checked or op is None or _is_contiguous(op):
+                continue
+            self.checked.add(value)
+            writer.line(f"{self.names[value]} = {self.names[value]}.contiguous()")
+
+    def allocate(self, writer: Writer, value: Value) -> str:
+        """A line that makes room for a result."""
+        return self.empty(writer, self.names.add(value), value.type.shape, value.type.dtype)
+
+    def empty(self, writer: Writer, name: str, dims: Sequence[Dim], dtype: str) -> str:
+        """A line that makes an uninitialised tensor."""
+        size, kind = aten.shape(tuple(dims)), aten.dtype(dtype)
+        writer.line(f"{name} = torch.empty({size}, dtype={kind}, device=device)")
+        return name
+
+    def row_tiles(
+        self, writer: Writer, offsets: Value, rows: Dim, block: int
+    ) -> tuple[str, str, str]:
+        """Names of the tensors that list the row tiles; they are made at the first use."""
+        if (offsets, block) not in self.tiles:
+            names = tuple(self.names.fresh(n) for n in ("tile_expert", "tile_row", "row_tiles"))
+            experts = int(offsets.type.shape[0]) - 1
+            made = f"launch.empty_row_tiles({python_source(rows)}, {experts}, {block}, device)"
+            writer.line(f"{', '.join(names)} = {made}")
+            sizes = f"E={experts}, EP={power_of_two(experts)}, BM={block}"
+            arguments = f"{self.names[offsets]}, {', '.join(names)}, {sizes}"
+            with writer.block(f"if {only_if(rows)}:"):
+                writer.line(f"list_row_tiles[({experts},)]({arguments})")
+            self.tiles[offsets, block] = (names[0], names[1], names[2])
+        return self.tiles[offsets, block]
+
+    def gathered(self, writer: Writer, x: Value, perm: Value, inverse: Value) -> str:
+        """The name of the tokens of ``x`` in the order of the rows; copied at the first use."""
+        if (x, perm) not in self.rows:
+            name = self.names.fresh(f"{self.names[x]}_rows")
+            columns, choices = int(x.type.shape[1]), int(inverse.type.shape[1])
+            self.empty(writer, name, (perm.type.shape[0], columns), x.type.dtype)
+            block = min(2048, power_of_two(columns))
+            tokens = python_source(x.type.shape[0])
+            sizes = f"H={columns}, K={choices}, BH={block}"
+            grid = f"({tokens}, {-(-columns // block)})"
+            arguments = f"{self.names[x]}, {self.names[inverse]}, {name}, {sizes}"
+            with writer.block(f"if {only_if(perm.type.shape[0])}:"):
+                writer.line(f"spread_rows[{grid}]({arguments})")
+            self.rows[x, perm] = name
+        return self.rows[x, perm]
+
+    def release(self, writer: Writer, x: Value, perm: Value) -> None:
+        """One reader of gathered rows is done; after the last their memory is free."""
+        self.uses[x, perm] -= 1
+        if self.uses[x, perm] == 0 and (x, perm) in self.rows:
+            writer.line(f"del {self.rows.pop((x, perm))}")
+
+
+def _is_contiguous(op: Op) -> bool:
+    if op.kind.startswith("kern.") or op.kind in _FRESH:
+        return True
+    return op.kind in _PRODUCTS and all(v.type.rank <= 2 for v in op.operands)
+
+
+def arguments(
+    text: KernelText, op: Op, context: Context, made: dict[str, str]
+) -> list[str]:
+    """The launch's arguments: the op's operands and results by name, and what the host made."""
+    if op.body is None:
+        return []
+    outer = dict(zip(op.body.inputs, op.operands, strict=True))
+    outer.update(zip(op.body.outputs, op.results, strict=True))
+
+    def name(p: Parameter) -> str:
+        return made[p.value] if isinstance(p.value, str) else context.names[outer[p.value]]
+
+    return [name(p) for p in text.parameters]

@@ -1,0 +1,187 @@
+"""The text of one kernel while it is being written: its lines, and the parameters that they need."""
+
+from __future__ import annotations
+
+import contextlib
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from moec.codegen.names import PythonNames
+from moec.codegen.triton import source
+from moec.codegen.triton.expressions import CALLED, DTYPES, EXPRESSIONS, number
+from moec.codegen.writer import Writer
+from moec.ir.graph import Graph, Op, Value
+from moec.ir.opdef import opdef
+from moec.ir.text import show
+from moec.ir.types import Type
+
+# names that the templates use themselves
+_LOCALS = frozenset(
+    "m n k token pair row column depth inside live expert start end size tiles left right acc total "
+    "work last at here partial block slot key best hit count BM BN BK BC BH BT KP EP BLOCK".split()
+)
+
+
+class Unsupported(Exception):
+    """A body that a template cannot express; the op's body runs as PyTorch expressions instead."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """A value inside a kernel: its text and the axes along which it varies."""
+
+    text: str
+    axes: tuple[str, ...] = ()
+    literal: bool = False
+
+    def on(self, axes: tuple[str, ...]) -> str:
+        """The text, with the missing axes of ``axes`` added to broadcast."""
+        if not self.axes or self.axes == axes:
+            return self.text
+        return f"{self.text}[{', '.join(':' if a in self.axes else 'None' for a in axes)}]"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter: an operand or result of the op, or something that the host makes (a name)."""
+
+    name: str
+    value: Value | str
+
+
+def is_power_of_two(n: int) -> bool:
+    """Whether a size needs no padding to be a tile's."""
+    return n > 0 and n & (n - 1) == 0
+
+
+def compute_dtype(graph: Graph) -> str:
+    """float64 if a float in the graph is f64, else float32."""
+    values = [*graph.inputs, *(v for op in graph.ops for v in op.results)]
+    return "tl.float64" if any(v.type.dtype == "f64" for v in values) else "tl.float32"
+
+
+@dataclass
+class KernelText:
+    """A kernel under construction."""
+
+    dtype: str
+    names: PythonNames = field(
+        default_factory=lambda: PythonNames(_LOCALS | source.names() | {"launch"})
+    )
+    lines: Writer = field(default_factory=Writer)
+    parameters: list[Parameter] = field(default_factory=list)
+    constants: dict[str, int] = field(default_factory=dict)
+    integers: list[str] = field(default_factory=list)
+    used: set[str] = field(default_factory=set)
+
+    def parameter(self, value: Value | str, hint: str | None = None) -> str:
+        """The name of the parameter for an operand, a result or something of the host's."""
+        for p in self.parameters:
+            if p.value is value or (isinstance(value, str) and p.value == value):
+                return p.name
+        wanted = hint or (value if isinstance(value, str) else value.hint)
+        name = self.names.fresh(wanted)
+        self.parameters.append(Parameter(name, value))
+        return name
+
+    def use(self, function: str) -> str:
+        """Note that a library function is called; its name."""
+        self.used.add(function)
+        return function
+
+    def line(self, text: str = "") -> None:
+        """One line of the body."""
+        self.lines.line(text)
+
+    @contextlib.contextmanager
+    def block(self, head: str) -> Iterator[None]:
+        """``head`` and an indented block."""
+        with self.lines.block(head):
+            yield
+
+    def let(self, hint: str, text: str, axes: tuple[str, ...] = ()) -> Term:
+        """A new local with this text."""
+        name = self.names.fresh(hint)
+        self.line(f"{name} = {text}")
+        return Term(name, axes)
+
+    def literal(self, op: Op) -> Term:
+        """A constant."""
+        value = op.attrs["value"]
+        if not op.result.type.is_float:
+            return Term(repr(int(value)), literal=True)
+        return Term(number(float(value), self.dtype), literal=True)
+
+    def pointwise(self, op: Op, terms: Sequence[Term], order: tuple[str, ...]) -> Term:
+        """The result of a pointwise op on terms; ``order`` is that of the axes."""
+        axes = tuple(a for a in order if any(a in t.axes for t in terms))
+        texts = [t.on(axes) for t in terms]
+        if all(t.literal for t in terms):
+            texts[0] = f"tl.full((), {texts[0]}, {dtype_in_kernel(op.operands[0].type, self.dtype)})"
+        text = EXPRESSIONS[op.kind](op, texts, self.dtype)
+        self.used.update(f for f in CALLED if f"{f}(" in text)
+        if text in texts:  # a cast that rounds nothing
+            return terms[texts.index(text)]
+        return self.let(op.result.hint, text, axes)
+
+    def signature(self, name: str, types: bool = True) -> str:
+        """The ``def`` line, wrapped."""
+        items = [p.name for p in self.parameters] + self.integers
+        items += [f"{k}: tl.constexpr = {v}" if types else k for k, v in self.constants.items()]
+        line = f"def {name}({', '.join(items)}):"
+        if len(line) <= 100:
+            return line
+        inner = textwrap.fill(", ".join(items) + ",", 95, break_long_words=False)
+        inner = textwrap.indent(_unbroken(items), "    ") if "\n" in inner else f"    {inner}"
+        return f"def {name}(\n{inner}\n):"
+
+    def write(self, writer: Writer, name: str, docs: Sequence[str]) -> None:
+        """The whole kernel."""
+        integers = ", ".join(f'"{i}"' for i in self.integers)
+        decorator = f"(do_not_specialize=[{integers}])" if integers else ""
+        writer.lines("", "", f"@triton.jit{decorator}")
+        with writer.block(self.signature(name)):
+            writer.line('"""' + docs[0])
+            writer.lines(*docs[1:], '"""')
+            writer.lines(*self.lines.text().rstrip("\n").split("\n"))
+
+
+def _unbroken(items: Sequence[str]) -> str:
+    """Items over several lines, none of them cut."""
+    lines, current = [], ""
+    for item in items:
+        if current and len(current) + len(item) > 93:
+            lines.append(current.rstrip())
+            current = ""
+        current += f"{item}, "
+    return "\n".join([*lines, current.rstrip()])
+
+
+def dtype_in_kernel(type_: Type, dtype: str) -> str:
+    """The dtype in which a kernel holds values of a type."""
+    return dtype if type_.is_float else DTYPES[type_.dtype]
+
+
+def documentation(op: Op, extra: Sequence[str] = ()) -> list[str]:
+    """A kernel's docstring: what it computes, where the model says so, and its tile."""
+    if op.body is None:
+        return []
+    text = show(op.body, locations=False).rstrip().replace("\\", "\\\\").replace('"""', "'''")
+    place = [str(op.loc).replace("\\", "/").replace('"""', "'''")] if op.loc is not None else []
+    return [*text.split("\n"), "", *place, *extra]
+
+
+def is_pointwise(op: Op) -> bool:
+    """Whether an op is elementwise."""
+    return opdef(op.kind).pointwise
+
+
+def needed_ops(graph: Graph, wanted: Sequence[Value], known: set[Value]) -> list[Op]:
+    """The ops that ``wanted`` depends on, in order, going no further back than ``known``."""
+    live, found = set(wanted) - known, []
+    for op in reversed(graph.ops):
+        if any(v in live for v in op.results):
+            found.append(op)
+            live |= set(op.operands) - known
+    return found[::-1]

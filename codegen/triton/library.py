@@ -1,0 +1,194 @@
+# mypy: ignore-errors
+"""Device functions and kernels that do not depend on a kernel's body.
+
+They are real code here and are copied as text into the emitted modules that use them, so that an
+emitted module can be read, profiled and kept without moec's sources. Words: a *row* is a (token,
+choice) pair in the order of the experts; ``perm[row]`` is its pair and ``inverse[pair]`` its row
+(-1: sent to no expert); ``offsets[e]`` is the first row of expert ``e``. A row tile is ``BM`` rows
+of one expert.
+"""
+
+import triton
+import triton.language as tl
+
+# the row origin of a ragged descriptor: rows past the end of an expert fall outside its shape
+RAGGED: tl.constexpr = tl.constexpr(2**30)
+
+
+@triton.jit
+def tanh(x):
+    """Without a library call; a series near 0, where the quotient would cancel."""
+    square = x * x
+    series = x * (1.0 - square * (0.3333333333333333 - square * (2.0 / 15 - square * (17.0 / 315))))
+    return tl.where(tl.abs(x) < 0.04, series, 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
+
+
+@triton.jit
+def log1p(x):
+    """``log(1 + x)``, corrected for the rounding of the sum."""
+    total = 1.0 + x
+    exact = (total == 1.0) | (total == float("inf"))
+    return tl.where(exact, x, tl.log(total) * (x / tl.where(exact, 1.0, total - 1.0)))
+
+
+@triton.jit
+def order_of(x):
+    """An integer that sorts as ``x`` does, NaN first, and is above the least of its type."""
+    if x.dtype == tl.float64:
+        bits = (x + 0.0).to(tl.int64, bitcast=True)
+        return tl.where(x == x, bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF), 0x7FFFFFFFFFFFFFFF)
+    else:
+        bits = (x + 0.0).to(tl.int32, bitcast=True)
+        return tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+
+
+@triton.jit
+def pick_tile(work, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Row and column tile of a piece of work: GROUP row tiles share their columns of weights."""
+    width = GROUP * tiles_n
+    first = work // width * GROUP
+    size = tl.minimum(tiles_m - first, GROUP)
+    return first + work % width % size, work % width // size
+
+
+@triton.jit
+def halves(tile, BM: tl.constexpr, BN: tl.constexpr):
+    """Left and right half of a tile (no data moves: both lie in the same thread)."""
+    return tile.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def load_rows(rows, start, size, row, column, BR: tl.constexpr, BC: tl.constexpr):
+    """Rows [row, row + BR) of the expert that owns [start, start + size); zeros past its end."""
+    return rows.load([RAGGED, start + size, row - size + RAGGED, column]).reshape(BR, BC)
+
+
+@triton.jit
+def load_parts(rows, start, size, row, column, BR: tl.constexpr, BC: tl.constexpr):
+    """As load_rows, of a [rows, 2, columns] tensor: the same tile of both parts."""
+    tile = rows.load([RAGGED, start + size, row - size + RAGGED, 0, column])
+    return tile.reshape(BR, 2, BC).permute(0, 2, 1).to(tl.float32).split()
+
+
+@triton.jit
+def store_rows(rows, start, size, row, column, value, BR: tl.constexpr, BC: tl.constexpr):
+    """Store rows of one expert; the copy engine drops what lies past its end."""
+    at = [RAGGED, start + size, row - size + RAGGED, column]
+    rows.store(at, value.to(rows.dtype).reshape(1, 1, BR, BC))
+
+
+@triton.jit
+def store_part(rows, start, size, row, part, column, value, BR: tl.constexpr, BC: tl.constexpr):
+    """As store_rows, to one part of a [rows, parts, columns] tensor."""
+    at = [RAGGED, start + size, row - size + RAGGED, part, column]
+    rows.store(at, value.to(rows.dtype).reshape(1, 1, BR, 1, BC))
+
+
+@triton.jit
+def list_row_tiles(
+    offsets, tile_expert, tile_row, row_tiles, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr
+):
+    """The row tiles of one expert a program: each tile's expert and first row; and their number."""
+    me = tl.program_id(0)
+    expert = tl.arange(0, EP)
+    first = tl.load(offsets + expert, mask=expert < E, other=0)
+    size = tl.load(offsets + expert + 1, mask=expert < E, other=0) - first
+    tiles = (size + BM - 1) // BM
+    before = tl.sum(tl.where(expert < me, tiles, 0), 0)
+    mine = tl.sum(tl.where(expert == me, tiles, 0), 0)
+    row = tl.load(offsets + me)
+    for j in range(0, mine, 128):
+        t = j + tl.arange(0, 128)
+        tl.store(tile_expert + before + t, me + t * 0, mask=t < mine)
+        tl.store(tile_row + before + t, row + t * BM, mask=t < mine)
+    if me == E - 1:
+        tl.store(row_tiles, before + mine)
+
+
+@triton.jit(do_not_specialize=["pairs", "blocks"])
+def count_pairs(
+    index, histogram, pairs, blocks, BUCKETS: tl.constexpr, EP: tl.constexpr, PAIRS: tl.constexpr
+):
+    """histogram[e, block] = how many of the block's pairs go to e; the last bucket is no expert."""
+    block = tl.program_id(0)
+    pair = block * PAIRS + tl.arange(0, PAIRS)
+    e = tl.minimum(tl.load(index + pair, mask=pair < pairs, other=EP), BUCKETS - 1)
+    e = tl.where(pair < pairs, e, EP)
+    expert = tl.arange(0, EP)
+    count = tl.sum((e[:, None] == expert[None, :]).to(tl.int32), 0)
+    tl.store(histogram + expert * blocks + block, count, mask=expert < BUCKETS)
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def scan_counts(histogram, totals, blocks, CHUNK: tl.constexpr):
+    """Per expert: the exclusive prefix of its counts over the blocks, in place, and its total."""
+    expert = tl.program_id(0)
+    carry = 0
+    for first in range(0, blocks, CHUNK):
+        at = first + tl.arange(0, CHUNK)
+        count = tl.load(histogram + expert * blocks + at, mask=at < blocks, other=0)
+        before = carry + tl.cumsum(count, 0) - count
+        tl.store(histogram + expert * blocks + at, before, mask=at < blocks)
+        carry += tl.sum(count, 0)
+    tl.store(totals + expert, carry)
+
+
+@triton.jit(do_not_specialize=["pairs", "blocks"])
+def place_pairs(
+    index, histogram, totals, perm, offsets, inverse, pairs, blocks,
+    E: tl.constexpr, BUCKETS: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr,
+    PAIRS: tl.constexpr,
+):  # fmt: skip
+    """perm and inverse of a block's pairs, in their order; the first program writes offsets.
+
+    BUCKETS is E + 1 where pairs may have no expert: they take the rows after all others.
+    """
+    block = tl.program_id(0)
+    expert = tl.arange(0, EP)
+    total = tl.load(totals + expert, mask=expert < BUCKETS, other=0)
+    start = tl.cumsum(total, 0) - total
+    slot = tl.arange(0, PAIRS)
+    pair = block * BLOCK + slot
+    live = (slot < BLOCK) & (pair < pairs)
+    e = tl.minimum(tl.load(index + pair, mask=live, other=0), BUCKETS - 1)
+    earlier = (e[:, None] == e[None, :]) & (slot[None, :] < slot[:, None])
+    rank = tl.sum(earlier.to(tl.int32), 1)
+    before = tl.load(histogram + e * blocks + block, mask=live, other=0)
+    row = tl.gather(start, e, 0) + before + rank
+    tl.store(perm + row, pair, mask=live)
+    tl.store(inverse + pair, tl.where(e < E, row, -1), mask=live)
+    if block == 0:
+        tl.store(offsets + expert, start, mask=expert < E)
+        tl.store(offsets + E, tl.sum(tl.where(expert < E, total, 0), 0))
+
+
+@triton.jit
+def spread_rows(x, inverse, rows, H: tl.constexpr, K: tl.constexpr, BH: tl.constexpr):
+    """rows[inverse[t, k]] = x[t]: reads every token once."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BH + tl.arange(0, BH)
+    value = tl.load(x + token * H + column, mask=column < H)
+    for k in tl.static_range(K):
+        row = tl.load(inverse + token * K + k).to(tl.int64)
+        tl.store(rows + row * H + column, value, mask=column < tl.where(row >= 0, H, 0))
+
+
+@triton.jit
+def sum_groups(
+    x, offsets, partial, E: tl.constexpr, N: tl.constexpr, SHARES: tl.constexpr, BR: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """partial[s, e] = the sum of share s of the rows of expert e."""
+    expert = tl.program_id(0) // SHARES
+    share = tl.program_id(0) % SHARES
+    column = tl.program_id(1) * BN + tl.arange(0, BN)
+    start = tl.load(offsets + expert)
+    end = tl.load(offsets + expert + 1)
+    total = tl.zeros((BR, BN), partial.dtype.element_ty)
+    for first in range(start + share * BR, end, SHARES * BR):
+        row = first + tl.arange(0, BR)
+        live = (row < end)[:, None] & (column < N)[None, :]
+        at = row.to(tl.int64)[:, None] * N + column[None, :]
+        total += tl.load(x + at, mask=live, other=0.0).to(partial.dtype.element_ty)
+    out = partial + (share * E + expert).to(tl.int64) * N + column
+    tl.store(out, tl.sum(total, 0), mask=column < N)

@@ -1,0 +1,82 @@
+"""Which template and tile a kernel gets: simple rules, measured on an H100 for 16-bit dtypes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moec.ir.dims import Dim
+from moec.ir.types import SIZES
+
+GROUP = 8  # row tiles that share the columns of weights they read
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows, columns (of one part) and depth of a tile, and how its program runs."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+    @property
+    def attribute(self) -> tuple[int, ...]:
+        """The form in which a ``kern.`` op holds it."""
+        return (self.rows, self.columns, self.depth, self.warps, self.stages)
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below ``n``."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def row_tile(dtype: str, parts: int, columns: int, depth: int, hopper: bool) -> Tile:
+    """The tile of a product over ragged rows.
+
+    16-bit: 128 rows by 256 columns (of all parts together) by 64 on Hopper, half as many columns
+    elsewhere, so that three stages fit into 100 KB. Wider dtypes have no such tensor cores: 64 by
+    64.
+    """
+    size = SIZES[dtype]
+    if size == 2:
+        wide = 256 if hopper else 128
+        return _fit(Tile(128, wide // parts, 64, 8, 3), columns, depth)
+    return _fit(Tile(64, 64 // parts if parts <= 2 else 16, 128 // size, 4, 2), columns, depth)
+
+
+def outer_tile(dtype: str, m: int, n: int, hopper: bool) -> Tile:
+    """The tile of a product over ragged depth: ``rows`` and ``columns`` are those of the result."""
+    if SIZES[dtype] == 2:
+        tile = Tile(128, 256 if hopper else 128, 64, 8, 3)
+    else:
+        tile = Tile(64, 64, 128 // SIZES[dtype], 4, 2)
+    fitted = _fit(tile, n, tile.depth)
+    return Tile(
+        min(tile.rows, max(16, power_of_two(m))),
+        fitted.columns,
+        tile.depth,
+        fitted.warps,
+        fitted.stages,
+    )
+
+
+def _fit(tile: Tile, columns: int, depth: int) -> Tile:
+    """No wider or deeper than the matrices need; a product needs at least 16 of each."""
+    return Tile(
+        tile.rows,
+        min(tile.columns, max(16, power_of_two(columns))),
+        min(tile.depth, max(16, power_of_two(depth))),
+        tile.warps,
+        tile.stages,
+    )
+
+
+def overflows(elements: Dim) -> bool:
+    """Whether positions in a matrix of so many elements may need 64 bits."""
+    return not isinstance(elements, int) or elements >= 2**31
+
+
+def tile_of(attribute: tuple[int, ...] | None, default: Tile) -> Tile:
+    """The tile that an op's attribute asks for."""
+    return Tile(*attribute) if attribute is not None and len(attribute) == 5 else default
