@@ -7,7 +7,10 @@ import copy
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
+
+from moec.traced import call_traced
 
 if TYPE_CHECKING:
     from moec.region import Region
@@ -24,7 +27,10 @@ class CompiledMixin:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Serve the call from the region, or run the module's own code."""
-        result = self._moec_region.call(self, args, kwargs)  # type: ignore[arg-type]
+        if torch.compiler.is_compiling():
+            result = call_traced(self, args, kwargs)  # type: ignore[arg-type]
+        else:
+            result = self._moec_region.call(self, args, kwargs)  # type: ignore[arg-type]
         return super().forward(*args, **kwargs) if result is NotImplemented else result  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -22,6 +22,7 @@ from moec.pipeline import pipeline
 from moec.runtime.artifact import Artifact, build
 from moec.structure import structure_key
 from moec.targets import choose_target
+from moec.traced import number
 
 
 @dataclass
@@ -101,6 +102,7 @@ class Region:
         self.found: dict[_Mode, FoundRegion] = {}
         self.artifacts: list[Artifact] = []
         self.inner: Region | None = None
+        self.number = number(self)
         self._types = _types_below(candidate.module)
         self._tensors: dict[tuple[str, ...], list[tuple[nn.Module, str]]] = {}
 
@@ -209,6 +211,28 @@ class Region:
             outputs = artifact(inputs)
         shaped = [o.reshape(_result_shape(t, data[0], o)) for o, t in zip(outputs, found.results, strict=True)]
         return _pytree.tree_unflatten(shaped, found.tree) if found.tree is not None else shaped[0]
+
+    def prepare(
+        self, training: bool, dtype: torch.dtype, rank: int, choices: int, weight_dtype: torch.dtype, grad: bool, data_grad: int
+    ) -> tuple[FoundRegion, Artifact] | None:
+        """The capture and the artifact for a call that a tracer describes; ``None`` if the module's own code must run.
+
+        Bit ``i`` of ``data_grad`` says whether the ``i``-th tensor of the call requires a gradient.
+        """
+        module = self.candidate.module
+        if _has_hooks(module, self):
+            return None
+        mode = _Mode(training, dtype, 2, None, choices, weight_dtype) if self.kind == "experts" else _Mode(training, dtype, rank, None)
+        found = self.capture(mode)
+        if found.graph is None:
+            return None
+        weights = self._weights(found, module)
+        count = len(found.graph.inputs) - len(weights)
+        wanted = (*(bool(data_grad >> i & 1) for i in range(count)), *(t.requires_grad for t in weights))
+        artifact = self.session.artifact(found.graph, wanted if grad and any(wanted) else None, weights[0].device)
+        if artifact not in self.artifacts:
+            self.artifacts.append(artifact)
+        return found, artifact
 
     def _data(self, graph: Graph, found: FoundRegion, data: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [t.reshape(-1, *t.shape[t.dim() - v.type.rank + 1 :]) if t.dim() > v.type.rank else t for t, v in zip(data, graph.inputs, strict=False)]

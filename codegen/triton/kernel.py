@@ -18,8 +18,8 @@ from moec.ir.types import Type
 
 # names that the templates use themselves
 _LOCALS = frozenset(
-    "m n k token pair row column depth inside live expert start end size tiles left right acc total "
-    "work last at here partial block slot key best hit count BM BN BK BC BH BT KP EP BLOCK".split()
+    "m n k token row column wide depth inside expert matrix start end size tiles left right left_at "
+    "work last at here block slot key best hit BM BN BK BC BH BT KP EP BLOCK".split()
 )
 
 

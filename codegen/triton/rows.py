@@ -69,6 +69,7 @@ class RowBody:
     env: dict[Value, Term] = field(default_factory=dict)
     parts: dict[Value, Parts] = field(default_factory=dict)
     dots: list[tuple[Op, Term]] = field(default_factory=list)
+    pairs: dict[Value, str] = field(default_factory=dict)
 
     def run(self, ops: Sequence[Op]) -> None:
         """Write ops in order."""
@@ -162,20 +163,11 @@ class RowBody:
         return Term(first, TILE), Term(second, TILE)
 
     def pair(self, perm: Value) -> str:
-        """The (token, choice) pair of each row."""
-        return self.once(
-            f"pair of {id(perm)}",
-            "pair",
-            lambda: f"tl.load({self.text.parameter(perm)} + row, mask={self.domain.inside}, other=0)",
-        )
-
-    def once(self, key: str, hint: str, text: object) -> str:
-        """A local that is written at its first use."""
-        if key not in self._once:
-            self._once[key] = self.text.let(hint, text()).text  # type: ignore[operator]
-        return self._once[key]
-
-    _once: dict[str, str] = field(default_factory=dict)
+        """The (token, choice) pair of each row; loaded at the first use."""
+        if perm not in self.pairs:
+            load = f"tl.load({self.text.parameter(perm)} + row, mask={self.domain.inside}, other=0)"
+            self.pairs[perm] = self.text.let("pair", load).text
+        return self.pairs[perm]
 
 
 def _full(body: RowBody, op: Op) -> None:

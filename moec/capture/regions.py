@@ -86,27 +86,6 @@ def _is_loop(module: nn.Module) -> bool:
     return has_expert_list(module) and not any(is_experts(m) or has_expert_list(m) for m in inside)
 
 
-def is_experts(self) -> bool:
-        """Whether the module itself is called with tokens, indices and weights."""
-        return self.experts is None and is_experts(self.module)
-
-
-def find_candidates(model: nn.Module) -> Iterator[Candidate]:
-    """Modules that look like MoE regions, outermost first, none inside another.
-
-    A block has a child that takes three tensors and holds stacked or listed experts; a loop block holds a
-    list of experts itself.
-    """
-    taken: set[nn.Module] = set()
-    for name, module in model.named_modules():
-        if module in taken:
-            continue
-        experts = next((n for n, child in module.named_children() if is_experts(child)), None)
-        if experts is not None or is_experts(module) or has_expert_list(module):
-            yield Candidate(name, module, experts)
-            taken.update(module.modules())
-
-
 def is_experts(module: nn.Module) -> bool:
     """Whether a module has the experts contract: ``forward(x, idx, w)`` and weights of several experts."""
     if not any(p.dim() == 3 for p in module.parameters(recurse=False)):

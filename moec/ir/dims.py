@@ -192,6 +192,28 @@ def evaluate(value: Any, binding: Mapping[str, int]) -> int:
     return int(result)
 
 
+def apply(value: Any, binding: Mapping[str, Any]) -> Any:
+    """A dim computed on sizes that may themselves be symbolic (``torch.SymInt``), by plain arithmetic."""
+    if isinstance(value, int):
+        return value
+    if value.is_Integer:
+        return int(value)
+    if value.is_Symbol:
+        return binding[value.name]
+    parts = [apply(a, binding) for a in value.args]
+    if value.is_Add:
+        return sum(parts[1:], parts[0])
+    if value.is_Mul:
+        return functools.reduce(lambda a, b: a * b, parts)
+    if value.is_Pow:
+        return functools.reduce(lambda a, b: a * b, [parts[0]] * int(value.args[1]))
+    if value.func is ceildiv:
+        return -(-parts[0] // parts[1])
+    if value.func is floordiv:
+        return parts[0] // parts[1]
+    raise DimError(f"no arithmetic for the dim {value}")
+
+
 def substitute(value: Dim, mapping: Mapping[str, Dim]) -> Dim:
     """``value`` with symbols replaced by dims."""
     if isinstance(value, int) or not (symbols(value) & mapping.keys()):

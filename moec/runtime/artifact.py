@@ -11,7 +11,8 @@ import torch
 
 from moec import cache
 from moec.codegen import emit_module
-from moec.ir.graph import Graph
+from moec.codegen.host import partition
+from moec.ir.graph import Graph, Value
 from moec.manager import Step
 
 
@@ -31,6 +32,7 @@ class Artifact:
     backward: Callable[..., tuple[torch.Tensor | None, ...]] | None
     backward_inputs: tuple[int, ...]
     saved: tuple[str, ...]
+    program_saved: tuple[Value, ...] = ()
     history: tuple[Step, ...] = field(default=(), repr=False)
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -56,6 +58,7 @@ def build(graph: Graph, target: str, mode: str, history: Sequence[Step], directo
         getattr(module, "backward", None),
         tuple(module.BACKWARD_INPUTS),
         tuple(module.SAVED),
+        partition(graph).saved,
         tuple(history),
     )
 

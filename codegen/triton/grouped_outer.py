@@ -1,0 +1,150 @@
+"""Weight gradients: a product per expert whose inner dimension is the expert's rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from moec.codegen.triton.context import Context, arguments, only_if
+from moec.codegen.triton.kernel import KernelText, Unsupported, compute_dtype, documentation
+from moec.codegen.triton.tiles import GROUP, Tile, outer_tile, tile_of
+from moec.codegen.writer import Writer
+from moec.ir.graph import Graph, Op, Value, producers
+
+
+@dataclass(frozen=True)
+class OuterProduct:
+    """The two sides of a ``kern.grouped_outer``: each a matrix of rows, or tokens to gather."""
+
+    body: Graph
+    anchor: Op
+
+    @property
+    def experts(self) -> int:
+        """The number of experts."""
+        return int(self.anchor.result.type.shape[0])
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Rows and columns of one expert's result."""
+        _, m, n = self.anchor.result.type.shape
+        return int(m), int(n)
+
+    def gather(self, side: int) -> Op | None:
+        """The gather on a side."""
+        return producers(self.body).get(self.anchor.operands[side])
+
+
+def analyse(op: Op) -> OuterProduct:
+    """The product; :class:`Unsupported` if the body holds anything but gathers besides."""
+    if op.body is None:
+        raise Unsupported("no body")
+    others = [o for o in op.body.ops if o.kind != "moe.grouped_outer"]
+    anchors = [o for o in op.body.ops if o.kind == "moe.grouped_outer"]
+    if len(anchors) != 1 or any(o.kind != "moe.gather" for o in others):
+        raise Unsupported("work besides the product")
+    return OuterProduct(op.body, anchors[0])
+
+
+@dataclass
+class PointerOuter:
+    """The portable template: one program a tile of one expert's result."""
+
+    op: Op
+    name: str
+    product: OuterProduct = field(init=False)
+    tile: Tile = field(init=False)
+    text: KernelText = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.product = analyse(self.op)
+        m, n = self.product.sizes
+        default = outer_tile(self.product.anchor.result.type.dtype, m, n, hopper=False)
+        self.tile = tile_of(self.op.attrs.get("tile"), default)
+        self.text = KernelText(compute_dtype(self.product.body))
+        self._write()
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """The number of tiles of one expert's result, down and across."""
+        m, n = self.product.sizes
+        return -(-m // self.tile.rows), -(-n // self.tile.columns)
+
+    @property
+    def library(self) -> set[str]:
+        """The library functions in use."""
+        return {"pick_tile"}
+
+    def _write(self) -> None:
+        t, (m, n), (down, across) = self.text, self.product.sizes, self.tiles
+        t.constants.update(BM=self.tile.rows, BN=self.tile.columns, BK=self.tile.depth)
+        sides = [self._side(0, "left", "at_m", m), self._side(1, "right", "at_n", n)]
+        offsets = t.parameter(self.product.anchor.operands[2])
+        out = t.parameter(self.product.anchor.result, f"{self.op.result.hint}_out")
+        t.line(f"expert = tl.program_id(0) // {down * across}")
+        t.line(f"m, n = pick_tile(tl.program_id(0) % {down * across}, {down}, {across}, {GROUP})")
+        t.line(f"end = tl.load({offsets} + expert + 1)")
+        t.line("at_m = m * BM + tl.arange(0, BM)")
+        t.line("at_n = n * BN + tl.arange(0, BN)")
+        t.line("# accumulate over the expert's rows; none leaves zeros")
+        t.line(f"acc = tl.zeros((BM, BN), {t.dtype})")
+        with t.block(f"for first in range(tl.load({offsets} + expert), end, BK):"):
+            t.line("row = first + tl.arange(0, BK)")
+            t.line("inside = row < end")
+            for lines in sides:
+                for line in lines:
+                    t.line(line)
+            precision = ', input_precision="ieee"' if self._dtype == "f32" else ""
+            t.line(f"acc = tl.dot(tl.trans(left), right, acc{precision})")
+        t.line("# store")
+        conditions = [f"({a} < {s}){i}" for a, s, i, c in self._edges() if c]
+        mask = f", mask={' & '.join(conditions)}" if conditions else ""
+        at = f"expert.to(tl.int64) * {m * n} + at_m[:, None] * {n} + at_n[None, :]"
+        t.line(f"tl.store({out} + {at}, acc{mask})")
+
+    @property
+    def _dtype(self) -> str:
+        return self.product.anchor.result.type.dtype
+
+    def _edges(self) -> list[tuple[str, int, str, bool]]:
+        m, n = self.product.sizes
+        return [
+            ("at_m", m, "[:, None]", m % self.tile.rows != 0),
+            ("at_n", n, "[None, :]", n % self.tile.columns != 0),
+        ]
+
+    def _side(self, side: int, name: str, at: str, width: int) -> list[str]:
+        """The lines that load a side's rows."""
+        gather, value = self.product.gather(side), self.product.anchor.operands[side]
+        lines, rows = [], "row.to(tl.int64)"
+        if gather is not None:
+            value, perm, inverse = gather.operands
+            pair = f"tl.load({self.text.parameter(perm)} + row, mask=inside, other=0)"
+            lines = [f"token = {pair} // {inverse.type.shape[1]}"]
+            rows = "token.to(tl.int64)"
+        cut = width % (self.tile.rows if side == 0 else self.tile.columns)
+        mask = "inside[:, None]" + (f" & ({at} < {width})[None, :]" if cut else "")
+        pointer = f"{self.text.parameter(value)} + {rows}[:, None] * {width} + {at}[None, :]"
+        return [*lines, f"{name} = tl.load({pointer}, mask={mask}, other=0.0)"]
+
+    def define(self, writer: Writer) -> None:
+        """Write the kernel."""
+        tile = f"tile: {self.tile.rows} x {self.tile.columns}, {self.tile.depth} rows deep"
+        self.text.write(writer, self.name, documentation(self.op, [tile]))
+
+    def launch(self, writer: Writer, context: Context) -> None:
+        """Write the host lines."""
+        context.contiguous(writer, self.op.operands)
+        result = context.allocate(writer, self.op.result)
+        inner = ", ".join(arguments(self.text, self.op, context, {}))
+        options = f"num_warps={self.tile.warps}, num_stages={self.tile.stages}"
+        programs = self.product.experts * self.tiles[0] * self.tiles[1]
+        with writer.block(f"if {only_if(rows_of(self.product.anchor))}:"):
+            writer.line(f"{self.name}[({programs},)]({inner}, {options})")
+        with writer.block("else:"):
+            writer.line(f"{result}.zero_()")
+
+
+def rows_of(anchor: Op) -> object:
+    """The number of rows."""
+    value: Value = anchor.operands[0]
+    return value.type.shape[0]

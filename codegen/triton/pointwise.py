@@ -1,0 +1,71 @@
+"""Runs of pointwise work on tensors of one shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from moec.codegen.triton.context import Context, arguments, only_if
+from moec.codegen.triton.elementwise import VectorBody
+from moec.codegen.triton.kernel import KernelText, Unsupported, compute_dtype, documentation
+from moec.codegen.writer import Writer
+from moec.ir.dims import python_source
+from moec.ir.graph import Op
+
+BLOCK = 1024
+
+
+@dataclass
+class Pointwise:
+    """One program a block of elements; see the module."""
+
+    op: Op
+    name: str
+    text: KernelText = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.op.body is None:
+            raise Unsupported("no body")
+        self.body = self.op.body
+        shape = self.body.outputs[0].type.shape
+        values = [*self.body.inputs, *(v for o in self.body.ops for v in o.results)]
+        if any(v.type.shape not in (shape, ()) for v in values):
+            raise Unsupported("tensors of several shapes")
+        asked = self.op.attrs.get("tile")
+        self.block = int(asked[0]) if asked else BLOCK
+        self.text = KernelText(compute_dtype(self.body))
+        self._write()
+
+    @property
+    def library(self) -> set[str]:
+        """The library functions in use."""
+        return self.text.used
+
+    def _write(self) -> None:
+        t = self.text
+        t.constants.update(BLOCK=self.block)
+        count = t.names.fresh("count")
+        t.integers.append(count)
+        t.line("at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)")
+        body = VectorBody(t, self.body, "at", f", mask=at < {count}")
+        body.run(self.body.ops)
+        for value in self.body.outputs:
+            body.store(value)
+
+    def define(self, writer: Writer) -> None:
+        """Write the kernel."""
+        self.text.write(writer, self.name, documentation(self.op))
+
+    def launch(self, writer: Writer, context: Context) -> None:
+        """Write the host lines."""
+        context.contiguous(writer, self.op.operands)
+        for value in self.op.results:
+            context.allocate(writer, value)
+        count = self.op.results[0].type.elements
+        source = python_source(count)
+        inner = ", ".join([*arguments(self.text, self.op, context, {}), source])
+        launch = f"{self.name}[(triton.cdiv({source}, {self.block}),)]({inner})"
+        if isinstance(count, int):
+            writer.line(launch)
+            return
+        with writer.block(f"if {only_if(count)}:"):
+            writer.line(launch)

@@ -1,0 +1,112 @@
+"""Artifacts as ``torch.library`` ops: what tracers (torch.compile, torch.export) see of a region.
+
+One op an artifact, ``moec::region_N(Tensor[] inputs) -> Tensor[]``, with a fake and an autograd
+registration; a training op returns the outputs and then the values that its backward needs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+
+from moec.ir.dims import apply
+from moec.ir.graph import Graph, Value
+from moec.ir.types import DTYPES
+from moec.runtime.artifact import Artifact
+
+_SCHEMA = "(Tensor[] inputs) -> Tensor[]"
+_COUNT = itertools.count()
+_NAMES: dict[int, str] = {}
+_KEPT: list[Artifact] = []
+
+
+def op_name(artifact: Artifact) -> str:
+    """The name in ``torch.ops.moec`` of an artifact's op; registered at the first call."""
+    if id(artifact) not in _NAMES:
+        name = f"region_{next(_COUNT)}"
+        _KEPT.append(artifact)  # the op refers to it for the life of the process
+        (_register_training if artifact.backward is not None else _register_inference)(artifact, name)
+        _NAMES[id(artifact)] = name
+    return _NAMES[id(artifact)]
+
+
+def _contiguous(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [t if t.is_contiguous() else t.contiguous() for t in tensors]
+
+
+def _define(name: str, body: Callable[[Sequence[torch.Tensor]], Any], fake: Callable[[Sequence[torch.Tensor]], Any]) -> Any:
+    op = torch.library.custom_op(f"moec::{name}", body, mutates_args=(), schema=_SCHEMA)
+    op.register_fake(fake)
+    return op
+
+
+def _register_inference(artifact: Artifact, name: str) -> None:
+    graph = artifact.graph
+
+    def body(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return _owned(artifact.forward(*_contiguous(inputs))[0], inputs)
+
+    _define(name, body, lambda inputs: _fake(graph, graph.inputs, graph.outputs, inputs))
+
+
+def _register_training(artifact: Artifact, name: str) -> None:
+    graph, count = artifact.graph, len(artifact.graph.outputs)
+    saved = artifact.program_saved
+    returned = [g for g in graph.gradients if g is not None]
+    arguments = [*(graph.inputs[i] for i in artifact.backward_inputs), *saved, *graph.cotangents]
+
+    def forward(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        outputs, kept = artifact.forward(*_contiguous(inputs))
+        return _owned([*outputs, *kept], inputs)
+
+    def backward(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        if artifact.backward is None:
+            raise RuntimeError("an inference artifact has no backward")
+        return _owned([g for g in artifact.backward(*_contiguous(inputs)) if g is not None], inputs)
+
+    op = _define(name, forward, lambda inputs: _fake(graph, graph.inputs, (*graph.outputs, *saved), inputs))
+    backward_op = _define(f"{name}_backward", backward, lambda inputs: _fake(graph, arguments, returned, inputs))
+
+    def setup_context(ctx: Any, inputs: Any, output: Sequence[torch.Tensor]) -> None:
+        (tensors,) = inputs
+        ctx.save_for_backward(*(tensors[i] for i in artifact.backward_inputs), *output[count:])
+        ctx.shapes = [o.shape for o in output[:count]]
+
+    def differentiate(ctx: Any, cotangents: Sequence[torch.Tensor | None]) -> Any:
+        tensors = ctx.saved_tensors
+        like = tensors[0]
+        floats = [
+            torch.zeros(shape, dtype=DTYPES[o.type.dtype], device=like.device) if c is None else c
+            for c, o, shape in zip(cotangents, graph.outputs, ctx.shapes, strict=False)
+            if o.type.is_float
+        ]
+        found = iter(backward_op([*tensors, *floats]))
+        return [None if g is None else next(found) for g in graph.gradients]
+
+    op.register_autograd(differentiate, setup_context=setup_context)
+
+
+def _owned(tensors: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Results of an op must not share memory with its inputs or with each other."""
+    seen = {t.untyped_storage().data_ptr() for t in inputs}
+    owned = []
+    for tensor in tensors:
+        pointer = tensor.untyped_storage().data_ptr()
+        owned.append(tensor.clone() if pointer in seen and tensor.numel() else tensor.contiguous())
+        seen.add(pointer)
+    return owned
+
+
+def _fake(graph: Graph, declared: Sequence[Value], results: Sequence[Value], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Empty results of the right types for (fake) inputs."""
+    binding: dict[str, Any] = {}
+    for value, tensor in zip(declared, inputs, strict=True):
+        for size, actual in zip(value.type.shape, tensor.shape, strict=True):
+            if isinstance(size, sympy.Symbol):
+                binding.setdefault(size.name, actual)
+    like = inputs[0]
+    return [like.new_empty([apply(d, binding) for d in v.type.shape], dtype=DTYPES[v.type.dtype]) for v in results]
