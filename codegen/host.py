@@ -40,25 +40,31 @@ def partition(graph: Graph) -> Program:
     return Program(graph, forward, (*dict.fromkeys(again), *backward), saved, needed)
 
 
-def emit_host(writer: Writer, program: Program, emit_op: EmitOp, target: str) -> None:
-    """Write ``forward``, and ``backward`` for a joint graph, with what the runtime reads about them."""
+def emit_host(
+    writer: Writer, program: Program, emit_op: EmitOp, target: str, reserved: frozenset[str] = frozenset()
+) -> None:
+    """Write ``forward``, and ``backward`` for a joint graph, with what the runtime reads about them.
+
+    No value is called by a name in ``reserved``: those of the module's kernels.
+    """
     graph = program.graph
     training = bool(graph.cotangents)
     writer.line(f"SAVED = {tuple(v.hint for v in program.saved)!r}")
     writer.line(f"BACKWARD_INPUTS = {program.backward_inputs!r}")
     writer.lines("", "")
-    _emit_forward(writer, program, emit_op, training)
+    taken = reserved | frozenset(graph.ranges)
+    _emit_forward(writer, program, emit_op, training, PythonNames(taken))
     if training:
         writer.lines("", "")
-        _emit_backward(writer, program, emit_op)
+        _emit_backward(writer, program, emit_op, PythonNames(taken))
 
 
 def _signature(values: Sequence[Value], names: PythonNames) -> str:
     return ", ".join(names.add(v) for v in values)
 
 
-def _emit_forward(writer: Writer, program: Program, emit_op: EmitOp, training: bool) -> None:
-    graph, names = program.graph, PythonNames(frozenset(program.graph.ranges))
+def _emit_forward(writer: Writer, program: Program, emit_op: EmitOp, training: bool, names: PythonNames) -> None:
+    graph = program.graph
     with writer.block(f"def forward({_signature(graph.inputs, names)}):"):
         writer.line(f'"""{", ".join(f"{names[v]}: {v.type}" for v in graph.inputs)}."""')
         _bind(writer, graph.inputs, names)
@@ -68,8 +74,8 @@ def _emit_forward(writer: Writer, program: Program, emit_op: EmitOp, training: b
         writer.line(f"return {outputs}, {_tuple(program.saved, names)}" if training else f"return {outputs}, ()")
 
 
-def _emit_backward(writer: Writer, program: Program, emit_op: EmitOp) -> None:
-    graph, names = program.graph, PythonNames(frozenset(program.graph.ranges))
+def _emit_backward(writer: Writer, program: Program, emit_op: EmitOp, names: PythonNames) -> None:
+    graph = program.graph
     arguments = [*(graph.inputs[i] for i in program.backward_inputs), *program.saved, *graph.cotangents]
     with writer.block(f"def backward({_signature(arguments, names)}):"):
         writer.line('"""Gradients of the inputs, in their order; None where none is needed."""')

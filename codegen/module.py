@@ -28,7 +28,7 @@ def emit_module(graph: Graph, target: str = "triton") -> str:
 
         emitter = TritonEmitter(graph)
         emitter.emit_kernels(writer)
-        emit_host(writer, program, emitter.emit_op, target)
+        emit_host(writer, program, emitter.emit_op, target, emitter.names)
     else:
         emit_host(writer, program, lambda w, op, names: False, target)
     return writer.text()
@@ -43,4 +43,4 @@ def _emit_header(writer: Writer, graph: Graph, target: str) -> None:
     writer.lines("", "import torch", "import torch.nn.functional as F")
     if target == "triton":
         writer.lines("import triton", "import triton.language as tl")
-    writer.lines("", "from moec.runtime import grouped as moe", "")
+    writer.lines("", f"from moec.runtime import grouped as moe{', launch' if target == 'triton' else ''}", "")

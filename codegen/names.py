@@ -8,7 +8,7 @@ import re
 
 from moec.ir.graph import Value
 
-_RESERVED = {*keyword.kwlist, *dir(builtins), "torch", "triton", "tl", "moe", "F", "forward", "backward", "T", "B", "S"}
+_RESERVED = {*keyword.kwlist, *dir(builtins), "torch", "triton", "tl", "moe", "launch", "device", "F", "forward", "backward", "T", "B", "S"}
 _UNSAFE = re.compile(r"[^A-Za-z0-9_]")
 
 
@@ -35,6 +35,10 @@ class PythonNames:
             name = f"{base}_{count}"
         self._taken.add(name)
         return name
+
+    def alias(self, value: Value, name: str) -> None:
+        """Give a value a name that is already in use for the same thing."""
+        self._names[value] = name
 
     def __getitem__(self, value: Value) -> str:
         return self._names[value]

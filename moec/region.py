@@ -17,8 +17,10 @@ from moec.compiled import as_original
 from moec.errors import CallError, MoecError
 from moec.ir.graph import Graph, Value
 from moec.ir.verify import verify
-from moec.manager import Observer, PassManager, Step
+from moec.cache import cache_directory
+from moec.manager import Observer, PassManager, Step, parse_pipeline
 from moec.pipeline import pipeline
+from moec.reproducer import Reproducer
 from moec.runtime.artifact import Artifact, build
 from moec.structure import structure_key
 from moec.targets import choose_target
@@ -35,7 +37,7 @@ class Session:
     passes: str | None = None
     observers: Sequence[Observer] = ()
     captures: dict[Hashable, FoundRegion] = field(default_factory=dict)
-    artifacts: dict[Hashable, Artifact] = field(default_factory=dict)
+    artifacts: dict[Hashable, Artifact | None] = field(default_factory=dict)
     warned: set[str] = field(default_factory=set)
 
     def warn(self, text: str, about: str = "") -> None:
@@ -46,21 +48,34 @@ class Session:
             self.warned.add(about or text)
             warnings.warn(text, stacklevel=2)
 
-    def artifact(self, graph: Graph, wanted: tuple[bool, ...] | None, device: torch.device) -> Artifact:
-        """The compiled form of a graph for a device; ``wanted`` says which inputs need gradients."""
+    def artifact(self, graph: Graph, wanted: tuple[bool, ...] | None, device: torch.device) -> Artifact | None:
+        """The compiled form of a graph for a device; ``wanted`` says which inputs need gradients.
+
+        ``None`` if a pass or the emitter failed: then a reproducer was written, a warning names it, and
+        the module's own code must run.
+        """
         target = choose_target(self.target, device)
         key = (graph.fingerprint, wanted, target)
         if key not in self.artifacts:
-            self.artifacts[key] = self._compile(graph, wanted, target)
+            self.artifacts[key] = self._compile(graph, wanted, target, device)
         return self.artifacts[key]
 
-    def _compile(self, graph: Graph, wanted: tuple[bool, ...] | None, target: str) -> Artifact:
+    def _compile(self, graph: Graph, wanted: tuple[bool, ...] | None, target: str, device: torch.device) -> Artifact | None:
         named = _with_unique_hints(graph)
-        manager = PassManager(self._pipeline(named, wanted, target), self.observers)
-        lowered = verify(manager.run(named), after="the whole pipeline")
-        return build(lowered, target, "inference" if wanted is None else "training", manager.history, self.cache)
+        reproducer = Reproducer(self.cache or cache_directory())
+        calls = parse_pipeline(self._pipeline(named, wanted, target, device))
+        manager = PassManager(calls, [*self.observers, reproducer])
+        try:
+            with reproducer:
+                lowered = verify(manager.run(named), after="the whole pipeline")
+                return build(lowered, target, "inference" if wanted is None else "training", manager.history, self.cache)
+        except Exception as error:  # a compiler's own fault must never stop the user's model
+            if self.strict:
+                raise
+            self.warn(f"moec: @{graph.name} could not be compiled ({type(error).__name__}: {error}); it stays as it was. Reproducer: {reproducer.path}")
+            return None
 
-    def _pipeline(self, graph: Graph, wanted: tuple[bool, ...] | None, target: str) -> str:
+    def _pipeline(self, graph: Graph, wanted: tuple[bool, ...] | None, target: str, device: torch.device) -> str:
         text = self.passes or pipeline(target, wanted is not None)
         if wanted is None:
             return text
@@ -205,6 +220,8 @@ class Region:
         wanted = tuple(t.requires_grad for t in inputs)
         training = torch.is_grad_enabled() and any(wanted)
         artifact = self.session.artifact(graph, wanted if training else None, data[0].device)
+        if artifact is None:
+            return NotImplemented
         if artifact not in self.artifacts:
             self.artifacts.append(artifact)
         with _no_autocast(data[0].device.type):
@@ -230,6 +247,8 @@ class Region:
         count = len(found.graph.inputs) - len(weights)
         wanted = (*(bool(data_grad >> i & 1) for i in range(count)), *(t.requires_grad for t in weights))
         artifact = self.session.artifact(found.graph, wanted if grad and any(wanted) else None, weights[0].device)
+        if artifact is None:
+            return None
         if artifact not in self.artifacts:
             self.artifacts.append(artifact)
         return found, artifact

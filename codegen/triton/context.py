@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +17,8 @@ from moec.ir.graph import Graph, Op, Value, producers
 # ops whose results are contiguous whatever their operands are
 _FRESH = {"t.full", "t.stack", "t.concat", "t.one_hot", "moe.gather", "moe.group_sum"}
 _PRODUCTS = {"t.linear", "t.matmul"}
+# ops whose results may be views of other strides
+_VIEWS = {"t.split", "t.slice", "t.permute", "t.expand"}
 
 Gathered = tuple[Value, Value]  # tokens, perm
 
@@ -39,13 +42,24 @@ class Context:
 
     def contiguous(self, writer: Writer, values: Sequence[Value]) -> None:
         """Kernels take row-major tensors: copy what an expression may have left in another order."""
-        made = producers(self.graph)
         for value in dict.fromkeys(values):
-            op = made.get(value)
-            if value in self.checked or op is None or _is_contiguous(op):
+            if value in self.checked or self._is_contiguous(value):
                 continue
             self.checked.add(value)
             writer.line(f"{self.names[value]} = {self.names[value]}.contiguous()")
+
+    def _is_contiguous(self, value: Value) -> bool:
+        """Whether a value is row-major in any case; inputs are, since artifacts see to it."""
+        op = self._made.get(value)
+        if op is None or op.kind.startswith("kern.") or op.kind in _FRESH:
+            return True
+        if op.kind in _PRODUCTS:
+            return all(v.type.rank <= 2 for v in op.operands)
+        return op.kind not in _VIEWS and all(self._is_contiguous(v) for v in op.operands)
+
+    @functools.cached_property
+    def _made(self) -> dict[Value, Op]:
+        return producers(self.graph)
 
     def allocate(self, writer: Writer, value: Value) -> str:
         """A line that makes room for a result."""
@@ -94,12 +108,6 @@ class Context:
         self.uses[x, perm] -= 1
         if self.uses[x, perm] == 0 and (x, perm) in self.rows:
             writer.line(f"del {self.rows.pop((x, perm))}")
-
-
-def _is_contiguous(op: Op) -> bool:
-    if op.kind.startswith("kern.") or op.kind in _FRESH:
-        return True
-    return op.kind in _PRODUCTS and all(v.type.rank <= 2 for v in op.operands)
 
 
 def arguments(

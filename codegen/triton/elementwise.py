@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from moec.codegen.triton.kernel import KernelText, Term, Unsupported, dtype_in_kernel, is_pointwise
+from moec.codegen.triton.kernel import KernelText, Term, Unsupported, is_pointwise
 from moec.ir.graph import Graph, Op, Value, producers
 
 VECTOR = ("c",)
@@ -39,8 +39,7 @@ class VectorBody:
                 raise Unsupported(f"{value!r} is used before it is made")
             name, axes = self.text.parameter(value), VECTOR if value.type.rank else ()
             load = f"tl.load({name} + {self.at}{self.mask})" if axes else f"tl.load({name})"
-            wanted = dtype_in_kernel(value.type, self.text.dtype)
-            held = load if f"tl.{_long(value.type.dtype)}" == wanted else f"{load}.to({wanted})"
+            held = self.text.held(value.type, load)
             self.env[value] = self.text.let(value.hint, held, axes)
         return self.env[value]
 
@@ -49,8 +48,3 @@ class VectorBody:
         out, term = self.text.parameter(value, f"{value.hint}_out"), self.term(value)
         self.text.line(f"tl.store({out} + {self.at}, {term.text}{self.mask})")
 
-
-def _long(dtype: str) -> str:
-    from moec.codegen.triton.expressions import DTYPES
-
-    return DTYPES[dtype].removeprefix("tl.")

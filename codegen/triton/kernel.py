@@ -94,6 +94,11 @@ class KernelText:
         """One line of the body."""
         self.lines.line(text)
 
+    def held(self, type_: Type, text: str) -> str:
+        """A load, converted to the dtype in which the kernel computes."""
+        wanted = dtype_in_kernel(type_, self.dtype)
+        return text if DTYPES[type_.dtype] == wanted else f"{text}.to({wanted})"
+
     @contextlib.contextmanager
     def block(self, head: str) -> Iterator[None]:
         """``head`` and an indented block."""

@@ -43,6 +43,12 @@ def order_of(x):
 
 
 @triton.jit
+def first_best(key, index, NONE: tl.constexpr):
+    """The index of the largest key of each row, the lowest among equal ones."""
+    return tl.min(tl.where(key == tl.max(key, 1)[:, None], index[None, :], NONE), 1)
+
+
+@triton.jit
 def pick_tile(work, tiles_m, tiles_n, GROUP: tl.constexpr):
     """Row and column tile of a piece of work: GROUP row tiles share their columns of weights."""
     width = GROUP * tiles_n

@@ -13,7 +13,6 @@ from moec.codegen.triton.kernel import (
     KernelText,
     Term,
     Unsupported,
-    dtype_in_kernel,
     is_pointwise,
 )
 from moec.ir.dims import Dim
@@ -101,17 +100,12 @@ class RowBody:
             raise Unsupported(f"{op.kind} is no work on rows")
 
     # loads
-    def held(self, value: Value, text: str) -> str:
-        """A load, converted to the dtype in which the kernel computes."""
-        wanted = dtype_in_kernel(value.type, self.text.dtype)
-        return text if value.type.dtype in wanted.replace("float", "f") else f"{text}.to({wanted})"
-
     def load(self, value: Value) -> Term:
         """An operand of the kernel on this tile."""
         shape = value.type.shape
         name = self.text.parameter(value)
         if not shape:
-            return self.text.let(value.hint, self.held(value, f"tl.load({name})"))
+            return self.text.let(value.hint, self.text.held(value.type, f"tl.load({name})"))
         if shape[0] == self.domain.rows and len(shape) == (1 if len(shape) == 1 else 2):
             if len(shape) == 1 or shape[1] == 1:
                 return self.load_row(value, name)
@@ -122,13 +116,13 @@ class RowBody:
     def load_row(self, value: Value, name: str) -> Term:
         """A number a row."""
         load = f"tl.load({name} + row, mask={self.domain.inside}, other=0)"
-        return self.text.let(value.hint, self.held(value, load), ("r",))
+        return self.text.let(value.hint, self.text.held(value.type, load), ("r",))
 
     def load_tile(self, value: Value, name: str) -> Term:
         """A tile of a matrix with the domain's columns."""
         at = f"row[:, None] * {self.domain.columns} + {self.domain.column}[None, :]"
         load = f"tl.load({name} + {at}, mask={self.domain.live}, other=0)"
-        return self.text.let(value.hint, self.held(value, load), TILE)
+        return self.text.let(value.hint, self.text.held(value.type, load), TILE)
 
     def load_parts(self, value: Value, hints: Sequence[str], layout: str) -> Parts:
         """The same tile of every part of a matrix."""
@@ -136,13 +130,13 @@ class RowBody:
         row = f"row[:, None] * {count * self.domain.columns}"
         if layout == "interleave" and count == 2:
             load = f"tl.load({name} + {row} + {self.wide()}[None, :], mask={self.domain.live_wide}, other=0)"
-            both = self.text.let(value.hint, self.held(value, load), TILE)
+            both = self.text.let(value.hint, self.text.held(value.type, load), TILE)
             return Parts(self.split_wide(both, hints), layout)
         terms = []
         for i, hint in enumerate(hints):
             at = f"{row} + {self.part_column(i, count, layout)}[None, :]"
             load = f"tl.load({name} + {at}, mask={self.domain.live}, other=0)"
-            terms.append(self.text.let(hint, self.held(value, load), TILE))
+            terms.append(self.text.let(hint, self.text.held(value.type, load), TILE))
         return Parts(tuple(terms), layout)
 
     def part_column(self, i: int, count: int, layout: str) -> str:
@@ -229,7 +223,7 @@ def _row_dot(body: RowBody, op: Op) -> None:
 def _permute(body: RowBody, op: Op) -> None:
     numbers, perm = op.operands[:2]
     pair, name = body.pair(perm), body.text.parameter(numbers)
-    load = body.held(numbers, f"tl.load({name} + {pair})")
+    load = body.text.held(numbers.type, f"tl.load({name} + {pair})")
     body.env[op.result] = body.text.let(op.result.hint, load, ("r",))
 
 
@@ -240,7 +234,7 @@ def _gather(body: RowBody, op: Op) -> None:
     pair, name = body.pair(perm), body.text.parameter(x)
     token = f"({pair} // {inverse.type.shape[1]}).to(tl.int64)"
     at = f"{token}[:, None] * {body.domain.columns} + {body.domain.column}[None, :]"
-    load = body.held(x, f"tl.load({name} + {at}, mask={body.domain.live}, other=0)")
+    load = body.text.held(x.type, f"tl.load({name} + {at}, mask={body.domain.live}, other=0)")
     body.env[op.result] = body.text.let(op.result.hint, load, TILE)
 
 
@@ -259,7 +253,7 @@ def _expert_rows(body: RowBody, op: Op) -> None:
     else:
         _expert_parts(body, op, name)
         return
-    body.env[op.result] = body.text.let(op.result.hint, body.held(table, load), axes)
+    body.env[op.result] = body.text.let(op.result.hint, body.text.held(table.type, load), axes)
 
 
 def _expert_parts(body: RowBody, op: Op, name: str) -> None:
@@ -273,7 +267,7 @@ def _expert_parts(body: RowBody, op: Op, name: str) -> None:
     for i, result in enumerate(split.results):
         column = body.part_column(i, len(split.results), layout)
         load = f"tl.load({name} + expert * {table.type.shape[1]} + {column}{body.domain.column_mask})"
-        terms.append(body.text.let(result.hint, body.held(table, load), ("c",)))
+        terms.append(body.text.let(result.hint, body.text.held(table.type, load), ("c",)))
     body.parts[op.result] = Parts(tuple(terms), layout)
 
 

@@ -279,7 +279,8 @@ def split(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> tuple[Any, 
     axis = int(dim) % (x.type.rank - shift) + shift
     sizes = [int(v.shape[axis - shift]) for v in node.meta["val"]]
     starts = [sum(sizes[:j]) for j in range(len(sizes))]
-    parts = [i.b("t.slice", x, dim=axis, start=s, stop=s + n, hint=f"{i.hint(node)}_{j}") for j, (s, n) in enumerate(zip(starts, sizes, strict=True))]
+    names = i.hints(node, len(sizes))
+    parts = [i.b("t.slice", x, dim=axis, start=s, stop=s + n, hint=h) for s, n, h in zip(starts, sizes, names, strict=True)]
     return tuple(ExpertSlice(p) if shift else p for p in parts)
 
 
@@ -336,7 +337,7 @@ def topk(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
     _, k, dim, largest, ordered = (*args, *defaults[len(args) :])
     attrs = {"dim": int(dim), "largest": bool(kwargs.get("largest", largest)), "sorted": bool(kwargs.get("sorted", ordered))}
     attrs = {n: v for n, v in attrs.items() if v != {"dim": -1, "largest": True, "sorted": True}[n]}
-    return i.b("t.topk", i.value(args[0]), k=int(k), hint=(f"{i.hint(node)}_values", f"{i.hint(node)}_indices"), **attrs)
+    return i.b("t.topk", i.value(args[0]), k=int(k), hint=i.hints(node, 2), **attrs)
 
 
 @handles(aten.gather.default)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from moec.capture.naming import name_nodes
 from moec.errors import CaptureError, IRError
 from moec.ir.builder import Builder
 from moec.ir.dims import Dim
@@ -76,6 +77,7 @@ class Importer:
 
     def run(self, graph: fx.Graph) -> None:
         """Import every call; placeholders must be in ``env`` already."""
+        name_nodes(graph)
         for node in graph.nodes:
             if node.op == "call_function" and node not in self.env:
                 self.b.loc = location_of(node, self.module_path)
@@ -107,8 +109,13 @@ class Importer:
 
     def hint(self, node: fx.Node) -> str:
         """A name for the node's value: the user's variable if known."""
-        name = node.name.split("_default")[0].split("_tensor")[0]
+        name = node.name.split("_default")[0].split("_tensor")[0].lstrip("_")
         return str(node.meta.get("hint", name.rstrip("0123456789").rstrip("_") or node.name))
+
+    def hints(self, node: fx.Node, count: int) -> list[str]:
+        """Names for the parts of the node's value."""
+        names = node.meta.get("hints", ())
+        return list(names) if len(names) == count else [f"{self.hint(node)}_{j}" for j in range(count)]
 
     def dtype(self, node: fx.Node) -> str:
         """The IR dtype of the node's (first) result."""

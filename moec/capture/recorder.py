@@ -77,7 +77,7 @@ class Recorder(TorchDispatchMode):
         """Write one call that the recorder did not see inside of."""
         recorded = self._arguments(args)
         node = self.graph.call_function(target, recorded)
-        node.meta["location"] = user_location()
+        note_place(node)
         self._bind(out, node)
         return out
 
@@ -105,7 +105,7 @@ class Recorder(TorchDispatchMode):
         target = self._functional(func, args) if mutates else func
         node = self.graph.create_node("call_function", target, *recorded)
         node.meta["val"] = out
-        node.meta["location"] = user_location()
+        note_place(node)
         if isinstance(out, tuple | list):
             self._bind_many(out, node)
         elif isinstance(out, torch.Tensor):
@@ -149,15 +149,16 @@ class Constant:
         return f"constant{tuple(self.tensor.shape)}"
 
 
-def user_location() -> tuple[str, int] | None:
-    """File and line of the innermost frame outside torch and moec."""
+def note_place(node: fx.Node) -> None:
+    """Note on a node the innermost frame outside torch and moec."""
     frame = inspect.currentframe()
     while frame is not None:
         path = frame.f_code.co_filename
         if "/torch/" not in path and "/moec/" not in path and not path.startswith("<"):
-            return path.rsplit("/", 1)[-1], frame.f_lineno
+            node.meta["place"] = path, frame.f_lineno
+            node.meta["location"] = path.rsplit("/", 1)[-1], frame.f_lineno
+            return
         frame = frame.f_back
-    return None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,176 @@
+"""The ``triton`` target: a kernel for each ``kern.`` op, and the host lines that launch it."""
+
+from __future__ import annotations
+
+import re
+from typing import Protocol
+
+from moec.codegen.host import emit_aten, partition
+from moec.codegen.names import PythonNames
+from moec.codegen.triton import source
+from moec.codegen.triton.combine import Combine
+from moec.codegen.triton.context import Context
+from moec.codegen.triton.group_sum import LIBRARY as GROUP_SUM
+from moec.codegen.triton.group_sum import emit_group_sum
+from moec.codegen.triton.grouped_gemm import PointerGemm
+from moec.codegen.triton.grouped_outer import PointerOuter
+from moec.codegen.triton.kernel import Unsupported
+from moec.codegen.triton.pointwise import Pointwise
+from moec.codegen.triton.routing import Routing
+from moec.codegen.writer import Writer
+from moec.ir.graph import Graph, Op, walk
+from moec.ir.text import show
+
+
+class Kernel(Protocol):
+    """One ``kern.`` op as kernels and host lines."""
+
+    name: str
+
+    @property
+    def library(self) -> set[str]: ...
+
+    def define(self, writer: Writer) -> None: ...
+
+    def launch(self, writer: Writer, context: Context) -> None: ...
+
+
+class TritonEmitter:
+    """Emits the kernels of a graph, and then, op by op, the lines that launch them."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.kernels: dict[Op, Kernel] = {}
+        self.reasons: dict[Op, str] = {}
+        self.first: dict[str, Kernel] = {}  # the kernel that others of the same text share
+        self._contexts: list[Context] = []
+        self._taken = set(source.names())
+        self._hints = {_clean(v.hint) for v in _values(graph)}
+        for op in graph.ops:
+            if op.kind.startswith("kern."):
+                self._plan(op)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names that no value may take."""
+        return frozenset(self._taken)
+
+    def _plan(self, op: Op) -> None:
+        key = _key(op)
+        name = self.first[key].name if key in self.first else self._name(op)
+        try:
+            kernel = self._kernel(op, name)
+        except Unsupported as error:
+            self.reasons[op] = str(error)
+            return
+        self.kernels[op] = kernel
+        if key not in self.first:
+            self.first[key] = kernel
+            self._taken |= {name, f"{name}_sums"}
+
+    def _kernel(self, op: Op, name: str) -> Kernel:
+        match op.kind:
+            case "kern.grouped_gemm":
+                return PointerGemm(op, name)
+            case "kern.grouped_outer":
+                return PointerOuter(op, name)
+            case "kern.combine":
+                return Combine(op, name)
+            case "kern.pointwise":
+                return Pointwise(op, name)
+            case "kern.routing":
+                return Routing(op, name, self._emit_inner)
+        raise Unsupported(f"no template for {op.kind}")
+
+    def _name(self, op: Op) -> str:
+        """A kernel's name: the last part of the module's, and what it computes."""
+        module = op.loc.module.split(".")[-1] if op.loc is not None else ""
+        hints = dict.fromkeys(_clean(r.hint) for r in op.results)
+        base = _clean("_".join([module or "moe", *hints]))[:48].strip("_").lower()
+        name, count = base, 1
+        while name in self._taken or f"{name}_sums" in self._taken or self._is_a_value(name):
+            count += 1
+            name = f"{base}_{count}"
+        return name
+
+    def _is_a_value(self, name: str) -> bool:
+        """Whether a value may be called so in a function that launches the kernel."""
+        return name in self._hints or re.sub(r"_\d+$", "", name) in self._hints
+
+    # writing
+    def emit_kernels(self, writer: Writer) -> None:
+        """Write every kernel, after the library functions that they use."""
+        used = {GROUP_SUM} if any(op.kind == "moe.group_sum" for op in walk(self.graph)) else set()
+        for kernel in self.kernels.values():
+            used |= kernel.library
+        for text in source.texts(used):
+            writer.lines("", "", text)
+        for kernel in self.first.values():
+            kernel.define(writer)
+        writer.lines("", "")
+
+    def emit_op(self, writer: Writer, op: Op, names: PythonNames) -> bool:
+        """Write the lines of an op; false if it is left to its PyTorch expression."""
+        context = self._context(op, names)
+        if op in self.kernels:
+            self.kernels[op].launch(writer, context)
+            return True
+        if op in self.reasons:
+            self._emit_body(writer, op, context)
+            return True
+        return self._emit_special(writer, op, context)
+
+    def _emit_special(self, writer: Writer, op: Op, context: Context) -> bool:
+        if op.kind == "moe.group_sum" and op.result.type.rank == 2:
+            emit_group_sum(writer, op, context)
+            return True
+        if op.kind == "t.stack":
+            parts = ", ".join(context.names[v] for v in op.operands)
+            writer.line(f"{context.names.add(op.result)} = torch.stack(({parts},))")
+            return True
+        return False
+
+    def _emit_inner(self, writer: Writer, op: Op, context: Context) -> None:
+        """An op of a body as an expression."""
+        if not self._emit_special(writer, op, context):
+            emit_aten(writer, op, context.names)
+
+    def _emit_body(self, writer: Writer, op: Op, context: Context) -> None:
+        """A whole body as expressions: for what no template takes."""
+        if op.body is None:
+            return
+        writer.line(f"# no kernel: {self.reasons[op]}")
+        for inner, outer in zip(op.body.inputs, op.operands, strict=True):
+            context.names.alias(inner, context.names[outer])
+        for o in op.body.ops:
+            self._emit_inner(writer, o, context)
+        for inner, outer in zip(op.body.outputs, op.results, strict=True):
+            context.names.alias(outer, context.names[inner])
+
+    def _context(self, op: Op, names: PythonNames) -> Context:
+        for context in self._contexts:
+            if context.names is names:
+                return context
+        program = partition(self.graph)
+        ops = program.forward if op in program.forward else program.backward
+        context = Context(self.graph, names, _gathered_uses(ops))
+        self._contexts.append(context)
+        return context
+
+
+def _gathered_uses(ops: tuple[Op, ...]) -> dict[tuple[object, object], int]:
+    return {}
+
+
+def _key(op: Op) -> str:
+    body = show(op.body, locations=False) if op.body is not None else ""
+    return f"{op.kind} {sorted(op.attrs.items())} {body}"
+
+
+def _clean(text: str) -> str:
+    name = re.sub(r"[^A-Za-z0-9_]", "_", text).strip("_") or "value"
+    return f"v{name}" if name[0].isdigit() else name
+
+
+def _values(graph: Graph) -> list[object]:
+    return [*graph.inputs, *graph.cotangents, *(v for op in walk(graph) for v in op.results)]

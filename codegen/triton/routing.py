@@ -1,0 +1,162 @@
+"""Routing: scores, selection and weights of a block of tokens a program; then rows by expert.
+
+Three launches, none of which waits for the host: each block selects and counts, the counts are
+scanned an expert at a time, and each block places its pairs. Where the scores are more than a
+program can express, they are PyTorch expressions and only the placing is kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from moec.codegen.triton.context import Context, arguments, only_if
+from moec.codegen.triton.kernel import KernelText, Unsupported, documentation
+from moec.codegen.triton.scores import Scores
+from moec.codegen.triton.tiles import power_of_two
+from moec.codegen.writer import Writer
+from moec.ir.dims import python_source
+from moec.ir.graph import Op, Value
+
+EmitInner = Callable[[Writer, Op, Context], None]
+PAIRS = 128  # pairs that one program ranks
+
+
+@dataclass
+class Routing:
+    """The kernels of one ``kern.routing``; see the module."""
+
+    op: Op
+    name: str
+    emit_inner: EmitInner
+    scores: Scores | None = field(init=False, default=None)
+    reason: str = field(init=False, default="")
+
+    def __post_init__(self) -> None:
+        if self.op.body is None:
+            raise Unsupported("no body")
+        self.body = self.op.body
+        found = [o for o in self.body.ops if o.kind == "moe.dispatch"]
+        if len(found) != 1:
+            raise Unsupported(f"{len(found)} dispatches")
+        self.dispatch = found[0]
+        self.experts = int(self.dispatch.attrs["experts"])
+        self.choices = int(self.dispatch.operands[0].type.shape[1])
+        self._try_scores()
+
+    def _try_scores(self) -> None:
+        if len(self.body.ops) == 1:
+            return
+        try:
+            self.scores = Scores(self.body, self.dispatch, self.op.attrs.get("tile"))
+        except Unsupported as error:
+            self.reason = str(error)
+
+    @property
+    def library(self) -> set[str]:
+        """The library functions in use."""
+        used = {"count_pairs"} if self.scores is None else self.scores.text.used
+        return used | {"scan_counts", "place_pairs"}
+
+    @property
+    def _buckets(self) -> int:
+        """One more than experts where a pair may have none."""
+        return self.experts + (1 if self.scores is None else 0)
+
+    @property
+    def _block(self) -> int:
+        """Pairs a program."""
+        return PAIRS if self.scores is None else self.scores.tokens * self.choices
+
+    def define(self, writer: Writer) -> None:
+        """Write the kernel of the scores."""
+        if self.scores is not None:
+            tile = f"tile: {self.scores.tokens} tokens x {self.experts} experts"
+            self.scores.text.write(writer, self.name, documentation(self.op, [tile]))
+
+    # the host
+    def launch(self, writer: Writer, context: Context) -> None:
+        """Write the host lines."""
+        context.contiguous(writer, self.op.operands)
+        index = self._host_scores(writer, context) if self.scores is None else ""
+        made = self._allocate(writer, context, index)
+        pairs = python_source(self.dispatch.operands[0].type.elements)
+        histogram, totals, blocks = (
+            context.names.fresh(n) for n in ("histogram", "totals", "blocks")
+        )
+        made["histogram"] = histogram
+        block, padded = self._block, power_of_two(self._buckets)
+        with writer.block(f"if {only_if(self.dispatch.results[0].type.shape[0])}:"):
+            writer.line(f"{blocks} = triton.cdiv({pairs}, {block})")
+            for room, size in ((histogram, f"({self._buckets}, {blocks})"), (totals, self._buckets)):
+                writer.line(f"{room} = torch.empty({size}, dtype=torch.int32, device=device)")
+            self._launch_first(writer, context, made, pairs, blocks)
+            writer.line(
+                f"scan_counts[({self._buckets},)]({histogram}, {totals}, {blocks}, CHUNK=1024)"
+            )
+            inner = [made["index"], histogram, totals, *(made[n] for n in _RESULTS), pairs, blocks]
+            sizes = f"E={self.experts}, BUCKETS={self._buckets}, EP={padded}, BLOCK={block}"
+            writer.line(f"place_pairs[({blocks},)](")
+            writer.line(f"    {', '.join(inner)},")
+            writer.line(f"    {sizes}, PAIRS={power_of_two(block)},")
+            writer.line(")")
+            writer.line(f"del {histogram}, {totals}")
+        with writer.block("else:"):
+            writer.line(f"{made['offsets']}.zero_()")
+
+    def _launch_first(
+        self, writer: Writer, context: Context, made: dict[str, str], pairs: str, blocks: str
+    ) -> None:
+        """The launch that counts the pairs of each expert."""
+        if self.scores is None:
+            sizes = f"BUCKETS={self._buckets}, EP={power_of_two(self._buckets)}, PAIRS={PAIRS}"
+            inner = f"{made['index']}, {made['histogram']}, {pairs}, {blocks}, {sizes}"
+            writer.line(f"count_pairs[({blocks},)]({inner})")
+            return
+        tokens = python_source(self.dispatch.operands[0].type.shape[0])
+        inner = ", ".join([*arguments(self.scores.text, self.op, context, made), tokens, blocks])
+        writer.line(f"{self.name}[({blocks},)]({inner})")
+
+    def _host_scores(self, writer: Writer, context: Context) -> str:
+        """Write the scores as expressions; the name of the indices."""
+        if self.reason:
+            writer.line(f"# not in the kernel: {self.reason}")
+        for inner, outer in zip(self.body.inputs, self.op.operands, strict=True):
+            context.names.alias(inner, context.names[outer])
+        for op in self.body.ops:
+            if op is not self.dispatch:
+                self.emit_inner(writer, op, context)
+        index = context.names[self.dispatch.operands[0]]
+        if self.dispatch.operands[0] in self.body.inputs:
+            return index
+        copied = context.names.fresh("index")
+        writer.line(f"{copied} = {index}.contiguous()")
+        return copied
+
+    def _allocate(self, writer: Writer, context: Context, index: str) -> dict[str, str]:
+        """Make room for every result, and for what the kernels need besides; their names."""
+        outer = dict(zip(self.body.outputs, self.op.results, strict=True))
+        made = {"index": index}
+        for inner, result in outer.items():
+            if self.scores is None and inner not in self.dispatch.results:
+                context.names.alias(result, context.names[inner])
+            else:
+                context.allocate(writer, result)
+        wanted = dict(zip(_RESULTS, self.dispatch.results, strict=True))
+        if self.scores is not None:
+            wanted["index"] = self.scores.index
+        for key, value in wanted.items():
+            made[key] = self._room(writer, context, outer, value)
+        return made
+
+    def _room(
+        self, writer: Writer, context: Context, outer: dict[Value, Value], value: Value
+    ) -> str:
+        if value in outer:
+            return context.names[outer[value]]
+        name = context.names.fresh(value.hint)
+        return context.empty(writer, name, value.type.shape, value.type.dtype)
+
+
+_RESULTS = ("perm", "offsets", "inverse")
+__all__ = ["KernelText", "Routing"]
