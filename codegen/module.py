@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moec.codegen.blocked import emit_blocked
 from moec.codegen.host import emit_host, partition
 from moec.codegen.writer import Writer
 from moec.errors import CodegenError
@@ -30,7 +31,7 @@ def emit_module(graph: Graph, target: str = "triton") -> str:
         emitter.emit_kernels(writer)
         emit_host(writer, program, emitter.emit_op, target, emitter.names)
     else:
-        emit_host(writer, program, lambda w, op, names: False, target)
+        emit_host(writer, program, emit_blocked, target)
     return writer.text()
 
 

@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 class CompiledMixin:
     """Put before a module's own class; instances carry their :class:`Region` in ``_moec_region``.
 
-    Pickling gives the original class (a compiled form belongs to a process); ``copy.deepcopy`` keeps it.
+    Pickling gives the original class (a compiled form belongs to a process); ``copy.deepcopy`` gives
+    the copy a region of its own.
     """
 
-    _moec_original: type[nn.Module]
-    _moec_region: Region
+    # Not the Region's own type: Hugging Face evaluates the annotations of every subclass of its models.
+    _moec_original: Any
+    _moec_region: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Serve the call from the region, or run the module's own code."""
@@ -46,8 +48,9 @@ class CompiledMixin:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        memo[id(self._moec_region)] = self._moec_region
-        new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
+        own = {k: v for k, v in self.__dict__.items() if k != "_moec_region"}
+        new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in own.items()})
+        new.__dict__["_moec_region"] = self._moec_region.bound_to(new)
         return new
 
 
@@ -58,7 +61,11 @@ def install(module: nn.Module, region: Region) -> None:
     """Make ``module`` ask ``region`` first; its class keeps its name and stays a subclass of the original."""
     original = type(module)
     if original not in _CLASSES:
-        members = {"_moec_original": original, "__module__": original.__module__, "__qualname__": original.__qualname__}
+        members = {
+            "_moec_original": original,
+            "__module__": original.__module__,
+            "__qualname__": original.__qualname__,
+        }
         _CLASSES[original] = type(original.__name__, (CompiledMixin, original), members)
     module.__class__ = _CLASSES[original]
     module.__dict__["_moec_region"] = region

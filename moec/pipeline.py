@@ -12,11 +12,11 @@ FUSE = "fuse-routing, fuse-gemm, fuse-outer, fuse-combine, fuse-pointwise, dce"
 def pipeline(target: str, training: bool) -> str:
     """The passes for a target ("triton" or "aten"), joined by commas.
 
-    The ``aten`` target calls library products, so it needs no kernels: it stops before fusion.
+    The ``aten`` target calls library products, so it needs no kernels: only work on the same rows is
+    fused, to run block by block in the cache.
     """
     stages = [RAISE]
     if training:
         stages += [GRAD, KEEP]
-    if target != "aten":
-        stages.append(FUSE)
+    stages.append("fuse-rows, dce" if target == "aten" else FUSE)
     return ", ".join(stages)

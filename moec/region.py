@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils import _pytree
 
 from moec.capture.regions import Candidate, FoundRegion, capture_experts, capture_whole
-from moec.compiled import as_original
+from moec.compiled import as_original, region_of
 from moec.errors import CallError, MoecError
 from moec.ir.graph import Graph, Value
 from moec.ir.verify import verify
@@ -181,6 +181,15 @@ class Region:
             inner = self.inner if self.inner is not None else self
             if inner.kind == "experts":
                 inner.capture(_Mode(module.training, parameter.dtype, 2, None, 2, parameter.dtype))
+
+    def bound_to(self, module: nn.Module) -> Region:
+        """This region for a copy of its module: same captures and artifacts, the copy's weights."""
+        new = Region(self.session, replace(self.candidate, module=module), self.kind)
+        new.found = {mode: replace(found, module=module) for mode, found in self.found.items()}
+        new.artifacts = list(self.artifacts)
+        if self.candidate.experts is not None:
+            new.inner = region_of(module.get_submodule(self.candidate.experts))
+        return new
 
     def _read(self, mode: _Mode) -> FoundRegion:
         if self.kind == "experts":

@@ -3,7 +3,8 @@
 Blocks of one page run in order in one temporary folder. A `moe NAME` block is written to the file
 NAME. `console` blocks are run as far as they call moec or ls (a page may show `make test` too).
 What they print must match what is shown, where a line or a piece of it may be `...`. The `python`
-blocks of a page share their names; `python no-run` is not executed.
+blocks of a page share their names; `python no-run` is not executed. A `text output` block is what the
+`python` block before it prints, with the same `...`.
 """
 
 import contextlib
@@ -42,11 +43,18 @@ def blocks_of(page: Path) -> Iterator[Block]:
         yield Block(match["info"].split(), match["text"], source.count("\n", 0, match.start()) + 2)
 
 
-def run_python(block: Block, page: Path, names: dict[str, object]) -> None:
+def run_python(block: Block, page: Path, names: dict[str, object]) -> str:
     # Blank lines in front make tracebacks name the page's own lines.
     code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(code, names)
+    return printed.getvalue()
+
+
+def check_output(block: Block, page: Path, printed: str) -> None:
+    assert as_pattern(block.text.splitlines()).fullmatch(printed), (
+        f"{page.name}:{block.line}: {printed}\nis not\n{block.text}"
+    )
 
 
 def commands_of(text: str) -> list[tuple[str, list[str]]]:
@@ -99,12 +107,15 @@ def run_console(block: Block, page: Path) -> None:
 def test_page_is_true(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "page"}
+    printed = ""
     for block in blocks_of(page):
         match block.info:
             case ["moe", name]:
                 Path(name).write_text(block.text, encoding="utf-8")
             case ["python"]:
-                run_python(block, page, names)
+                printed = run_python(block, page, names)
+            case ["text", "output"]:
+                check_output(block, page, printed)
             case ["console"]:
                 run_console(block, page)
 

@@ -9,7 +9,9 @@ from moec.codegen.host import emit_aten, partition
 from moec.codegen.names import PythonNames
 from moec.codegen.triton import source
 from moec.codegen.triton.combine import Combine
-from moec.codegen.triton.context import Context
+from moec.codegen.triton.context import Context, Gathered
+from moec.codegen.triton.descriptor_gemm import DescriptorGemm
+from moec.codegen.triton.descriptor_outer import DescriptorOuter
 from moec.codegen.triton.group_sum import LIBRARY as GROUP_SUM
 from moec.codegen.triton.group_sum import emit_group_sum
 from moec.codegen.triton.grouped_gemm import PointerGemm
@@ -66,14 +68,14 @@ class TritonEmitter:
         self.kernels[op] = kernel
         if key not in self.first:
             self.first[key] = kernel
-            self._taken |= {name, f"{name}_sums"}
+            self._taken |= {name, f"{name}_sums", f"{name}_tile"}
 
     def _kernel(self, op: Op, name: str) -> Kernel:
         match op.kind:
             case "kern.grouped_gemm":
-                return PointerGemm(op, name)
+                return DescriptorGemm(op, name) if _tma(op) else PointerGemm(op, name)
             case "kern.grouped_outer":
-                return PointerOuter(op, name)
+                return DescriptorOuter(op, name) if _tma(op) else PointerOuter(op, name)
             case "kern.combine":
                 return Combine(op, name)
             case "kern.pointwise":
@@ -85,8 +87,9 @@ class TritonEmitter:
     def _name(self, op: Op) -> str:
         """A kernel's name: the last part of the module's, and what it computes."""
         module = op.loc.module.split(".")[-1] if op.loc is not None else ""
-        hints = dict.fromkeys(_clean(r.hint) for r in op.results)
-        base = _clean("_".join([module or "moe", *hints]))[:48].strip("_").lower()
+        hints = dict.fromkeys(re.sub(r"_\d+$", "", _clean(r.hint)) for r in op.results)
+        words = ["route"] if op.kind == "kern.routing" else list(hints)
+        base = _clean("_".join([module or "moe", *words]))[:48].strip("_").lower()
         name, count = base, 1
         while name in self._taken or f"{name}_sums" in self._taken or self._is_a_value(name):
             count += 1
@@ -153,13 +156,25 @@ class TritonEmitter:
                 return context
         program = partition(self.graph)
         ops = program.forward if op in program.forward else program.backward
-        context = Context(self.graph, names, _gathered_uses(ops))
+        context = Context(self.graph, names, self._gathered_uses(ops))
         self._contexts.append(context)
         return context
 
+    def _gathered_uses(self, ops: tuple[Op, ...]) -> dict[Gathered, int]:
+        """How many kernels by descriptors read each gathered value."""
+        uses: dict[Gathered, int] = {}
+        for op in ops:
+            if op.body is not None and op in self.kernels and _tma(op):
+                outer = dict(zip(op.body.inputs, op.operands, strict=True))
+                for inner in op.body.ops:
+                    if inner.kind == "moe.gather":
+                        key = outer[inner.operands[0]], outer[inner.operands[1]]
+                        uses[key] = uses.get(key, 0) + 1
+        return uses
 
-def _gathered_uses(ops: tuple[Op, ...]) -> dict[tuple[object, object], int]:
-    return {}
+
+def _tma(op: Op) -> bool:
+    return bool(op.attrs.get("template") == "tma")
 
 
 def _key(op: Op) -> str:

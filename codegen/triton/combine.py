@@ -59,6 +59,7 @@ class Combine:
         body.run([o for o in rest if o is not self.anchor])
         for value in self.body.outputs:
             body.store(value)
+        t.sort(self.body)
 
     def _mask(self, cut: bool) -> str:
         return f", mask=column < {self.columns}" if cut else ""

@@ -14,7 +14,7 @@ from moec.codegen.triton.kernel import KernelText, Term, compute_dtype, document
 from moec.codegen.triton.products import RowProduct, analyse
 from moec.codegen.triton.rows import TILE, Domain, Parts, RowBody
 from moec.codegen.triton.sums import RowSums
-from moec.codegen.triton.tiles import GROUP, Tile, row_tile, tile_of
+from moec.codegen.triton.tiles import GROUP, Tile, row_tile, tile_of, times
 from moec.codegen.writer import Writer
 from moec.ir.dims import python_source
 from moec.ir.graph import Op, Value
@@ -66,6 +66,7 @@ class PointerGemm:
         self._write_place()
         products = self._write_product()
         self._write_epilogue(products)
+        self.text.sort(self.product.body)
 
     def _write_place(self) -> None:
         """Which rows of which expert, and which columns."""
@@ -73,7 +74,7 @@ class PointerGemm:
         offsets = t.parameter(self.product.offsets)
         expert, first, count = (t.parameter(n) for n in ("tile_expert", "tile_row", "row_tiles"))
         t.line(f"tiles = tl.load({count})  # the grid is an upper bound of them")
-        with t.block(f"if tl.program_id(0) >= tiles * {self.tiles_n}:"):
+        with t.block(f"if tl.program_id(0) >= {times('tiles', self.tiles_n)}:"):
             t.line("return")
         t.line(f"m, n = pick_tile(tl.program_id(0), tiles, {self.tiles_n}, {GROUP})")
         t.line(f"expert = tl.load({expert} + m).to(tl.int64)")
@@ -152,7 +153,7 @@ class PointerGemm:
             stride = (1, total) if p.transposed else (p.depth, 1)
             at = t.let(
                 "right_at",
-                f"matrix + {_times(column, stride[0])}[None, :] + {_times('depth', stride[1])}[:, None]",
+                f"matrix + {_scaled(column, stride[0])}[None, :] + {_scaled('depth', stride[1])}[:, None]",
             )
             found.append((at.text, self._right_mask(column, width)))
         return found
@@ -186,7 +187,7 @@ class PointerGemm:
                 self._store(body, value, whole if value is p.anchor.result else None)
         for op, total in body.dots:
             partial = self.text.parameter(f"partial_{p.dots.index(op)}", "partial")
-            at = f"row * {self.tiles_n} + n"
+            at = f"{times('row', self.tiles_n)} + n"
             self.text.line(f"tl.store({partial} + {at}, {total.text}, mask=inside)")
 
     def _bind(self, body: RowBody, names: list[str]) -> str | None:
@@ -250,10 +251,11 @@ class PointerGemm:
         if self.sums is not None:
             made.update(self.sums.allocate(writer, context))
         bound = f"launch.row_tile_bound({python_source(p.rows)}, {_experts(p)}, {self.tile.rows})"
+        bound = times(bound, self.tiles_n)
         options = f"num_warps={self.tile.warps}, num_stages={self.tile.stages}"
         inner = ", ".join(arguments(self.text, op, context, made))
         with writer.block(f"if {only_if(p.rows)}:"):
-            writer.line(f"{self.name}[({bound} * {self.tiles_n},)]({inner}, {options})")
+            writer.line(f"{self.name}[({bound},)]({inner}, {options})")
             if self.sums is not None:
                 self.sums.launch(writer, op, context, made)
         if made.keys() - {"tile_expert", "tile_row", "row_tiles"}:
@@ -267,7 +269,7 @@ def _experts(p: RowProduct) -> int:
     return int(p.weights.type.shape[0])
 
 
-def _times(text: str, by: int) -> str:
+def _scaled(text: str, by: int) -> str:
     return text if by == 1 else f"({text} * {by})"
 
 

@@ -80,8 +80,7 @@ class PointerOuter:
         sides = [self._side(0, "left", "at_m", m), self._side(1, "right", "at_n", n)]
         offsets = t.parameter(self.product.anchor.operands[2])
         out = t.parameter(self.product.anchor.result, f"{self.op.result.hint}_out")
-        t.line(f"expert = tl.program_id(0) // {down * across}")
-        t.line(f"m, n = pick_tile(tl.program_id(0) % {down * across}, {down}, {across}, {GROUP})")
+        t.lines.lines(*place_lines("tl.program_id(0)", down, across))
         t.line(f"end = tl.load({offsets} + expert + 1)")
         t.line("at_m = m * BM + tl.arange(0, BM)")
         t.line("at_n = n * BN + tl.arange(0, BN)")
@@ -100,6 +99,7 @@ class PointerOuter:
         mask = f", mask={' & '.join(conditions)}" if conditions else ""
         at = f"expert.to(tl.int64) * {m * n} + at_m[:, None] * {n} + at_n[None, :]"
         t.line(f"tl.store({out} + {at}, acc{mask})")
+        t.sort(self.product.body)
 
     @property
     def _dtype(self) -> str:
@@ -148,3 +148,11 @@ def rows_of(anchor: Op) -> object:
     """The number of rows."""
     value: Value = anchor.operands[0]
     return value.type.shape[0]
+
+
+def place_lines(work: str, down: int, across: int) -> list[str]:
+    """The lines that say which tile of which expert a piece of work is."""
+    if down * across == 1:
+        return [f"expert = {work}", "m, n = 0, 0"]
+    tile = f"pick_tile({work} % {down * across}, {down}, {across}, {GROUP})"
+    return [f"expert = {work} // {down * across}", f"m, n = {tile}"]

@@ -18,9 +18,10 @@ from moec.ir.types import Type
 
 # names that the templates use themselves
 _LOCALS = frozenset(
-    "m n k token row column wide depth inside expert matrix start end size tiles left right left_at "
-    "work last at here block slot key best hit BM BN BK BC BH BT KP EP BLOCK".split()
+    "m n k token row column columns wide depth inside expert matrix start end size tiles left right "
+    "acc left_at work last at here block slot key best hit BM BN BK BC BH BT KP EP BLOCK".split()
 )
+_FIRST = ("rows", "left_rows", "right_rows", "part 0", "part 1")
 
 
 class Unsupported(Exception):
@@ -55,6 +56,11 @@ def is_power_of_two(n: int) -> bool:
     return n > 0 and n & (n - 1) == 0
 
 
+def fresh_names(free: Sequence[str] = ()) -> PythonNames:
+    """Names for a kernel's values: none that the templates or the library use, save ``free``."""
+    return PythonNames((_LOCALS | source.names() | {"launch"}) - set(free))
+
+
 def compute_dtype(graph: Graph) -> str:
     """float64 if a float in the graph is f64, else float32."""
     values = [*graph.inputs, *(v for op in graph.ops for v in op.results)]
@@ -66,9 +72,7 @@ class KernelText:
     """A kernel under construction."""
 
     dtype: str
-    names: PythonNames = field(
-        default_factory=lambda: PythonNames(_LOCALS | source.names() | {"launch"})
-    )
+    names: PythonNames = field(default_factory=fresh_names)
     lines: Writer = field(default_factory=Writer)
     parameters: list[Parameter] = field(default_factory=list)
     constants: dict[str, int] = field(default_factory=dict)
@@ -84,6 +88,12 @@ class KernelText:
         name = self.names.fresh(wanted)
         self.parameters.append(Parameter(name, value))
         return name
+
+    def sort(self, body: Graph) -> None:
+        """Put the parameters in order: operands as in the body, results, then the host's own."""
+        order: dict[Value | str, int] = {name: i - len(_FIRST) for i, name in enumerate(_FIRST)}
+        order.update({v: i for i, v in enumerate((*body.inputs, *body.outputs))})
+        self.parameters.sort(key=lambda p: order.get(p.value, len(order)))
 
     def use(self, function: str) -> str:
         """Note that a library function is called; its name."""

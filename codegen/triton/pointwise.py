@@ -50,6 +50,7 @@ class Pointwise:
         body.run(self.body.ops)
         for value in self.body.outputs:
             body.store(value)
+        t.sort(self.body)
 
     def define(self, writer: Writer) -> None:
         """Write the kernel."""

@@ -95,6 +95,12 @@ def analyse(op: Op) -> RowProduct:
     )
 
 
+def is_of_rows(value: Value, rows: Dim, columns: int) -> bool:
+    """Whether a value is a number a row."""
+    shape = value.type.shape
+    return shape == (rows,) or (shape == (rows, 1) and columns != 1)
+
+
 def _split(body: Graph, anchor: Op) -> Op | None:
     found = [o for o in body.ops if o.kind == "t.split" and o.operands[0] is anchor.result]
     return found[0] if found else None

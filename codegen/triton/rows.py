@@ -37,6 +37,7 @@ class Domain:
     columns: int
     cut: bool  # whether the last tile has fewer columns
     column: str = "column"
+    row: str = "row"
     inside: str = "inside"  # rows of this expert
     wide: str = "wide"  # the columns of both parts where they alternate
 
@@ -115,21 +116,22 @@ class RowBody:
 
     def load_row(self, value: Value, name: str) -> Term:
         """A number a row."""
-        load = f"tl.load({name} + row, mask={self.domain.inside}, other=0)"
+        load = f"tl.load({name} + {self.domain.row}, mask={self.domain.inside}, other=0)"
         return self.text.let(value.hint, self.text.held(value.type, load), ("r",))
 
     def load_tile(self, value: Value, name: str) -> Term:
         """A tile of a matrix with the domain's columns."""
-        at = f"row[:, None] * {self.domain.columns} + {self.domain.column}[None, :]"
+        at = f"{self.domain.row}[:, None] * {self.domain.columns} + {self.domain.column}[None, :]"
         load = f"tl.load({name} + {at}, mask={self.domain.live}, other=0)"
         return self.text.let(value.hint, self.text.held(value.type, load), TILE)
 
     def load_parts(self, value: Value, hints: Sequence[str], layout: str) -> Parts:
         """The same tile of every part of a matrix."""
         name, count = self.text.parameter(value), len(hints)
-        row = f"row[:, None] * {count * self.domain.columns}"
+        row = f"{self.domain.row}[:, None] * {count * self.domain.columns}"
         if layout == "interleave" and count == 2:
-            load = f"tl.load({name} + {row} + {self.wide()}[None, :], mask={self.domain.live_wide}, other=0)"
+            at = f"{name} + {row} + {self.domain.wide}[None, :]"
+            load = f"tl.load({at}, mask={self.domain.live_wide}, other=0)"
             both = self.text.let(value.hint, self.text.held(value.type, load), TILE)
             return Parts(self.split_wide(both, hints), layout)
         terms = []
@@ -146,9 +148,9 @@ class RowBody:
             return f"({column} * {count} + {i})"
         return f"({i * self.domain.columns} + {column})" if i else column
 
-    def wide(self) -> str:
-        """The columns of two alternating parts."""
-        return self.domain.wide
+    def expert(self) -> str:
+        """The tile's expert."""
+        return "expert"
 
     def split_wide(self, both: Term, hints: Sequence[str]) -> tuple[Term, ...]:
         """The two parts of a tile in which they alternate."""
@@ -159,7 +161,8 @@ class RowBody:
     def pair(self, perm: Value) -> str:
         """The (token, choice) pair of each row; loaded at the first use."""
         if perm not in self.pairs:
-            load = f"tl.load({self.text.parameter(perm)} + row, mask={self.domain.inside}, other=0)"
+            at = f"{self.text.parameter(perm)} + {self.domain.row}"
+            load = f"tl.load({at}, mask={self.domain.inside}, other=0)"
             self.pairs[perm] = self.text.let("pair", load).text
         return self.pairs[perm]
 
@@ -244,11 +247,11 @@ def _expert_rows(body: RowBody, op: Op) -> None:
         raise Unsupported("a bias that the kernel computes")
     name, shape = body.text.parameter(table), table.type.shape
     if len(shape) == 1:
-        load, axes = f"tl.load({name} + expert)", ()
+        load, axes = f"tl.load({name} + {body.expert()})", ()
     elif shape[1] == 1:
-        load, axes = f"tl.load({name} + expert)", ()
+        load, axes = f"tl.load({name} + {body.expert()})", ()
     elif shape[1] == body.domain.columns:
-        at = f"expert * {shape[1]} + {body.domain.column}"
+        at = f"{body.expert()} * {shape[1]} + {body.domain.column}"
         load, axes = f"tl.load({name} + {at}{body.domain.column_mask})", ("c",)
     else:
         _expert_parts(body, op, name)
@@ -266,7 +269,8 @@ def _expert_parts(body: RowBody, op: Op, name: str) -> None:
     layout = split.attrs.get("layout", "concat")
     for i, result in enumerate(split.results):
         column = body.part_column(i, len(split.results), layout)
-        load = f"tl.load({name} + expert * {table.type.shape[1]} + {column}{body.domain.column_mask})"
+        at = f"{name} + {body.expert()} * {table.type.shape[1]} + {column}"
+        load = f"tl.load({at}{body.domain.column_mask})"
         terms.append(body.text.let(result.hint, body.text.held(table.type, load), ("c",)))
     body.parts[op.result] = Parts(tuple(terms), layout)
 

@@ -91,6 +91,7 @@ class Scores:
         t.line(f"tl.store({name} + {at}, {self.env[self.index].text}, mask={mask})")
         histogram, blocks = t.parameter("histogram"), t.integers[1]
         t.line(f"tl.store({histogram} + expert * {blocks} + block, count, mask=expert < {self.experts})")
+        t.sort(self.body)
 
     def _place(self, axes: tuple[str, ...]) -> tuple[str, str]:
         """Position and mask of a value of a block."""
@@ -187,7 +188,10 @@ class Scores:
             w = t.let(hint, f"tl.sigmoid({w.text})", CHOSEN)
         eps = number(float(op.attrs.get("eps", 0.0)), self.dtype)
         if norm != "none":
-            total = t.let("total", f"tl.sum(tl.where(chosen, {w.text}, 0.0), 1)[:, None]").text
+            summed = w.text
+            if self.choices != power_of_two(self.choices):
+                summed = f"tl.where((slot < {self.choices})[None, :], {w.text}, 0.0)"
+            total = t.let("total", f"tl.sum({summed}, 1)[:, None]").text
             if norm == "clamp_min":
                 total = f"tl.where({total} < {eps}, {eps}, {total})"
             elif op.attrs.get("eps", 0.0):

@@ -8,7 +8,7 @@ from moec.codegen.triton.context import Context, arguments
 from moec.codegen.triton.kernel import KernelText, Term, compute_dtype
 from moec.codegen.triton.products import RowProduct
 from moec.codegen.triton.rows import Domain, RowBody
-from moec.codegen.triton.tiles import power_of_two
+from moec.codegen.triton.tiles import power_of_two, times
 from moec.codegen.writer import Writer
 from moec.ir.dims import python_source
 from moec.ir.graph import Op
@@ -40,6 +40,7 @@ class RowSums:
             if value in p.finished:
                 out = t.parameter(value, f"{value.hint}_out")
                 t.line(f"tl.store({out} + row, {body.term(value).on(('r',))}, mask=inside)")
+        t.sort(p.body)
 
     def _total(self, i: int, hint: str) -> Term:
         t = self.text
@@ -47,7 +48,8 @@ class RowSums:
         padded = power_of_two(tiles)
         t.line(f"n = tl.arange(0, {padded})")
         cut = f" & (n < {tiles})[None, :]" if padded != tiles else ""
-        load = f"tl.load({partial} + row[:, None] * {tiles} + n[None, :], mask=inside[:, None]{cut}, other=0)"
+        at = f"{partial} + {times('row[:, None]', tiles)} + n[None, :]"
+        load = f"tl.load({at}, mask=inside[:, None]{cut}, other=0)"
         return t.let(hint, f"tl.sum({load}, 1)", ("r",))
 
     def define(self, writer: Writer) -> None:

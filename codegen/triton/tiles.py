@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moec.ir.dims import Dim
 from moec.ir.types import SIZES
 
 GROUP = 8  # row tiles that share the columns of weights they read
@@ -72,9 +71,9 @@ def _fit(tile: Tile, columns: int, depth: int) -> Tile:
     )
 
 
-def overflows(elements: Dim) -> bool:
-    """Whether positions in a matrix of so many elements may need 64 bits."""
-    return not isinstance(elements, int) or elements >= 2**31
+def times(text: str, by: int) -> str:
+    """A product as text, unless by one."""
+    return text if by == 1 else f"{text} * {by}"
 
 
 def tile_of(attribute: tuple[int, ...] | None, default: Tile) -> Tile:

@@ -13,13 +13,21 @@ from torch.utils._pytree import tree_flatten
 from moec.errors import CaptureError
 from moec.interp import run
 from moec.ir.graph import Graph
+from moec.ir.types import DTYPES
 
 SIZES = {3: ((1, 1), (2, 3), (1, 33), (3, 17)), 2: ((1,), (6,), (33,), (51,))}
 SCALES = (1.0, 30.0)  # limits such as clamps show only far from zero
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
 
-def compare(module: nn.Module, graph: Graph, weights: Sequence[str], hidden: int, dtype: torch.dtype, rank: int) -> None:
+def compare(
+    module: nn.Module,
+    graph: Graph,
+    weights: Sequence[str],
+    hidden: int,
+    dtype: torch.dtype,
+    rank: int,
+) -> None:
     """Raise :class:`CaptureError` unless interpreting ``graph`` gives what ``module`` gives, at several sizes and scales.
 
     ``module`` runs on random tokens ``[..., hidden]`` without gradients. On the meta device nothing can
@@ -38,6 +46,45 @@ def compare(module: nn.Module, graph: Graph, weights: Sequence[str], hidden: int
                 _compare_once(module, graph, inputs, x)
 
 
+def compare_experts(module: nn.Module, graph: Graph, weights: Sequence[str], experts: int) -> None:
+    """As :func:`compare` for experts called with tokens, indices and weights.
+
+    The indices are distinct experts a token; one batch sends every token to the same experts.
+    """
+    device = next(module.parameters()).device
+    if device.type == "meta":
+        return
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    inputs = [tensors[path].detach() for path in weights]
+    generator = torch.Generator().manual_seed(0)
+    with _quiet_state(device):
+        for (tokens,) in SIZES[2]:
+            for scale in SCALES:
+                data = _routed(graph, tokens, experts, scale, generator, device)
+                _compare_call(module, graph, data, inputs)
+
+
+def _routed(
+    graph: Graph,
+    tokens: int,
+    experts: int,
+    scale: float,
+    generator: torch.Generator,
+    device: torch.device,
+) -> list[torch.Tensor]:
+    """Tokens, indices and weights of one call; the largest number of tokens all goes one way."""
+    x, idx, w = (v.type for v in graph.inputs[:3])
+    hidden, choices = int(x.shape[-1]), int(idx.shape[-1])  # type: ignore[arg-type]
+    order = torch.rand(tokens, experts, generator=generator).argsort(-1)[:, :choices]
+    if tokens == SIZES[2][-1][0]:
+        order = order[:1].expand(tokens, -1).contiguous()
+    return [
+        (torch.randn(tokens, hidden, generator=generator) * scale).to(device, DTYPES[x.dtype]),
+        order.to(device),
+        torch.rand(tokens, choices, generator=generator).to(device, DTYPES[w.dtype]),
+    ]
+
+
 @contextlib.contextmanager
 def _quiet_state(device: torch.device) -> Iterator[None]:
     """Leave random states as they are."""
@@ -45,15 +92,26 @@ def _quiet_state(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _compare_once(module: nn.Module, graph: Graph, inputs: list[torch.Tensor], x: torch.Tensor) -> None:
-    expected = [t for t in tree_flatten(module(x))[0] if isinstance(t, torch.Tensor)]
+def _compare_once(
+    module: nn.Module, graph: Graph, inputs: list[torch.Tensor], x: torch.Tensor
+) -> None:
+    _compare_call(module, graph, [x], inputs)
+
+
+def _compare_call(
+    module: nn.Module, graph: Graph, data: list[torch.Tensor], inputs: list[torch.Tensor]
+) -> None:
+    x = data[0]
+    expected = [t for t in tree_flatten(module(*data))[0] if isinstance(t, torch.Tensor)]
     flat = x.reshape(-1, x.shape[-1]) if graph.inputs[0].type.rank == 2 else x
     with torch.autocast(x.device.type, enabled=False):
-        found = run(graph, [flat, *inputs])
+        found = run(graph, [flat, *data[1:], *inputs])
     for ours, theirs in zip(found, expected, strict=True):
         error = _relative(ours, theirs)
         if not error <= TOLERANCE.get(theirs.dtype, 1e-4):
-            raise CaptureError(f"the captured form differs from {type(module).__name__} on tokens of shape {tuple(x.shape)} by {error:.1e}")
+            raise CaptureError(
+                f"the captured form differs from {type(module).__name__} on tokens of shape {tuple(x.shape)} by {error:.1e}"
+            )
 
 
 def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -64,20 +122,79 @@ def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float(difference.norm().item() / max(scale, 1e-30)) if scale or difference.any() else 0.0
 
 
-def snapshot(module: nn.Module) -> dict[str, Any]:
-    """Attributes and versions of tensors, to see whether a call changes its module."""
-    state: dict[str, Any] = {}
-    for name, child in module.named_modules():
-        for key, value in vars(child).items():
-            if not key.startswith("_") and not isinstance(value, nn.Module):
-                state[f"{name}.{key}"] = value if isinstance(value, int | float | str | bool) else id(value)
-        for key, tensor in child.named_buffers(recurse=False):
-            state[f"{name}.{key} (buffer)"] = tensor._version
-    return state
+@contextlib.contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Run a module's code for its result only: what it changes of itself is put back, then refused.
 
-
-def refuse_changes(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Raise :class:`CaptureError` if a call changed its module: a compiled call would not."""
-    changed = sorted(k.lstrip(".") for k in before.keys() | after.keys() if before.get(k) != after.get(k) and not k.endswith(".forward"))
+    Raises :class:`CaptureError` at the end if attributes or buffers were changed: a compiled call would
+    not change them.
+    """
+    states = [_State(name, child) for name, child in module.named_modules()]
+    try:
+        yield
+    finally:
+        changed = [change for state in states for change in state.put_back()]
     if changed:
-        raise CaptureError(f"forward changes {', '.join(changed[:3])} of the module, which a compiled call would not; return the value instead")
+        raise CaptureError(
+            f"forward changes {', '.join(changed[:3])} of the module, which a compiled call would not; "
+            "return the value instead"
+        )
+
+
+class _State:
+    """The attributes and buffers of one module, to be put back later."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name, self.module = name, module
+        self.attributes = {k: v for k, v in vars(module).items() if k not in _REGISTRIES}
+        self.contents = {k: _contents(v) for k, v in self.attributes.items()}
+        buffers = module.named_buffers(recurse=False)
+        self.buffers = [(k, t, t._version, t.detach().clone()) for k, t in buffers]
+
+    def put_back(self) -> list[str]:
+        """Undo every change; returns the paths of what was changed."""
+        changed = [*self._attributes(), *self._buffers()]
+        return [f"{self.name}.{key}".lstrip(".") for key in changed]
+
+    def _attributes(self) -> Iterator[str]:
+        own = vars(self.module)
+        for key in [k for k in own if k not in _REGISTRIES and k not in self.attributes]:
+            del own[key]
+            yield key
+        for key, value in self.attributes.items():
+            if own.get(key, _MISSING) is not value or _contents(value) != self.contents[key]:
+                own[key] = _refilled(value, self.contents[key])
+                yield key
+
+    def _buffers(self) -> Iterator[str]:
+        for key, tensor, version, saved in self.buffers:
+            replaced = self.module._buffers.get(key) is not tensor
+            if replaced or tensor._version != version:
+                self.module._buffers[key] = tensor
+                with torch.no_grad():
+                    tensor.copy_(saved)
+                yield f"{key} (buffer)"
+
+
+_REGISTRIES = set(vars(nn.Module()))
+_MISSING = object()
+
+
+def _contents(value: Any) -> Any:
+    """The members of a container by identity, to see whether it was changed in place."""
+    if isinstance(value, dict):
+        return [(id(k), id(v), k, v) for k, v in value.items()]
+    return [(id(v), v) for v in value] if isinstance(value, list | set) else None
+
+
+def _refilled(value: Any, contents: Any) -> Any:
+    """A container with the members that it had."""
+    if isinstance(value, dict):
+        members = [(k, v) for _, _, k, v in contents]
+        value.clear()
+        value.update(members)
+    elif isinstance(value, list | set):
+        members = [v for _, v in contents]
+        value.clear()
+        (value.extend if isinstance(value, list) else value.update)(members)
+    return value

@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten
 
 from moec.capture.block import _LEAF, MAX_TOKENS, CapturedBlock, block_name, weight_hint
-from moec.capture.check import refuse_changes, snapshot
 from moec.capture.experts import ExpertsBody, hidden_sizes, named_weights, read_experts
 from moec.capture.importer import Importer
 from moec.capture.recorder import IntegerPair, Recorder, Sizes, merge
@@ -53,8 +52,14 @@ def has_expert_list(module: nn.Module) -> bool:
 
 
 def _are_experts(members: Sequence[nn.Module]) -> bool:
-    simple = not any(isinstance(m, nn.ModuleList | nn.ModuleDict) for member in members for m in member.modules())
-    return simple and any(True for _ in members[0].parameters()) and len({structure_key(m) for m in members}) == 1
+    simple = not any(
+        isinstance(m, nn.ModuleList | nn.ModuleDict) for member in members for m in member.modules()
+    )
+    return (
+        simple
+        and any(True for _ in members[0].parameters())
+        and len({structure_key(m) for m in members}) == 1
+    )
 
 
 def _has_router(module: nn.Module, experts: str, count: int) -> bool:
@@ -93,10 +98,18 @@ class _Run:
         """Recorded values with one row a token: ``[.., width]``."""
         for node in self.recorder.graph.nodes:
             value = node.meta.get("val")
-            if not isinstance(value, torch.Tensor) or value.is_floating_point() != floating or value.dtype == torch.bool:
+            if (
+                not isinstance(value, torch.Tensor)
+                or value.is_floating_point() != floating
+                or value.dtype == torch.bool
+            ):
                 continue
             columns = value.shape[-1] if value.dim() > 1 else 1
-            if value.numel() == self.tokens * columns and value.dim() >= 1 and width in (None, columns):
+            if (
+                value.numel() == self.tokens * columns
+                and value.dim() >= 1
+                and width in (None, columns)
+            ):
                 yield node
 
 
@@ -110,7 +123,9 @@ class _Match:
     result: fx.Node
 
 
-def capture_loop(module: nn.Module, path: str, dtype: torch.dtype | None, rank: int) -> CapturedBlock:
+def capture_loop(
+    module: nn.Module, path: str, dtype: torch.dtype | None, rank: int
+) -> CapturedBlock:
     """The IR of a block with its own loop over a list of experts; :class:`CaptureError` says why if there is none."""
     found = expert_list(module)
     if found is None:
@@ -119,32 +134,47 @@ def capture_loop(module: nn.Module, path: str, dtype: torch.dtype | None, rank: 
     registry = module.get_submodule(name)
     body = read_experts(_Loop(members, registry), f"{path}.{name}" if path else name)
     sizes = Sizes(_SIZES[rank])
-    runs = [_run(module, name, members, body.hidden, dtype, tuple(p[i] for p in sizes.pairs.values())) for i in (0, 1)]
+    runs = [
+        _run(module, name, members, body.hidden, dtype, tuple(p[i] for p in sizes.pairs.values()))
+        for i in (0, 1)
+    ]
     graph = _merged(runs, members, sizes)
     tree = tree_flatten(runs[0].out)[1]
     return _LoopImporter(module, name, body, sizes, path).run(graph, runs[0], tree)
 
 
-def _run(module: nn.Module, name: str, members: Sequence[nn.Module], hidden: int, dtype: torch.dtype | None, leading: tuple[int, ...]) -> _Run:
+def _run(
+    module: nn.Module,
+    name: str,
+    members: Sequence[nn.Module],
+    hidden: int,
+    dtype: torch.dtype | None,
+    leading: tuple[int, ...],
+) -> _Run:
     parameter = next(module.parameters())
     generator = torch.Generator().manual_seed(sum(leading))
-    x = torch.randn(*leading, hidden, generator=generator).to(parameter.device, dtype or parameter.dtype)
+    x = torch.randn(*leading, hidden, generator=generator).to(
+        parameter.device, dtype or parameter.dtype
+    )
     recorder = Recorder()
     recorder.mark("x", x)
     for weight, tensor in named_weights(module):
         if not weight.startswith(f"{name}."):
             recorder.mark(weight, tensor)
-    state, before = torch.get_rng_state(), snapshot(module)
+    state = torch.get_rng_state()
     try:
         with torch.no_grad(), _opaque_members(members, recorder), recorder:
             out = module(x)
     except CaptureError:
         raise
-    except Exception as error:  # the user's code may raise anything on inputs that it was not written for
-        raise CaptureError(f"{type(module).__name__} did not run on tokens of shape {tuple(x.shape)}: {error}") from error
+    except (
+        Exception
+    ) as error:  # the user's code may raise anything on inputs that it was not written for
+        raise CaptureError(
+            f"{type(module).__name__} did not run on tokens of shape {tuple(x.shape)}: {error}"
+        ) from error
     finally:
         torch.set_rng_state(state)
-    refuse_changes(before, snapshot(module))
     return _Run(recorder, out, x[..., 0].numel())
 
 
@@ -182,7 +212,13 @@ def _merged(runs: Sequence[_Run], members: Sequence[nn.Module], sizes: Sizes) ->
         try:
             for run, match in zip(runs, pair, strict=True):
                 _replace_loop(run, match)
-            return merge(runs[0].recorder, runs[1].recorder, (runs[0].out, runs[1].out), sizes, lambda name, which: name)
+            return merge(
+                runs[0].recorder,
+                runs[1].recorder,
+                (runs[0].out, runs[1].out),
+                sizes,
+                lambda name, which: name,
+            )
         except CaptureError as error:
             reason = str(error)
             for run, match in zip(runs, pair, strict=True):
@@ -201,17 +237,26 @@ def _matches(run: _Run, members: Sequence[nn.Module]) -> Iterator[_Match]:
         for idx in indices:
             choices = idx.meta["val"].numel() // run.tokens
             for w in run.nodes(True, choices):
-                yield from _results(run, x, idx, w, _weighted(outputs, idx.meta["val"], w.meta["val"], run.tokens))
+                yield from _results(
+                    run, x, idx, w, _weighted(outputs, idx.meta["val"], w.meta["val"], run.tokens)
+                )
 
 
 def _are_indices(value: torch.Tensor, experts: int, tokens: int) -> bool:
     rows = value.reshape(tokens, -1)
-    if rows.shape[1] > experts or rows.numel() == 0 or int(rows.min()) < 0 or int(rows.max()) >= experts:
+    if (
+        rows.shape[1] > experts
+        or rows.numel() == 0
+        or int(rows.min()) < 0
+        or int(rows.max()) >= experts
+    ):
         return False
     return all(len(set(row)) == len(row) for row in rows.tolist())
 
 
-def _dense_outputs(members: Sequence[nn.Module], x: torch.Tensor, tokens: int) -> torch.Tensor | None:
+def _dense_outputs(
+    members: Sequence[nn.Module], x: torch.Tensor, tokens: int
+) -> torch.Tensor | None:
     """Every expert on every token, ``[E, T, H]``; ``None`` if ``x`` is no input of theirs."""
     if x.shape[-1] not in hidden_sizes(members[0]):
         return None
@@ -222,13 +267,17 @@ def _dense_outputs(members: Sequence[nn.Module], x: torch.Tensor, tokens: int) -
         return None
 
 
-def _weighted(outputs: torch.Tensor, idx: torch.Tensor, w: torch.Tensor, tokens: int) -> torch.Tensor:
+def _weighted(
+    outputs: torch.Tensor, idx: torch.Tensor, w: torch.Tensor, tokens: int
+) -> torch.Tensor:
     token = torch.arange(tokens, device=outputs.device)[:, None]
     chosen = outputs[idx.reshape(tokens, -1), token]
     return (chosen.double() * w.reshape(tokens, -1, 1).double()).sum(1)
 
 
-def _results(run: _Run, x: fx.Node, idx: fx.Node, w: fx.Node, expected: torch.Tensor) -> Iterator[_Match]:
+def _results(
+    run: _Run, x: fx.Node, idx: fx.Node, w: fx.Node, expected: torch.Tensor
+) -> Iterator[_Match]:
     for node in run.nodes(True, expected.shape[-1]):
         value = node.meta["val"].reshape(expected.shape)
         if _close(value, expected):
@@ -237,7 +286,9 @@ def _results(run: _Run, x: fx.Node, idx: fx.Node, w: fx.Node, expected: torch.Te
 
 def _close(value: torch.Tensor, expected: torch.Tensor) -> bool:
     error = (value.double() - expected.double()).norm()
-    return bool(error <= _TOLERANCE.get(value.dtype, 1e-4) * expected.double().norm().clamp(min=1e-30))
+    return bool(
+        error <= _TOLERANCE.get(value.dtype, 1e-4) * expected.double().norm().clamp(min=1e-30)
+    )
 
 
 def _replace_loop(run: _Run, match: _Match) -> None:
@@ -253,7 +304,9 @@ def _replace_loop(run: _Run, match: _Match) -> None:
     for user in list(match.result.users):
         if user not in (leaf, result, *operands):
             user.replace_input_with(match.result, result)
-    run.recorder.nodes.update({k: result for k, n in run.recorder.nodes.items() if n is match.result})
+    run.recorder.nodes.update(
+        {k: result for k, n in run.recorder.nodes.items() if n is match.result}
+    )
 
 
 def _undo(run: _Run, match: _Match) -> None:
@@ -261,7 +314,9 @@ def _undo(run: _Run, match: _Match) -> None:
     if result is None:
         return
     result.replace_all_uses_with(match.result)
-    run.recorder.nodes.update({k: match.result for k, n in run.recorder.nodes.items() if n is result})
+    run.recorder.nodes.update(
+        {k: match.result for k, n in run.recorder.nodes.items() if n is result}
+    )
 
 
 def _as_matrix(graph: fx.Graph, node: fx.Node, tokens: int) -> fx.Node:
@@ -278,7 +333,9 @@ def _view(graph: fx.Graph, node: fx.Node, like: torch.Tensor) -> fx.Node:
 class _LoopImporter(Importer):
     """Imports the merged recording of a block."""
 
-    def __init__(self, module: nn.Module, name: str, body: ExpertsBody, sizes: Sizes, path: str) -> None:
+    def __init__(
+        self, module: nn.Module, name: str, body: ExpertsBody, sizes: Sizes, path: str
+    ) -> None:
         builder = Builder({n: (0, MAX_TOKENS) for n in sizes.pairs})
         super().__init__(builder, lambda node: node.meta["shape"], self.size, module_path=path)
         self.list_name, self.body, self.sizes = name, body, sizes
@@ -287,10 +344,16 @@ class _LoopImporter(Importer):
         self.block = module
 
     def size(self, argument: Any) -> Any:
-        return self.sizes.dim(argument.first, argument.second) if isinstance(argument, IntegerPair) else argument
+        return (
+            self.sizes.dim(argument.first, argument.second)
+            if isinstance(argument, IntegerPair)
+            else argument
+        )
 
     def argument(self, argument: Any) -> Any:
-        return self.size(argument) if isinstance(argument, IntegerPair) else super().argument(argument)
+        return (
+            self.size(argument) if isinstance(argument, IntegerPair) else super().argument(argument)
+        )
 
     def run_graph(self, graph: fx.Graph, x: Value) -> list[Value]:
         for node in graph.nodes:
@@ -310,22 +373,30 @@ class _LoopImporter(Importer):
         tokens = next(n.meta["val"] for n in first.recorder.graph.nodes if n.op == "placeholder")
         x = Value(Type(dtype_name(tokens.dtype), (*leading, tokens.shape[-1])), "x")
         results = self.run_graph(graph, x)
-        built = self.b.graph(block_name(self.module_path, self.block), [x, *self.weights.values()], results)
+        built = self.b.graph(
+            block_name(self.module_path, self.block), [x, *self.weights.values()], results
+        )
         return CapturedBlock(built, tuple(self.weights), tree)
 
     def weight(self, path: str) -> Value:
         if path not in self.weights:
             tensor = self.tensors[path]
-            self.weights[path] = Value(Type(dtype_name(tensor.dtype), tuple(tensor.shape)), weight_hint(path))
+            self.weights[path] = Value(
+                Type(dtype_name(tensor.dtype), tuple(tensor.shape)), weight_hint(path)
+            )
         return self.weights[path]
 
     def call(self, node: fx.Node) -> Any:
         if node.target is _expert_call:
-            raise CaptureError("the block uses an expert's output in a way that is no weighted sum over choices")
+            raise CaptureError(
+                "the block uses an expert's output in a way that is no weighted sum over choices"
+            )
         if node.target is not _LEAF:
             return super().call(node)
         x, idx, w = (self.value(self.env[a]) for a in node.args)  # type: ignore[index]
-        return self.body.inline(self.b, x, idx, w, lambda p: self.weight(p.replace("experts", self.list_name, 1)))
+        return self.body.inline(
+            self.b, x, idx, w, lambda p: self.weight(p.replace("experts", self.list_name, 1))
+        )
 
 
 __all__ = ["capture_loop", "expert_list", "has_expert_list"]

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from moec.capture.check import compare
-from moec.capture.block import CapturedBlock, capture_block, weight_hint
-from moec.capture.experts import ExpertsBody, named_weights, read_experts
+from moec.capture.block import CapturedBlock, capture_block, opaque_experts, weight_hint
+from moec.capture.check import SIZES, compare, compare_experts, unchanged
+from moec.capture.experts import ExpertsBody, hidden_sizes, named_weights, read_experts
 from moec.capture.flatten import flatten_tokens
 from moec.capture.loops import capture_loop, has_expert_list
-from moec.errors import MoecError
+from moec.errors import CaptureError, MoecError
 from moec.ir.builder import Builder
 from moec.ir.dims import dim
 from moec.ir.graph import Graph, Value
@@ -74,10 +74,26 @@ def find_candidates(model: nn.Module) -> Iterator[Candidate]:
     for name, module in model.named_modules():
         if module in taken:
             continue
-        experts = next((n for n, child in module.named_children() if is_experts(child)), None)
-        if experts is not None or is_experts(module) or _is_loop(module):
+        experts = next((n for n, child in module.named_children() if _surely_experts(child)), None)
+        if experts is not None or _surely_experts(module) or _is_loop(module):
             yield Candidate(name, module, experts)
             taken.update(module.modules())
+
+
+def _surely_experts(module: nn.Module) -> bool:
+    """Whether a module has the experts contract, by more than its shape if one stacked weight is all it has.
+
+    Tables of position embeddings are of rank 3 too, in modules that take three tensors.
+    """
+    if not is_experts(module):
+        return False
+    if sum(p.dim() == 3 for p in module.parameters(recurse=False)) > 1:
+        return True
+    try:
+        read_experts(module)
+    except MoecError:
+        return False
+    return True
 
 
 def _is_loop(module: nn.Module) -> bool:
@@ -90,7 +106,9 @@ def is_experts(module: nn.Module) -> bool:
     """Whether a module has the experts contract: ``forward(x, idx, w)`` and weights of several experts."""
     if not any(p.dim() == 3 for p in module.parameters(recurse=False)):
         return False
-    parameters = list(inspect.signature(inspect.unwrap(type(module).forward)).parameters.values())[1:]
+    parameters = list(inspect.signature(inspect.unwrap(type(module).forward)).parameters.values())[
+        1:
+    ]
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return len(positional) == 3
 
@@ -113,24 +131,59 @@ def capture(candidate: Candidate, dtype: torch.dtype | None = None, rank: int = 
     found = capture_whole(candidate, dtype, rank)
     if found.graph is not None or candidate.experts is None:
         return found
-    inner = replace(candidate, name=join(candidate.name, candidate.experts), module=candidate.module.get_submodule(candidate.experts))
+    inner = replace(
+        candidate,
+        name=join(candidate.name, candidate.experts),
+        module=candidate.module.get_submodule(candidate.experts),
+    )
     fallback = capture_experts(inner, dtype)
     return replace(fallback, reason=found.reason if fallback.graph is not None else fallback.reason)
 
 
-def capture_whole(candidate: Candidate, dtype: torch.dtype | None = None, rank: int = 3) -> FoundRegion:
+def capture_whole(
+    candidate: Candidate, dtype: torch.dtype | None = None, rank: int = 3
+) -> FoundRegion:
     """Capture a whole block: experts module and router, or a loop over a list of experts."""
     name, module = candidate.name, candidate.module
     kind = "loop" if candidate.experts is None else "block"
     try:
-        if candidate.experts is None:
-            return _checked(_finished(name, module, kind, capture_loop(module, name, dtype, rank)), dtype, rank)
-        body = read_experts(module.get_submodule(candidate.experts), join(name, candidate.experts))
-        example = _example(module, body.hidden, dtype, rank)
-        captured = capture_block(module, body, candidate.experts, example, name)
-        return _checked(_finished(name, module, kind, captured), dtype, rank)
+        with unchanged(module):
+            captured = _captured(candidate, dtype, rank)
+            return _checked(_finished(name, module, kind, captured), dtype, rank)
     except MoecError as error:
         return FoundRegion(name, module, kind, None, reason=str(error))
+
+
+def _captured(candidate: Candidate, dtype: torch.dtype | None, rank: int) -> CapturedBlock:
+    name, module = candidate.name, candidate.module
+    if rank not in SIZES:
+        ranks = " or ".join(map(str, sorted(SIZES)))
+        raise CaptureError(
+            f"{type(module).__name__} is called with tokens of rank {rank}, not {ranks}"
+        )
+    if "forward" in vars(module):
+        raise CaptureError(
+            f"{type(module).__name__} has a forward of its own instance, put there by a library"
+        )
+    if candidate.experts is None:
+        return capture_loop(module, name, dtype, rank)
+    body = read_experts(module.get_submodule(candidate.experts), join(name, candidate.experts))
+    experts = module.get_submodule(candidate.experts)
+    sizes = dict.fromkeys([body.hidden, *hidden_sizes(module)])
+    examples = [_example(module, hidden, dtype, rank) for hidden in sizes]
+    with opaque_experts(experts):
+        example = next((x for x in examples if _runs(module, x)), examples[0])
+    return capture_block(module, body, candidate.experts, example, name)
+
+
+def _runs(module: nn.Module, x: torch.Tensor) -> bool:
+    """Whether a block takes tokens of this width; the experts' own may be another (a latent one)."""
+    try:
+        with torch.no_grad():
+            module(x)
+    except Exception:  # what a user's code raises on wrong sizes is up to that code
+        return False
+    return True
 
 
 def _checked(found: FoundRegion, dtype: torch.dtype | None, rank: int) -> FoundRegion:
@@ -143,13 +196,21 @@ def _checked(found: FoundRegion, dtype: torch.dtype | None, rank: int) -> FoundR
 
 
 def capture_experts(
-    candidate: Candidate, dtype: torch.dtype | None = None, choices: int = 2, weight_dtype: torch.dtype = torch.float32
+    candidate: Candidate,
+    dtype: torch.dtype | None = None,
+    choices: int = 2,
+    weight_dtype: torch.dtype = torch.float32,
 ) -> FoundRegion:
     """Capture an experts module alone: inputs are tokens ``[T, H]``, indices and weights ``[T, K]``."""
     name, module = candidate.name, candidate.module
     try:
-        body = read_experts(module, name)
-        graph, weights = experts_graph(module, body, choices, dtype_name(weight_dtype), None if dtype is None else dtype_name(dtype))
+        with unchanged(module):
+            body = read_experts(module, name)
+            token_dtype = None if dtype is None else dtype_name(dtype)
+            graph, weights = experts_graph(
+                module, body, choices, dtype_name(weight_dtype), token_dtype
+            )
+            compare_experts(module, graph, weights, body.experts)
     except MoecError as error:
         return FoundRegion(name, module, "experts", None, reason=str(error))
     return FoundRegion(name, module, "experts", graph, weights)
@@ -163,7 +224,9 @@ def join(*parts: str) -> str:
 def _example(module: nn.Module, hidden: int, dtype: torch.dtype | None, rank: int) -> torch.Tensor:
     parameter = next(module.parameters())
     leading = (3, 5) if rank == 3 else (15,)
-    return torch.randn(*leading, hidden, device=parameter.device, dtype=torch.float32).to(dtype or parameter.dtype)
+    return torch.randn(*leading, hidden, device=parameter.device, dtype=torch.float32).to(
+        dtype or parameter.dtype
+    )
 
 
 def _finished(name: str, module: nn.Module, kind: str, captured: CapturedBlock) -> FoundRegion:
@@ -172,10 +235,18 @@ def _finished(name: str, module: nn.Module, kind: str, captured: CapturedBlock) 
     results = tuple(("lead",) if v.type.shape[: len(lead)] == lead else () for v in graph.outputs)
     flat = flatten_tokens(graph) if "S" in graph.ranges else None
     graph = graph if flat is None else PassManager("simplify, cse, dce").run(flat)
-    return FoundRegion(name, module, kind, verify(graph), captured.weights, tree=captured.tree, results=results)
+    return FoundRegion(
+        name, module, kind, verify(graph), captured.weights, tree=captured.tree, results=results
+    )
 
 
-def experts_graph(experts: nn.Module, body: ExpertsBody, choices: int = 2, weight_dtype: str = "f32", dtype: str | None = None) -> tuple[Graph, tuple[str, ...]]:
+def experts_graph(
+    experts: nn.Module,
+    body: ExpertsBody,
+    choices: int = 2,
+    weight_dtype: str = "f32",
+    dtype: str | None = None,
+) -> tuple[Graph, tuple[str, ...]]:
     """The IR of an experts module called with ``[T, H]``, ``[T, K]`` and ``[T, K]``; and its weights' paths."""
     tensors = dict(named_weights(experts))
     builder = Builder({"T": (0, 2**31 - 1)})
@@ -191,7 +262,9 @@ def experts_graph(experts: nn.Module, body: ExpertsBody, choices: int = 2, weigh
     def weight(path: str) -> Value:
         if path not in weights:
             tensor = tensors[path]
-            weights[path] = Value(Type(dtype_name(tensor.dtype), tuple(tensor.shape)), weight_hint(path))
+            weights[path] = Value(
+                Type(dtype_name(tensor.dtype), tuple(tensor.shape)), weight_hint(path)
+            )
         return weights[path]
 
     result = body.inline(builder, *data, weight)
@@ -199,4 +272,12 @@ def experts_graph(experts: nn.Module, body: ExpertsBody, choices: int = 2, weigh
     return verify(PassManager("simplify, cse, dce").run(graph)), tuple(weights)
 
 
-__all__ = ["Candidate", "FoundRegion", "capture", "capture_experts", "capture_whole", "find_candidates", "find_regions"]
+__all__ = [
+    "Candidate",
+    "FoundRegion",
+    "capture",
+    "capture_experts",
+    "capture_whole",
+    "find_candidates",
+    "find_regions",
+]

@@ -27,7 +27,10 @@ ANCHORS = {
 
 def _kernel(name: str, doc: str) -> None:
     def infer(
-        *operands: Type, body: Graph, tile: tuple[int, ...] | None = None
+        *operands: Type,
+        body: Graph,
+        template: str | None = None,
+        tile: tuple[int, ...] | None = None,
     ) -> tuple[Type, ...]:
         expected = tuple(v.type for v in body.inputs)
         if operands != expected:

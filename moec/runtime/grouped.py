@@ -59,10 +59,23 @@ def unpermute(x: torch.Tensor, perm: torch.Tensor, inverse: torch.Tensor) -> tor
 
 
 def combine(
-    rows: torch.Tensor, perm: torch.Tensor, inverse: torch.Tensor, w: torch.Tensor | None = None, *, dtype: torch.dtype | None = None
+    rows: torch.Tensor,
+    perm: torch.Tensor,
+    inverse: torch.Tensor,
+    w: torch.Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """See ``moe.combine``; on the CPU without an ``[T, K, H]`` intermediate."""
-    return _combine(rows, inverse, w, dtype or rows.dtype)
+    """See ``moe.combine``; without an ``[T, K, H]`` intermediate on the CPU."""
+    if rows.device.type != "cpu" or rows.dtype not in (torch.float32, torch.float64) or not rows.shape[0]:
+        return _combine(rows, inverse, w, dtype or rows.dtype)
+    weights = None if w is None else w.to(rows.dtype)
+    if perm.shape[0] and int(inverse.min()) < 0:
+        weights = torch.ones_like(inverse, dtype=rows.dtype) if weights is None else weights
+        weights = weights.masked_fill(inverse < 0, 0)
+        inverse = inverse.clamp(min=0)
+    summed = torch.nn.functional.embedding_bag(inverse, rows, mode="sum", per_sample_weights=weights)
+    return summed.to(dtype or rows.dtype)
 
 
 def row_scale(rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

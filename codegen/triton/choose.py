@@ -1,0 +1,64 @@
+"""The choice of template and tile of a ``kern.`` op: what its sizes, dtypes and body allow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from moec.codegen.triton.descriptor_gemm import DescriptorGemm
+from moec.codegen.triton.descriptor_outer import DescriptorOuter
+from moec.codegen.triton.grouped_outer import analyse as analyse_outer
+from moec.codegen.triton.kernel import Unsupported
+from moec.codegen.triton.products import analyse
+from moec.codegen.triton.tiles import Tile, outer_tile, row_tile
+from moec.ir.graph import Op
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the target has, and sizes that override the rules (0: none)."""
+
+    descriptors: bool = False
+    block_m: int = 0
+    block_n: int = 0
+    block_k: int = 0
+    block: int = 0
+
+
+def attributes(op: Op, limits: Limits) -> dict[str, Any]:
+    """The attributes ``template`` and ``tile`` of a kernel."""
+    if op.kind not in ("kern.grouped_gemm", "kern.grouped_outer"):
+        return {"tile": (limits.block,)} if limits.block else {}
+    try:
+        tile = _overridden(_default(op, limits.descriptors), limits)
+    except Unsupported:
+        return {}
+    template = "tma" if limits.descriptors and takes_descriptors(op) else "pointer"
+    return {"template": template, "tile": tile.attribute}
+
+
+def _default(op: Op, hopper: bool) -> Tile:
+    if op.kind == "kern.grouped_gemm":
+        p = analyse(op)
+        return row_tile(p.weights.type.dtype, p.parts, p.columns, p.depth, hopper)
+    result = analyse_outer(op).anchor.result.type
+    return outer_tile(result.dtype, int(result.shape[1]), int(result.shape[2]), hopper)
+
+
+def _overridden(tile: Tile, limits: Limits) -> Tile:
+    return Tile(
+        limits.block_m or tile.rows,
+        limits.block_n or tile.columns,
+        limits.block_k or tile.depth,
+        tile.warps,
+        tile.stages,
+    )
+
+
+def takes_descriptors(op: Op) -> bool:
+    """Whether the Hopper template can express a kernel."""
+    try:
+        DescriptorGemm(op, "trial") if op.kind == "kern.grouped_gemm" else DescriptorOuter(op, "trial")
+    except Unsupported:
+        return False
+    return True

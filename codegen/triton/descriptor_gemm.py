@@ -1,0 +1,317 @@
+"""Products over ragged rows for Hopper: the copy engine loads and stores, one program a processor.
+
+Rows are gathered beforehand (:meth:`Context.gathered`); each program takes tile after tile in one
+flattened loop, so that the stores of a tile drain under the loads of the next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from moec.codegen.triton.context import Context, arguments, only_if
+from moec.codegen.triton.descriptor_tile import PLACE, TileBody
+from moec.codegen.triton.kernel import (
+    KernelText,
+    Parameter,
+    Term,
+    Unsupported,
+    compute_dtype,
+    documentation,
+    fresh_names,
+)
+from moec.codegen.triton.products import RowProduct, analyse, is_of_rows
+from moec.codegen.triton.rows import TILE, Domain, Parts, RowBody
+from moec.codegen.triton.sums import RowSums
+from moec.codegen.triton.tiles import GROUP, Tile, row_tile, tile_of, times
+from moec.codegen.writer import Writer
+from moec.ir.dims import python_source
+from moec.ir.graph import Op, Value
+from moec.ir.types import SIZES
+
+
+@dataclass
+class DescriptorGemm:
+    """One kernel and the device function of its epilogue; see the module."""
+
+    op: Op
+    name: str
+    product: RowProduct = field(init=False)
+    tile: Tile = field(init=False)
+    text: KernelText = field(init=False)
+    sums: RowSums | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.product = p = analyse(self.op)
+        _check(p)
+        default = row_tile(p.weights.type.dtype, p.parts, p.columns, p.depth, hopper=True)
+        self.tile = tile_of(self.op.attrs.get("tile"), default)
+        self.text = KernelText(compute_dtype(p.body))
+        self.chunk = self._chunk()
+        self.domain = Domain(p.rows, p.columns, p.columns % self.chunk != 0, "columns")
+        self.body = TileBody(
+            KernelText(self.text.dtype, fresh_names((*PLACE, "expert"))), p.body, self.domain, product=p, chunk=self.chunk
+        )
+        self.sums = RowSums(p, self.name, self.tiles_n) if p.dots else None
+        self._write_tile()
+        self._write()
+
+    @property
+    def tiles_n(self) -> int:
+        """The number of column tiles."""
+        return -(-self.product.columns // self.tile.columns)
+
+    @property
+    def library(self) -> set[str]:
+        """The library functions that kernels and launch use."""
+        extra = self.sums.text.used if self.sums is not None else set()
+        used = self.text.used | self.body.text.used | extra | {"pick_tile", "list_row_tiles"}
+        return used | ({"spread_rows"} if self.product.gather is not None else set())
+
+    def _chunk(self) -> int:
+        """The columns that the epilogue takes at a time: few where it also reads matrices."""
+        p, made = self.product, {v for op in self.product.body.ops for v in op.results}
+        others = [v for op in p.epilogue for v in op.operands if v not in made]
+        reads = any(v.type.rank == 2 and v.type.shape == (p.rows, k * p.columns) for v in others for k in (1, 2))
+        wide = any(SIZES[v.type.dtype] > 2 for v in p.body.outputs if v.type.rank == 2)
+        return min(self.tile.columns, 64 if reads or wide else 128)
+
+    # the epilogue
+    def _write_tile(self) -> None:
+        """The device function: the body's ops on BM rows and BC columns."""
+        p, body = self.product, self.body
+        body.text.constants.update(BM=self.tile.rows, BC=self.chunk)
+        names = self._part_hints()
+        terms = tuple(Term(body.text.parameter(f"part {i}", n), TILE) for i, n in enumerate(names))
+        if p.split is None:
+            body.env[p.anchor.result] = terms[0]
+        else:
+            body.parts[p.anchor.result] = Parts(terms, p.layout)
+            body.env.update(zip(p.split.results, terms, strict=True))
+        biased = any(op.kind == "moe.expert_rows" for op in p.epilogue)
+        if biased or (self.domain.cut and p.dots):
+            column = body.text.parameter("column")
+            body.text.line(f"columns = {column} + tl.arange(0, BC)")
+        body.run([op for op in p.epilogue if op is not p.split])
+        for value in p.body.outputs:
+            if value not in p.finished and not is_of_rows(value, p.rows, p.columns):
+                body.store(value)
+        if body.dots:
+            body.text.line(f"return {', '.join(t.text for _, t in body.dots)}")
+        body.text.sort(p.body)
+
+    def _part_hints(self) -> list[str]:
+        split = self.product.split
+        return [v.hint for v in split.results] if split is not None else ["acc"]
+
+    # the kernel
+    def _write(self) -> None:
+        t, p = self.text, self.product
+        t.constants.update(BM=self.tile.rows, BN=self.tile.columns, BK=self.tile.depth)
+        x = p.gather.operands[0] if p.gather is not None else p.anchor.operands[0]
+        t.parameter("rows", f"{x.hint}_rows" if p.gather is not None else x.hint)
+        t.parameter(p.weights)
+        t.parameter(p.offsets)
+        expert, first, number = (t.parameter(n) for n in ("tile_expert", "tile_row", "row_tiles"))
+        t.line(f"tiles = tl.load({number})")
+        t.line("last = tl.program_id(0) - tl.num_programs(0)")
+        count = times("tiles", self.tiles_n)
+        work = f"tl.program_id(0), {count}, tl.num_programs(0), flatten=True"
+        with t.block(f"for work in tl.range({work}):"):
+            t.line(f"m, n = pick_tile(work, tiles, {self.tiles_n}, {GROUP})")
+            t.line(f"expert = tl.load({expert} + m)")
+            t.line(f"row = tl.load({first} + m)")
+            self._write_product()
+            t.line("# the epilogue finds its place again: the next tile's loads need not wait for it")
+            t.line("last += tl.num_programs(0)")
+            t.line(f"m, n = pick_tile(last, tiles, {self.tiles_n}, {GROUP})")
+            t.line(f"expert = tl.load({expert} + m)")
+            t.line(f"start = tl.load({t.parameter(p.offsets)} + expert)")
+            t.line(f"size = tl.load({t.parameter(p.offsets)} + expert + 1) - start")
+            t.line(f"row = tl.load({first} + m) - start")
+            self._write_epilogue()
+        t.sort(p.body)
+
+    def _write_product(self) -> None:
+        t, p, both = self.text, self.product, self.product.parts == 2
+        rows, weights = t.parameter("rows"), t.parameter(p.weights)
+        columns = "2 * BN" if both else "BN"
+        t.line(f"acc = tl.zeros((BM, {columns}), tl.float32)")
+        at = f"n * {columns}" if p.layout == "interleave" or not both else "n * BN"
+        part = "0, " if both and p.layout == "concat" else ""
+        with t.block(f"for k in range(0, {p.depth}, BK):"):
+            t.line(f"left = {rows}.load([row, k])")
+            if p.transposed:
+                t.line(f"right = {weights}.load([expert, k, {part}{at}]).reshape(BK, {columns})")
+                t.line("acc = tl.dot(left, right, acc)")
+            else:
+                t.line(f"right = {weights}.load([expert, {part}{at}, k]).reshape({columns}, BK)")
+                t.line("acc = tl.dot(left, right.T, acc)")
+
+    def _write_epilogue(self) -> None:
+        t, p = self.text, self.product
+        rows = RowBody(t, p.body, Domain(p.rows, p.columns, False, row="here"))
+        outer = [v for v in p.body.outputs if v not in p.finished and self._of_rows(v)]
+        if p.dots or outer or any(self._is_row_argument(q) for q in self.body.text.parameters):
+            t.line("inside = row + tl.arange(0, BM) < size")
+            t.line("here = (start + row + tl.arange(0, BM)).to(tl.int64)")
+        pieces = self._pieces()
+        extra = {q.name: self._argument(q, rows) for q in self.body.text.parameters if q.name not in PLACE}
+        for i, piece in enumerate(pieces):
+            self._call(i, piece, extra)
+        for value in outer:
+            out = t.parameter(value, f"{value.hint}_out")
+            value_text = rows.term(value).on(("r",))
+            t.line(f"tl.store({out} + here, {value_text}, mask=inside & (n == 0))")
+        for i, (op, _) in enumerate(self.body.dots):
+            partial = t.parameter(f"partial_{p.dots.index(op)}", "partial")
+            at = f"{partial} + {times('here', self.tiles_n)} + n"
+            t.line(f"tl.store({at}, dot_{i}, mask=inside)")
+
+    def _of_rows(self, value: Value) -> bool:
+        return is_of_rows(value, self.product.rows, self.product.columns)
+
+    def _is_row_argument(self, q: Parameter) -> bool:
+        return not isinstance(q.value, str) and self._of_rows(q.value)
+
+    def _argument(self, q: Parameter, rows: RowBody) -> str:
+        """What the kernel passes for a parameter of the epilogue."""
+        if isinstance(q.value, str):
+            return q.value
+        if self._of_rows(q.value):
+            return rows.term(q.value).text
+        return self.text.parameter(q.value, q.name)
+
+    def _pieces(self) -> list[list[str]]:
+        """Cut the accumulator into the parts of each chunk of columns; no data moves."""
+        t, p = self.text, self.product
+        parts = ["acc"]
+        if p.parts == 2:
+            parts = [t.names.fresh(h) for h in self._part_hints()]
+            cut = "acc.reshape(BM, BN, 2).split()"
+            if p.layout == "concat":
+                cut = f"{t.use('halves')}(acc, BM, 2 * BN)"
+            t.line(f"{', '.join(parts)} = {cut}")
+        width, pieces = self.tile.columns, [[part] for part in parts]
+        while width > self.chunk:
+            pieces = [[h for piece in part for h in self._halve(piece, width)] for part in pieces]
+            width //= 2
+        return [list(group) for group in zip(*pieces, strict=True)]
+
+    def _halve(self, piece: str, width: int) -> list[str]:
+        names = [self.text.names.fresh(f"{piece}_{i}") for i in (1, 2)]
+        self.text.line(f"{', '.join(names)} = {self.text.use('halves')}({piece}, BM, {width})")
+        return names
+
+    def _call(self, i: int, piece: list[str], extra: dict[str, str]) -> None:
+        """The epilogue on one chunk of columns."""
+        column = f"n * BN + {i * self.chunk}" if i else "n * BN"
+        values = []
+        for q in self.body.text.parameters:
+            if isinstance(q.value, str) and q.value.startswith("part "):
+                values.append(piece[int(q.value.split()[1])])
+            else:
+                values.append(column if q.value == "column" else extra.get(q.name, q.name))
+        call = f"{self.name}_tile({', '.join(values)})"
+        dots = [f"dot_{j}" for j in range(len(self.body.dots))]
+        if not dots:
+            self.text.line(call)
+        elif i == 0:
+            self.text.line(f"{', '.join(dots)} = {call}")
+        elif len(dots) == 1:
+            self.text.line(f"dot_0 += {call}")
+        else:
+            more = [f"more_{j}" for j in range(len(dots))]
+            self.text.line(f"{', '.join(more)} = {call}")
+            self.text.lines.lines(*(f"{d} += {m}" for d, m in zip(dots, more, strict=True)))
+
+    # the module
+    def define(self, writer: Writer) -> None:
+        """Write the kernels."""
+        tile = f"tile: {self.tile.rows} rows x {self.tile.columns} columns x {self.tile.depth} deep"
+        docs = [f"Epilogue on {self.chunk} columns of a tile."]
+        self.body.text.write(writer, f"{self.name}_tile", docs)
+        self.text.write(writer, self.name, documentation(self.op, [tile]))
+        if self.sums is not None:
+            self.sums.define(writer)
+
+    def launch(self, writer: Writer, context: Context) -> None:
+        """Write the host lines."""
+        p, op = self.product, self.op
+        context.contiguous(writer, op.operands)
+        outer = dict(zip(p.body.inputs, op.operands, strict=True))
+        tiles = context.row_tiles(writer, outer[p.offsets], p.rows, self.tile.rows)
+        made = dict(zip(("tile_expert", "tile_row", "row_tiles"), tiles, strict=True))
+        made["rows"] = self._rows(writer, context, outer)
+        for value in op.results:
+            context.allocate(writer, value)
+        partial = self.sums.allocate(writer, context) if self.sums is not None else {}
+        made.update(partial)
+        bound = f"launch.row_tile_bound({python_source(p.rows)}, {self._experts}, {self.tile.rows})"
+        with writer.block(f"if {only_if(p.rows)}:"):
+            writer.line(f"{self.name}[launch.persistent({times(bound, self.tiles_n)}, device)](")
+            for line in self._arguments(context, made):
+                writer.line(f"    {line},")
+            writer.line(f"    num_warps={self.tile.warps}, num_stages={self.tile.stages},")
+            writer.line(")")
+            if self.sums is not None:
+                self.sums.launch(writer, op, context, made)
+        if partial:
+            writer.line(f"del {', '.join(partial.values())}")
+        if p.gather is not None:
+            x, perm, _ = p.gather.operands
+            context.release(writer, outer[x], outer[perm])
+
+    @property
+    def _experts(self) -> int:
+        return int(self.product.weights.type.shape[0])
+
+    def _rows(self, writer: Writer, context: Context, outer: dict[Value, Value]) -> str:
+        """The name of the rows to multiply."""
+        gather = self.product.gather
+        if gather is None:
+            return context.names[outer[self.product.anchor.operands[0]]]
+        x, perm, inverse = (outer[v] for v in gather.operands)
+        return context.gathered(writer, x, perm, inverse)
+
+    def _arguments(self, context: Context, made: dict[str, str]) -> list[str]:
+        """The launch's arguments, matrices as descriptors."""
+        p, named = self.product, arguments(self.text, self.op, context, made)
+        lines = []
+        for q, name in zip(self.text.parameters, named, strict=True):
+            if q.value == "rows":
+                lines.append(f"launch.matrix({name}, {(self.tile.rows, self.tile.depth)})")
+            elif q.value is p.weights:
+                shape, block = self._weight_blocks()
+                lines.append(f"launch.matrix({name}, {block}, shape={shape})")
+            elif not isinstance(q.value, str) and q.value in self.body.accesses:
+                a = self.body.accesses[q.value]
+                block = (self.tile.rows, *a.block)
+                lines.append(f"launch.ragged({name}, {a.inner}, {block})")
+            else:
+                lines.append(name)
+        return lines
+
+    def _weight_blocks(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shape under which the weights are read, and the block of it."""
+        p, bn, bk = self.product, self.tile.columns, self.tile.depth
+        if p.parts == 1:
+            columns, block = (p.columns,), (bn,)
+        elif p.layout == "concat":
+            columns, block = (2, p.columns), (2, bn)
+        else:
+            columns, block = (2 * p.columns,), (2 * bn,)
+        if p.transposed:
+            return (self._experts, p.depth, *columns), (1, bk, *block)
+        return (self._experts, *columns, p.depth), (1, *block, bk)
+
+
+def _check(p: RowProduct) -> None:
+    """What the copy engine asks of sizes, and what this template leaves to the other."""
+    if p.weights.type.dtype not in ("bf16", "f16"):
+        raise Unsupported(f"a product of {p.weights.type.dtype} by descriptors")
+    if p.parts > 2:
+        raise Unsupported(f"{p.parts} parts")
+    if p.prologue and p.gather is None:
+        raise Unsupported("work before the product")
+    if p.depth % 8 or p.columns % 8:
+        raise Unsupported("rows that are no multiple of 16 bytes")

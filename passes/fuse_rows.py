@@ -1,0 +1,57 @@
+"""Fuse work on the same rows, for targets that run it block by block of rows in the cache."""
+
+from __future__ import annotations
+
+from moec.ir.graph import Graph, Op, Value
+from moec.ir.opdef import opdef
+from moec.manager import register
+from moec.passes.clusters import Neighbourhood, constants_of, fuse, grow
+from moec.passes.fuse_gemm import is_row_work
+
+
+@register("fuse-rows")
+def fuse_rows(graph: Graph, *, min_ops: int = 2) -> Graph:
+    """Make runs of at least ``min_ops`` ops on the same rows one unit.
+
+    Pointwise work, splits, merges, row scales and row sums join. The ``aten`` target runs such a unit
+    on blocks of rows that stay in the cache, so each value is read from memory once.
+    """
+    tried: set[Op] = set()
+    while True:
+        anchor = next((op for op in graph.ops if _is_candidate(op) and op not in tried), None)
+        if anchor is None:
+            return graph
+        tried.add(anchor)
+        graph = _fuse_one(graph, anchor, min_ops)
+
+
+def _is_candidate(op: Op) -> bool:
+    shape = op.results[0].type.shape
+    symbolic = len(shape) == 2 and not isinstance(shape[0], int)
+    return symbolic and isinstance(shape[1], int) and shape[1] > 1 and opdef(op.kind).pointwise
+
+
+def _fuse_one(graph: Graph, anchor: Op, min_ops: int) -> Graph:
+    rows, width = anchor.results[0].type.shape
+
+    def accept(op: Op) -> bool:
+        return is_row_work(op, rows, int(width)) and op.kind != "t.full" and not _is_wide_reshape(op)
+
+    def accept_source(op: Op) -> bool:
+        return accept(op) and all(_has_rows(v, rows) for v in op.results)
+
+    around = Neighbourhood(graph)
+    members = grow(around, anchor, accept, accept_source) if accept(anchor) else []
+    if len(members) < min_ops:
+        return graph
+    scalars = [op for op in constants_of(around, members) if op.result.type.rank == 0]
+    return fuse(graph, members, "pointwise", duplicated=scalars)
+
+
+def _has_rows(value: Value, rows: object) -> bool:
+    return value.type.rank > 0 and value.type.shape[0] == rows
+
+
+def _is_wide_reshape(op: Op) -> bool:
+    """Only a column and a vector of the rows are reshaped block by block."""
+    return op.kind == "t.reshape" and any(v.type.rank == 2 and v.type.shape[1] != 1 for v in (*op.operands, *op.results))

@@ -1,0 +1,39 @@
+"""Choose a template and a tile for each kernel."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from moec.codegen.triton.choose import Limits, attributes
+from moec.ir.builder import make_op
+from moec.ir.graph import Graph, Op
+from moec.manager import register
+
+
+@register("lower")
+def lower(
+    graph: Graph,
+    *,
+    descriptors: bool = False,
+    block_m: int = 0,
+    block_n: int = 0,
+    block_k: int = 0,
+    block: int = 0,
+) -> Graph:
+    """Set ``template`` and ``tile`` of every product's kernel.
+
+    ``descriptors`` allows the Hopper template ("tma": the copy engine moves tiles), which a kernel
+    gets where its sizes and dtypes fit; the others get "pointer". The block sizes override the
+    rules' choice of rows, columns and depth of products, and of the vectors of the other kernels.
+    """
+    limits = Limits(descriptors, block_m, block_n, block_k, block)
+    ops = tuple(_lowered(op, limits) if op.kind.startswith("kern.") else op for op in graph.ops)
+    return graph if all(a is b for a, b in zip(ops, graph.ops, strict=True)) else graph.with_ops(ops)
+
+
+def _lowered(op: Op, limits: Limits) -> Op:
+    attrs = {**op.attrs, **attributes(op, limits)}
+    if attrs == dict(op.attrs):
+        return op
+    checked = make_op(op.kind, op.operands, attrs, body=op.body, loc=op.loc)
+    return replace(op, attrs=checked.attrs)
