@@ -18,7 +18,9 @@ def number(value: float) -> str:
     """A number as Python source."""
     if value != value or value in (float("inf"), float("-inf")):
         return f'float("{value}")'
-    return repr(int(value)) if float(value).is_integer() and abs(value) < 1e15 else repr(float(value))
+    return (
+        repr(int(value)) if float(value).is_integer() and abs(value) < 1e15 else repr(float(value))
+    )
 
 
 def dtype(name: str) -> str:
@@ -70,7 +72,9 @@ def _slice(op: Op, a: Arguments) -> str:
     rank = op.operands[0].type.rank
     axis = op.attrs["dim"] % rank
     step = op.attrs.get("step", 1)
-    inner = f"{python_source(op.attrs['start'])}:{python_source(op.attrs['stop'])}" + (f":{step}" if step != 1 else "")
+    inner = f"{python_source(op.attrs['start'])}:{python_source(op.attrs['stop'])}" + (
+        f":{step}" if step != 1 else ""
+    )
     return f"{a[0]}[{', '.join([':'] * axis + [inner])}]"
 
 
@@ -97,7 +101,9 @@ def _reduction(name: str) -> Expression:
 
 
 def _topk(op: Op, a: Arguments) -> str:
-    options = "".join(f", {k}={op.attrs[k]!r}" for k in ("dim", "largest", "sorted") if k in op.attrs)
+    options = "".join(
+        f", {k}={op.attrs[k]!r}" for k in ("dim", "largest", "sorted") if k in op.attrs
+    )
     return f"{a[0]}.topk({op.attrs['k']}{options})"
 
 
@@ -132,10 +138,32 @@ def _attribute(value: Any) -> str:
 
 
 TABLE: dict[str, Expression] = {
-    **{f"t.{n}": _call(f"torch.{n}") for n in ("abs", "sign", "exp", "log", "log1p", "sqrt", "rsqrt", "reciprocal", "erf", "sigmoid", "tanh", "relu", "floor")},
-    **{f"t.{n}": _call(f"torch.{n}") for n in ("where", "logical_not", "logical_and", "logical_or")},
+    **{
+        f"t.{n}": _call(f"torch.{n}")
+        for n in (
+            "abs",
+            "sign",
+            "exp",
+            "log",
+            "log1p",
+            "sqrt",
+            "rsqrt",
+            "reciprocal",
+            "erf",
+            "sigmoid",
+            "tanh",
+            "relu",
+            "floor",
+        )
+    },
+    **{
+        f"t.{n}": _call(f"torch.{n}") for n in ("where", "logical_not", "logical_and", "logical_or")
+    },
     **{f"t.{n}": _infix(s) for n, s in {"add": "+", "sub": "-", "mul": "*", "div": "/"}.items()},
-    **{f"t.{n}": _infix(s) for n, s in {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}.items()},
+    **{
+        f"t.{n}": _infix(s)
+        for n, s in {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}.items()
+    },
     **{f"t.{n}": _reduction(n) for n in ("sum", "mean", "amax")},
     **{f"t.{n}": _index(n) for n in ("gather", "scatter", "scatter_add")},
     "t.neg": lambda op, a: f"-{a[0]}",

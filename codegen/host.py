@@ -33,7 +33,12 @@ def partition(graph: Graph) -> Program:
     backward = [op for op in graph.ops if op in behind]
     constants = {v: op for op in forward if op.kind == "t.full" for v in op.results}
     made = {v for op in forward for v in op.results}
-    read = list(dict.fromkeys([v for op in backward for v in op.operands] + [g for g in graph.gradients if g is not None]))
+    read = list(
+        dict.fromkeys(
+            [v for op in backward for v in op.operands]
+            + [g for g in graph.gradients if g is not None]
+        )
+    )
     again = [constants[v] for v in read if v in constants]
     saved = tuple(v for v in read if v in made and v not in constants)
     needed = tuple(i for i, v in enumerate(graph.inputs) if v in read)
@@ -41,7 +46,11 @@ def partition(graph: Graph) -> Program:
 
 
 def emit_host(
-    writer: Writer, program: Program, emit_op: EmitOp, target: str, reserved: frozenset[str] = frozenset()
+    writer: Writer,
+    program: Program,
+    emit_op: EmitOp,
+    target: str,
+    reserved: frozenset[str] = frozenset(),
 ) -> None:
     """Write ``forward``, and ``backward`` for a joint graph, with what the runtime reads about them.
 
@@ -63,7 +72,9 @@ def _signature(values: Sequence[Value], names: PythonNames) -> str:
     return ", ".join(names.add(v) for v in values)
 
 
-def _emit_forward(writer: Writer, program: Program, emit_op: EmitOp, training: bool, names: PythonNames) -> None:
+def _emit_forward(
+    writer: Writer, program: Program, emit_op: EmitOp, training: bool, names: PythonNames
+) -> None:
     graph = program.graph
     with writer.block(f"def forward({_signature(graph.inputs, names)}):"):
         writer.line(f'"""{", ".join(f"{names[v]}: {v.type}" for v in graph.inputs)}."""')
@@ -71,12 +82,20 @@ def _emit_forward(writer: Writer, program: Program, emit_op: EmitOp, training: b
         keep = {*graph.outputs, *program.saved, *graph.inputs}
         _emit_ops(writer, program.forward, keep, names, emit_op)
         outputs = _tuple(graph.outputs, names)
-        writer.line(f"return {outputs}, {_tuple(program.saved, names)}" if training else f"return {outputs}, ()")
+        writer.line(
+            f"return {outputs}, {_tuple(program.saved, names)}"
+            if training
+            else f"return {outputs}, ()"
+        )
 
 
 def _emit_backward(writer: Writer, program: Program, emit_op: EmitOp, names: PythonNames) -> None:
     graph = program.graph
-    arguments = [*(graph.inputs[i] for i in program.backward_inputs), *program.saved, *graph.cotangents]
+    arguments = [
+        *(graph.inputs[i] for i in program.backward_inputs),
+        *program.saved,
+        *graph.cotangents,
+    ]
     with writer.block(f"def backward({_signature(arguments, names)}):"):
         writer.line('"""Gradients of the inputs, in their order; None where none is needed."""')
         _bind(writer, arguments, names)
@@ -102,7 +121,9 @@ def _bind(writer: Writer, values: Sequence[Value], names: PythonNames) -> None:
     writer.line(f"device = {names[values[0]]}.device")
 
 
-def _emit_ops(writer: Writer, ops: Sequence[Op], keep: set[Value], names: PythonNames, emit_op: EmitOp) -> None:
+def _emit_ops(
+    writer: Writer, ops: Sequence[Op], keep: set[Value], names: PythonNames, emit_op: EmitOp
+) -> None:
     last = {v: op for op in ops for v in (*op.operands, *op.results)}
     place = ""
     for op in ops:
@@ -111,7 +132,9 @@ def _emit_ops(writer: Writer, ops: Sequence[Op], keep: set[Value], names: Python
             writer.line(f"# {place}")
         if not emit_op(writer, op, names):
             emit_aten(writer, op, names)
-        dead = [v for v in dict.fromkeys((*op.operands, *op.results)) if last[v] is op and v not in keep]
+        dead = [
+            v for v in dict.fromkeys((*op.operands, *op.results)) if last[v] is op and v not in keep
+        ]
         if dead:
             writer.line(f"del {', '.join(names[v] for v in dead)}")
 

@@ -8,7 +8,22 @@ import re
 
 from moec.ir.graph import Value
 
-_RESERVED = {*keyword.kwlist, *dir(builtins), "torch", "triton", "tl", "moe", "launch", "device", "F", "forward", "backward", "T", "B", "S"}
+_RESERVED = {
+    *keyword.kwlist,
+    *dir(builtins),
+    "torch",
+    "triton",
+    "tl",
+    "moe",
+    "launch",
+    "device",
+    "F",
+    "forward",
+    "backward",
+    "T",
+    "B",
+    "S",
+}
 _UNSAFE = re.compile(r"[^A-Za-z0-9_]")
 
 

@@ -14,7 +14,8 @@ from moec.capture.regions import Candidate, find_candidates, join
 from moec.compiled import install, region_of
 from moec.errors import CompileError
 from moec.manager import Observer, parse_pipeline
-from moec.region import Region, Session
+from moec.region import Region
+from moec.session import Session
 from moec.share import share
 from moec.targets import TARGETS
 

@@ -19,12 +19,17 @@ from moec.ir.builder import Builder
 from moec.ir.dims import dim
 from moec.ir.graph import Graph, Value
 from moec.ir.types import Type, dtype_name
-from moec.region import Session
+from moec.session import Session
 from moec.runtime.library import op_name
 
 
-
-def backend(module: fx.GraphModule, example_inputs: Sequence[Any], *, inner: str | None = None, options: dict[str, Any] | None = None) -> Callable[..., Any]:
+def backend(
+    module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    inner: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
     """The Dynamo backend ``moec``.
 
     ``options={"inner": NAME}`` names the backend for everything else: by default "inductor" on a GPU and
@@ -33,7 +38,9 @@ def backend(module: fx.GraphModule, example_inputs: Sequence[Any], *, inner: str
     settings = dict(options or {})
     inner = settings.pop("inner", inner)
     if settings:
-        raise CompileError(f"backend 'moec' has no option {', '.join(map(repr, settings))}; it has 'inner', the backend for the rest")
+        raise CompileError(
+            f"backend 'moec' has no option {', '.join(map(repr, settings))}; it has 'inner', the backend for the rest"
+        )
     session = Session()
     for node in list(module.graph.nodes):
         if is_grouped_product(node):
@@ -52,11 +59,18 @@ def _inner_backend(name: str | None, example_inputs: Sequence[Any]) -> Callable[
 
 def is_grouped_product(node: fx.Node) -> bool:
     """Whether a call is a product of ragged rows ``[A, K]`` with stacked matrices ``[E, K, N]``."""
-    if node.op != "call_function" or "grouped_mm" not in str(getattr(node.target, "__name__", node.target)):
+    if node.op != "call_function" or "grouped_mm" not in str(
+        getattr(node.target, "__name__", node.target)
+    ):
         return False
     operands = [a.meta.get("example_value") for a in node.args[:2] if isinstance(a, fx.Node)]
     shaped = len(operands) == 2 and all(isinstance(v, torch.Tensor) for v in operands)
-    return shaped and operands[0].dim() == 2 and operands[1].dim() == 3 and _offsets_of(node) is not None  # type: ignore[union-attr]
+    return (
+        shaped
+        and operands[0].dim() == 2
+        and operands[1].dim() == 3
+        and _offsets_of(node) is not None
+    )  # type: ignore[union-attr]
 
 
 def _offsets_of(node: fx.Node) -> fx.Node | None:
@@ -73,7 +87,9 @@ def replace_product(graph: fx.Graph, node: fx.Node, session: Session) -> None:
     left, right = x.meta["example_value"], source.meta["example_value"]
     product = product_graph(dtype_name(left.dtype), tuple(int(s) for s in right.shape), transposed)
     wanted = (left.requires_grad, right.requires_grad, False)
-    artifact = session.artifact(product, wanted if torch.is_grad_enabled() and any(wanted) else None, right.device)
+    artifact = session.artifact(
+        product, wanted if torch.is_grad_enabled() and any(wanted) else None, right.device
+    )
     if artifact is None:
         return
     op = getattr(torch.ops.moec, op_name(artifact))
@@ -93,7 +109,9 @@ def _first(results: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def _untransposed(w: fx.Node) -> tuple[fx.Node, bool]:
     """The stacked weights in memory order, and whether the product reads them as ``[E, in, out]``."""
-    swapped = w.op == "call_method" and w.target == "transpose" and set(w.args[1:]) in ({-2, -1}, {1, 2})
+    swapped = (
+        w.op == "call_method" and w.target == "transpose" and set(w.args[1:]) in ({-2, -1}, {1, 2})
+    )
     source = w.args[0] if w.args else None
     return (source, False) if swapped and isinstance(source, fx.Node) else (w, True)
 

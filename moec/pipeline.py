@@ -9,14 +9,17 @@ KEEP = "recompute, dce"  # what lives between forward and backward
 FUSE = "fuse-routing, fuse-gemm, fuse-outer, fuse-combine, fuse-pointwise, dce"
 
 
-def pipeline(target: str, training: bool) -> str:
+def pipeline(target: str, training: bool, descriptors: bool = False) -> str:
     """The passes for a target ("triton" or "aten"), joined by commas.
 
     The ``aten`` target calls library products, so it needs no kernels: only work on the same rows is
-    fused, to run block by block in the cache.
+    fused, to run block by block in the cache. ``descriptors``: the GPU has a copy engine for tiles.
     """
     stages = [RAISE]
     if training:
         stages += [GRAD, KEEP]
-    stages.append("fuse-rows, dce" if target == "aten" else FUSE)
+    if target == "aten":
+        stages.append("fuse-rows, dce")
+    else:
+        stages += [FUSE, f"lower{{descriptors={str(descriptors).lower()}}}"]
     return ", ".join(stages)

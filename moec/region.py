@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,82 +13,14 @@ from torch.utils import _pytree
 
 from moec.capture.regions import Candidate, FoundRegion, capture_experts, capture_whole
 from moec.compiled import as_original, region_of
-from moec.errors import CallError, MoecError
+from moec.errors import CallError
 from moec.ir.graph import Graph, Value
-from moec.ir.verify import verify
-from moec.cache import cache_directory
-from moec.manager import Observer, PassManager, Step, parse_pipeline
-from moec.pipeline import pipeline
-from moec.reproducer import Reproducer
-from moec.runtime.artifact import Artifact, build
+from moec.manager import Step
+from moec.runtime.artifact import Artifact
+from moec.session import Session
 from moec.structure import structure_key
 from moec.targets import choose_target
 from moec.traced import number
-
-
-@dataclass
-class Session:
-    """What one call of :func:`moec.compile` shares between its regions: settings, captures, artifacts."""
-
-    target: str | None = None
-    strict: bool = False
-    cache: str | None = None
-    passes: str | None = None
-    observers: Sequence[Observer] = ()
-    captures: dict[Hashable, FoundRegion] = field(default_factory=dict)
-    artifacts: dict[Hashable, Artifact | None] = field(default_factory=dict)
-    warned: set[str] = field(default_factory=set)
-
-    def warn(self, text: str, about: str = "") -> None:
-        """Warn once about a thing, or raise in strict mode."""
-        if self.strict:
-            raise CallError(text)
-        if (about or text) not in self.warned:
-            self.warned.add(about or text)
-            warnings.warn(text, stacklevel=2)
-
-    def artifact(self, graph: Graph, wanted: tuple[bool, ...] | None, device: torch.device) -> Artifact | None:
-        """The compiled form of a graph for a device; ``wanted`` says which inputs need gradients.
-
-        ``None`` if a pass or the emitter failed: then a reproducer was written, a warning names it, and
-        the module's own code must run.
-        """
-        target = choose_target(self.target, device)
-        key = (graph.fingerprint, wanted, target)
-        if key not in self.artifacts:
-            self.artifacts[key] = self._compile(graph, wanted, target, device)
-        return self.artifacts[key]
-
-    def _compile(self, graph: Graph, wanted: tuple[bool, ...] | None, target: str, device: torch.device) -> Artifact | None:
-        named = _with_unique_hints(graph)
-        reproducer = Reproducer(self.cache or cache_directory())
-        calls = parse_pipeline(self._pipeline(named, wanted, target, device))
-        manager = PassManager(calls, [*self.observers, reproducer])
-        try:
-            with reproducer:
-                lowered = verify(manager.run(named), after="the whole pipeline")
-                return build(lowered, target, "inference" if wanted is None else "training", manager.history, self.cache)
-        except Exception as error:  # a compiler's own fault must never stop the user's model
-            if self.strict:
-                raise
-            self.warn(f"moec: @{graph.name} could not be compiled ({type(error).__name__}: {error}); it stays as it was. Reproducer: {reproducer.path}")
-            return None
-
-    def _pipeline(self, graph: Graph, wanted: tuple[bool, ...] | None, target: str, device: torch.device) -> str:
-        text = self.passes or pipeline(target, wanted is not None)
-        if wanted is None:
-            return text
-        names = "+".join(v.hint for v, w in zip(graph.inputs, wanted, strict=True) if w and v.type.is_float)
-        return text.replace("grad,", f"grad{{wanted={names}}},", 1)
-
-
-def _with_unique_hints(graph: Graph) -> Graph:
-    """The graph with distinct names of inputs, so that options can refer to them."""
-    from moec.ir.parser import parse
-    from moec.ir.text import show
-
-    hints = [v.hint for v in graph.inputs]
-    return graph if len(set(hints)) == len(hints) else parse(show(graph))
 
 
 @dataclass(frozen=True)
@@ -132,7 +63,11 @@ class Region:
         """What became of the region."""
         if self.first is not None and self.first.graph is not None:
             return "compiled"
-        inner = self.inner is not None and self.inner.first is not None and self.inner.first.graph is not None
+        inner = (
+            self.inner is not None
+            and self.inner.first is not None
+            and self.inner.first.graph is not None
+        )
         return "experts only" if inner else "left as it was"
 
     @property
@@ -144,7 +79,9 @@ class Region:
     def target(self) -> str:
         """The target that serves it."""
         parameter = next(self.candidate.module.parameters(), None)
-        return choose_target(self.session.target, parameter.device if parameter is not None else torch.device("cpu"))
+        return choose_target(
+            self.session.target, parameter.device if parameter is not None else torch.device("cpu")
+        )
 
     @property
     def history(self) -> list[tuple[str, Graph]]:
@@ -193,14 +130,19 @@ class Region:
 
     def _read(self, mode: _Mode) -> FoundRegion:
         if self.kind == "experts":
-            return capture_experts(self.candidate, mode.dtype, mode.choices, mode.weight_dtype or torch.float32)
+            return capture_experts(
+                self.candidate, mode.dtype, mode.choices, mode.weight_dtype or torch.float32
+            )
         return capture_whole(self.candidate, mode.dtype, mode.rank)
 
     def _report(self, found: FoundRegion) -> None:
         if found.graph is not None or self.inner is not None:
             return  # a block whose experts are a region of their own reports through that one
         kind = type(self.candidate.module).__name__
-        self.session.warn(f"moec: {self.name or 'the model'} ({kind}) stays as it was: {found.reason}. moec.explain(model) lists all regions.", kind + found.reason.replace(self.name, ""))
+        self.session.warn(
+            f"moec: {self.name or 'the model'} ({kind}) stays as it was: {found.reason}. moec.explain(model) lists all regions.",
+            kind + found.reason.replace(self.name, ""),
+        )
 
     # calls
     def call(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -215,7 +157,11 @@ class Region:
 
     def _mode(self, module: nn.Module, data: Sequence[torch.Tensor]) -> _Mode:
         x = data[0]
-        autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+        autocast = (
+            torch.get_autocast_dtype(x.device.type)
+            if torch.is_autocast_enabled(x.device.type)
+            else None
+        )
         if self.kind == "experts":
             return _Mode(module.training, x.dtype, 2, autocast, data[1].shape[-1], data[2].dtype)
         return _Mode(module.training, x.dtype, x.dim(), autocast)
@@ -228,18 +174,30 @@ class Region:
         check_inputs(self.name, graph, inputs)
         wanted = tuple(t.requires_grad for t in inputs)
         training = torch.is_grad_enabled() and any(wanted)
-        artifact = self.session.artifact(graph, wanted if training else None, data[0].device)
+        artifact = self.session.artifact(
+            graph, wanted if training else None, data[0].device, inputs
+        )
         if artifact is None:
             return NotImplemented
         if artifact not in self.artifacts:
             self.artifacts.append(artifact)
         with _no_autocast(data[0].device.type):
             outputs = artifact(inputs)
-        shaped = [o.reshape(_result_shape(t, data[0], o)) for o, t in zip(outputs, found.results, strict=True)]
+        shaped = [
+            o.reshape(_result_shape(t, data[0], o))
+            for o, t in zip(outputs, found.results, strict=True)
+        ]
         return _pytree.tree_unflatten(shaped, found.tree) if found.tree is not None else shaped[0]
 
     def prepare(
-        self, training: bool, dtype: torch.dtype, rank: int, choices: int, weight_dtype: torch.dtype, grad: bool, data_grad: int
+        self,
+        training: bool,
+        dtype: torch.dtype,
+        rank: int,
+        choices: int,
+        weight_dtype: torch.dtype,
+        grad: bool,
+        data_grad: int,
     ) -> tuple[FoundRegion, Artifact] | None:
         """The capture and the artifact for a call that a tracer describes; ``None`` if the module's own code must run.
 
@@ -248,22 +206,36 @@ class Region:
         module = self.candidate.module
         if _has_hooks(module, self):
             return None
-        mode = _Mode(training, dtype, 2, None, choices, weight_dtype) if self.kind == "experts" else _Mode(training, dtype, rank, None)
+        mode = (
+            _Mode(training, dtype, 2, None, choices, weight_dtype)
+            if self.kind == "experts"
+            else _Mode(training, dtype, rank, None)
+        )
         found = self.capture(mode)
         if found.graph is None:
             return None
         weights = self._weights(found, module)
         count = len(found.graph.inputs) - len(weights)
-        wanted = (*(bool(data_grad >> i & 1) for i in range(count)), *(t.requires_grad for t in weights))
-        artifact = self.session.artifact(found.graph, wanted if grad and any(wanted) else None, weights[0].device)
+        wanted = (
+            *(bool(data_grad >> i & 1) for i in range(count)),
+            *(t.requires_grad for t in weights),
+        )
+        artifact = self.session.artifact(
+            found.graph, wanted if grad and any(wanted) else None, weights[0].device
+        )
         if artifact is None:
             return None
         if artifact not in self.artifacts:
             self.artifacts.append(artifact)
         return found, artifact
 
-    def _data(self, graph: Graph, found: FoundRegion, data: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return [t.reshape(-1, *t.shape[t.dim() - v.type.rank + 1 :]) if t.dim() > v.type.rank else t for t, v in zip(data, graph.inputs, strict=False)]
+    def _data(
+        self, graph: Graph, found: FoundRegion, data: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        return [
+            t.reshape(-1, *t.shape[t.dim() - v.type.rank + 1 :]) if t.dim() > v.type.rank else t
+            for t, v in zip(data, graph.inputs, strict=False)
+        ]
 
     def _weights(self, found: FoundRegion, module: nn.Module) -> list[torch.Tensor]:
         if found.weights not in self._tensors:
@@ -278,7 +250,9 @@ class Region:
         """Whether a submodule was replaced since compilation (an adapter put around it, say)."""
         if _types_below(module) == self._types:
             return False
-        self.session.warn(f"moec: {self.name}: a submodule was replaced after compilation; its own code runs. Compile again to include it.")
+        self.session.warn(
+            f"moec: {self.name}: a submodule was replaced after compilation; its own code runs. Compile again to include it."
+        )
         return True
 
 
@@ -290,10 +264,16 @@ def _has_hooks(module: nn.Module, region: Region) -> bool:
     """Whether a module inside has hooks: they must see their own inputs and outputs."""
     if region.kind == "experts":
         return False
-    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in module.modules() if m is not module)
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        for m in module.modules()
+        if m is not module
+    )
 
 
-def _tensor_arguments(kind: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor] | None:
+def _tensor_arguments(
+    kind: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[torch.Tensor] | None:
     """The tensors of a call in order, if it has the form that was captured."""
     values = [*args, *kwargs.values()]
     wanted = 3 if kind == "experts" else 1
@@ -302,7 +282,9 @@ def _tensor_arguments(kind: str, args: Sequence[Any], kwargs: Mapping[str, Any])
     return values
 
 
-def _result_shape(declared: tuple[Any, ...], x: torch.Tensor, value: torch.Tensor) -> tuple[int, ...]:
+def _result_shape(
+    declared: tuple[Any, ...], x: torch.Tensor, value: torch.Tensor
+) -> tuple[int, ...]:
     """The shape of a result in the module's own form: "lead" stands for the axes of the tokens."""
     return (*x.shape[:-1], value.shape[-1]) if declared else tuple(value.shape)
 
@@ -311,13 +293,22 @@ def check_inputs(name: str, graph: Graph, inputs: Sequence[torch.Tensor]) -> Non
     """Refuse wrong dtypes, shapes and devices before anything runs, naming the input."""
     device = inputs[0].device
     for value, tensor in zip(graph.inputs, inputs, strict=True):
-        fits = tensor.dim() == value.type.rank and all(not isinstance(d, int) or d == s for d, s in zip(value.type.shape, tensor.shape, strict=True))
+        fits = tensor.dim() == value.type.rank and all(
+            not isinstance(d, int) or d == s
+            for d, s in zip(value.type.shape, tensor.shape, strict=True)
+        )
         if not fits:
-            raise CallError(f"{name}: %{value.hint} must be {value.type}, got shape {tuple(tensor.shape)}")
+            raise CallError(
+                f"{name}: %{value.hint} must be {value.type}, got shape {tuple(tensor.shape)}"
+            )
         if tensor.dtype != _torch_dtype(value):
-            raise CallError(f"{name}: %{value.hint} must be {value.type}, got {tensor.dtype}; cast it, or compile the model in that dtype")
+            raise CallError(
+                f"{name}: %{value.hint} must be {value.type}, got {tensor.dtype}; cast it, or compile the model in that dtype"
+            )
         if tensor.device != device:
-            raise CallError(f"{name}: %{value.hint} is on {tensor.device}, the tokens are on {device}; move the model or the input")
+            raise CallError(
+                f"{name}: %{value.hint} is on {tensor.device}, the tokens are on {device}; move the model or the input"
+            )
 
 
 def _torch_dtype(value: Value) -> torch.dtype:
@@ -344,4 +335,4 @@ def _capture_autocast(mode: _Mode, module: nn.Module) -> Iterator[None]:
         yield
 
 
-__all__ = ["MoecError", "Region", "Session", "check_inputs"]
+__all__ = ["Region", "check_inputs"]

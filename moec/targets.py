@@ -24,3 +24,8 @@ def choose_target(asked: str | None, device: torch.device) -> str:
         return asked
     capability = torch.cuda.get_device_capability(device)
     return "triton" if capability >= (8, 0) else "aten"
+
+
+def has_descriptors(device: torch.device) -> bool:
+    """Whether a GPU has a copy engine that Triton's tensor descriptors use (Hopper and later)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -25,17 +25,43 @@ def number(region: Region) -> int:
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
-def _prepare(region: int, training: bool, dtype: str, rank: int, choices: int, weight_dtype: str, grad: bool, data_grad: int) -> tuple[Any, ...] | None:
+def _prepare(
+    region: int,
+    training: bool,
+    dtype: str,
+    rank: int,
+    choices: int,
+    weight_dtype: str,
+    grad: bool,
+    data_grad: int,
+) -> tuple[Any, ...] | None:
     """Compile for a call's mode while the tracer waits; constants that describe the op."""
     from moec.runtime.library import op_name
 
     owner = _REGIONS[region]
-    prepared = owner.prepare(training, getattr(torch, dtype), rank, choices, getattr(torch, weight_dtype), grad, data_grad)
+    prepared = owner.prepare(
+        training,
+        getattr(torch, dtype),
+        rank,
+        choices,
+        getattr(torch, weight_dtype),
+        grad,
+        data_grad,
+    )
     if prepared is None:
         return None
     found, artifact = prepared
-    flatten = tuple(v.type.rank for v in artifact.graph.inputs[: len(artifact.graph.inputs) - len(found.weights)])
-    return op_name(artifact), found.weights, flatten, tuple(bool(r) for r in found.results), len(artifact.graph.outputs)
+    flatten = tuple(
+        v.type.rank
+        for v in artifact.graph.inputs[: len(artifact.graph.inputs) - len(found.weights)]
+    )
+    return (
+        op_name(artifact),
+        found.weights,
+        flatten,
+        tuple(bool(r) for r in found.results),
+        len(artifact.graph.outputs),
+    )
 
 
 def call_traced(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -62,10 +88,15 @@ def call_traced(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
     if prepared is None:
         return NotImplemented
     name, weights, ranks, lead, count = prepared
-    inputs = [t.reshape(-1, t.shape[-1]) if t.dim() > r else t for t, r in zip(data, ranks, strict=True)]
+    inputs = [
+        t.reshape(-1, t.shape[-1]) if t.dim() > r else t for t, r in zip(data, ranks, strict=True)
+    ]
     inputs += [_attribute(module, path) for path in weights]
     outputs = getattr(torch.ops.moec, name)(inputs)[:count]
-    shaped = [o.reshape(*x.shape[:-1], o.shape[-1]) if like else o for o, like in zip(outputs, lead, strict=True)]
+    shaped = [
+        o.reshape(*x.shape[:-1], o.shape[-1]) if like else o
+        for o, like in zip(outputs, lead, strict=True)
+    ]
     tree = region.first.tree
     return _pytree.tree_unflatten(shaped, tree) if tree is not None else shaped[0]
 

@@ -35,7 +35,9 @@ def _fuse_one(graph: Graph, anchor: Op, min_ops: int) -> Graph:
     rows, width = anchor.results[0].type.shape
 
     def accept(op: Op) -> bool:
-        return is_row_work(op, rows, int(width)) and op.kind != "t.full" and not _is_wide_reshape(op)
+        return (
+            is_row_work(op, rows, int(width)) and op.kind != "t.full" and not _is_wide_reshape(op)
+        )
 
     def accept_source(op: Op) -> bool:
         return accept(op) and all(_has_rows(v, rows) for v in op.results)
@@ -54,4 +56,6 @@ def _has_rows(value: Value, rows: object) -> bool:
 
 def _is_wide_reshape(op: Op) -> bool:
     """Only a column and a vector of the rows are reshaped block by block."""
-    return op.kind == "t.reshape" and any(v.type.rank == 2 and v.type.shape[1] != 1 for v in (*op.operands, *op.results))
+    return op.kind == "t.reshape" and any(
+        v.type.rank == 2 and v.type.shape[1] != 1 for v in (*op.operands, *op.results)
+    )

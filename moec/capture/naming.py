@@ -8,7 +8,9 @@ import re
 
 from torch import fx
 
-_ASSIGNMENT = re.compile(r"^\s*(?P<names>[A-Za-z_]\w*(?:\s*,\s*[A-Za-z_]\w*)*)\s*(?::[^=]+)?[-+*/]?=(?!=)")
+_ASSIGNMENT = re.compile(
+    r"^\s*(?P<names>[A-Za-z_]\w*(?:\s*,\s*[A-Za-z_]\w*)*)\s*(?::[^=]+)?[-+*/]?=(?!=)"
+)
 
 
 def name_nodes(graph: fx.Graph) -> None:

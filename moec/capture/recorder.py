@@ -98,7 +98,9 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _arguments(self, args: Any) -> Any:
-        return tree_map_only(torch.Tensor, lambda t: self.nodes.get(id(t)) or Constant(t.clone()), args)
+        return tree_map_only(
+            torch.Tensor, lambda t: self.nodes.get(id(t)) or Constant(t.clone()), args
+        )
 
     def _record(self, func: Any, args: Any, recorded: tuple[Any, Any], out: Any) -> None:
         mutates = func._schema.is_mutable
@@ -127,7 +129,11 @@ class Recorder(TorchDispatchMode):
         shared = [
             t
             for t in self.alive
-            if t is not target and id(t) in self.nodes and storage != 0 and t.untyped_storage().data_ptr() == storage and _still_used(t, target)
+            if t is not target
+            and id(t) in self.nodes
+            and storage != 0
+            and t.untyped_storage().data_ptr() == storage
+            and _still_used(t, target)
         ]
         if shared:
             raise CaptureError(f"{func} changes a tensor in place that is a view of another")
@@ -136,7 +142,11 @@ class Recorder(TorchDispatchMode):
 
 
 def _still_used(tensor: torch.Tensor, target: torch.Tensor) -> bool:
-    return tensor.shape != target.shape or tensor.stride() != target.stride() or tensor.storage_offset() != target.storage_offset()
+    return (
+        tensor.shape != target.shape
+        or tensor.stride() != target.stride()
+        or tensor.storage_offset() != target.storage_offset()
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +183,9 @@ class Sizes:
             return first
         found = [m for m in self._monomials(first, second) if m is not None]
         if len(found) != 1:
-            raise CaptureError(f"a size was {first} and {second} in two recordings: no multiple of {', '.join(self.pairs)}")
+            raise CaptureError(
+                f"a size was {first} and {second} in two recordings: no multiple of {', '.join(self.pairs)}"
+            )
         return found[0]
 
     def _monomials(self, first: int, second: int) -> list[Dim | None]:
@@ -189,7 +201,13 @@ class Sizes:
         return canon(math.prod((dim(n) for n in group), start=dim(group[0]) * 0 + first // one))
 
 
-def merge(first: Recorder, second: Recorder, outputs: tuple[Any, Any], sizes: Sizes, same_name: Callable[[str, int], str]) -> fx.Graph:
+def merge(
+    first: Recorder,
+    second: Recorder,
+    outputs: tuple[Any, Any],
+    sizes: Sizes,
+    same_name: Callable[[str, int], str],
+) -> fx.Graph:
     """One FX graph from two recordings, with dims for sizes that differ.
 
     ``outputs`` are the result tensors; ``same_name(name, which)`` gives inputs that correspond the same
@@ -199,13 +217,22 @@ def merge(first: Recorder, second: Recorder, outputs: tuple[Any, Any], sizes: Si
 
 
 class _Merge:
-    def __init__(self, first: Recorder, second: Recorder, sizes: Sizes, same_name: Callable[[str, int], str]) -> None:
+    def __init__(
+        self, first: Recorder, second: Recorder, sizes: Sizes, same_name: Callable[[str, int], str]
+    ) -> None:
         self.first, self.second, self.sizes, self.same_name = first, second, sizes, same_name
         self.graph = fx.Graph()
         self.done: dict[fx.Node, fx.Node] = {}
 
     def run(self, outputs: tuple[Any, Any]) -> fx.Graph:
-        results = tree_flatten(self.both(*(self.results(r, o) for r, o in zip((self.first, self.second), outputs, strict=True))))[0]
+        results = tree_flatten(
+            self.both(
+                *(
+                    self.results(r, o)
+                    for r, o in zip((self.first, self.second), outputs, strict=True)
+                )
+            )
+        )[0]
         self.graph.output(tuple(results))
         return self.graph
 
@@ -225,15 +252,21 @@ class _Merge:
         return self.done[a]
 
     def placeholder(self, a: fx.Node, b: fx.Node) -> fx.Node:
-        if b.op != "placeholder" or self.same_name(str(a.target), 0) != self.same_name(str(b.target), 1):
-            raise CaptureError(f"{a.target} in one recording is {b.target} in another: the experts differ")
+        if b.op != "placeholder" or self.same_name(str(a.target), 0) != self.same_name(
+            str(b.target), 1
+        ):
+            raise CaptureError(
+                f"{a.target} in one recording is {b.target} in another: the experts differ"
+            )
         node = self.graph.placeholder(_identifier(str(a.target)))
         node.meta.update(a.meta, source=str(a.target))
         return node
 
     def make(self, a: fx.Node, b: fx.Node) -> fx.Node:
         if a.target is not b.target:
-            raise CaptureError(f"{a.target} in one recording is {b.target} in another: the code depends on sizes or on the expert")
+            raise CaptureError(
+                f"{a.target} in one recording is {b.target} in another: the code depends on sizes or on the expert"
+            )
         args, kwargs = self.both(a.args, b.args), self.both(a.kwargs, b.kwargs)
         node = self.graph.create_node("call_function", a.target, args, kwargs)  # type: ignore[arg-type]
         node.meta.update(a.meta)
@@ -242,7 +275,9 @@ class _Merge:
 
     def shape(self, a: Any, b: Any) -> Any:
         if isinstance(a, torch.Tensor):
-            return tuple(self.sizes.dim(int(m), int(n)) for m, n in zip(a.shape, b.shape, strict=True))
+            return tuple(
+                self.sizes.dim(int(m), int(n)) for m, n in zip(a.shape, b.shape, strict=True)
+            )
         return None
 
     def both(self, a: Any, b: Any) -> Any:

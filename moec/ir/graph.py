@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -103,7 +104,7 @@ class Graph:
     def __hash__(self) -> int:
         return hash(self.fingerprint)
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """A stable hash of the graph's meaning: equal graphs have equal fingerprints in every
         process.

@@ -43,8 +43,28 @@ class Artifact:
         outputs: tuple[torch.Tensor, ...] = _Differentiable.apply(self, *contiguous)
         return outputs
 
+    def try_out(self, inputs: Sequence[torch.Tensor]) -> None:
+        """Run forward and backward on one token, so that every kernel is compiled and launched once.
 
-def build(graph: Graph, target: str, mode: str, history: Sequence[Step], directory: str | Path | None = None) -> Artifact:
+        Raises whatever the kernel compiler or the launch raises.
+        """
+        data = [t.detach() for t in inputs]
+        symbolic = {v for v in self.graph.inputs if any(not isinstance(d, int) for d in v.type.shape)}
+        first = [t[:1].contiguous() if v in symbolic else t.contiguous() for t, v in zip(data, self.graph.inputs, strict=True)]
+        with torch.no_grad():
+            outputs, saved = self.forward(*first)
+            if self.backward is not None:
+                cotangents = [torch.zeros_like(o) for o in outputs if o.is_floating_point()]
+                self.backward(*(first[i] for i in self.backward_inputs), *saved, *cotangents)
+
+
+def build(
+    graph: Graph,
+    target: str,
+    mode: str,
+    history: Sequence[Step],
+    directory: str | Path | None = None,
+) -> Artifact:
     """Emit, store and import a lowered graph."""
     source = emit_module(graph, target)
     path = cache.store(source, f"{graph.name}_{target}_{mode}".lower(), directory)
@@ -78,7 +98,11 @@ class _Differentiable(torch.autograd.Function):
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         artifact: Artifact = ctx.artifact
-        floats = [c.contiguous() for c, o in zip(cotangents, artifact.graph.outputs, strict=True) if o.type.is_float]
+        floats = [
+            c.contiguous()
+            for c, o in zip(cotangents, artifact.graph.outputs, strict=True)
+            if o.type.is_float
+        ]
         if artifact.backward is None:
             raise RuntimeError("an inference artifact has no backward")
         return (None, *artifact.backward(*ctx.saved_tensors, *floats))

@@ -23,17 +23,34 @@ def activate(logits: torch.Tensor, *, fn: str, groups: int = 1) -> torch.Tensor:
     return routing.activate(logits, fn, groups)
 
 
-def select(scores: torch.Tensor, bias: torch.Tensor | None = None, *, k: int, mode: str = "topk", **options: Any) -> torch.Tensor:
+def select(
+    scores: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    k: int,
+    mode: str = "topk",
+    **options: Any,
+) -> torch.Tensor:
     """See ``moe.select``."""
     return routing.select(scores if bias is None else scores + bias, k, mode, options).int()
 
 
-def weight(scores: torch.Tensor, idx: torch.Tensor, *, source: str = "gather", norm: str = "none", eps: float = 0.0, scale: float = 1.0) -> torch.Tensor:
+def weight(
+    scores: torch.Tensor,
+    idx: torch.Tensor,
+    *,
+    source: str = "gather",
+    norm: str = "none",
+    eps: float = 0.0,
+    scale: float = 1.0,
+) -> torch.Tensor:
     """See ``moe.weight``."""
     return routing.weight(scores, idx.long(), source, norm, eps, scale)
 
 
-def limit(idx: torch.Tensor, *, experts: int, capacity: int, order: str = "choice_major") -> torch.Tensor:
+def limit(
+    idx: torch.Tensor, *, experts: int, capacity: int, order: str = "choice_major"
+) -> torch.Tensor:
     """See ``moe.limit``."""
     return routing.limit(idx, experts, capacity, order)
 
@@ -67,14 +84,20 @@ def combine(
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """See ``moe.combine``; without an ``[T, K, H]`` intermediate on the CPU."""
-    if rows.device.type != "cpu" or rows.dtype not in (torch.float32, torch.float64) or not rows.shape[0]:
+    if (
+        rows.device.type != "cpu"
+        or rows.dtype not in (torch.float32, torch.float64)
+        or not rows.shape[0]
+    ):
         return _combine(rows, inverse, w, dtype or rows.dtype)
     weights = None if w is None else w.to(rows.dtype)
     if perm.shape[0] and int(inverse.min()) < 0:
         weights = torch.ones_like(inverse, dtype=rows.dtype) if weights is None else weights
         weights = weights.masked_fill(inverse < 0, 0)
         inverse = inverse.clamp(min=0)
-    summed = torch.nn.functional.embedding_bag(inverse, rows, mode="sum", per_sample_weights=weights)
+    summed = torch.nn.functional.embedding_bag(
+        inverse, rows, mode="sum", per_sample_weights=weights
+    )
     return summed.to(dtype or rows.dtype)
 
 
@@ -93,7 +116,9 @@ def stack(*parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return parts
 
 
-def grouped_mm(x: torch.Tensor, w: Weights, offsets: torch.Tensor, *, transposed: bool = False) -> torch.Tensor:
+def grouped_mm(
+    x: torch.Tensor, w: Weights, offsets: torch.Tensor, *, transposed: bool = False
+) -> torch.Tensor:
     """See ``moe.grouped_mm``."""
     first = w[0]
     out = x.new_empty(x.shape[0], first.shape[1] if transposed else first.shape[0])
@@ -129,11 +154,15 @@ def group_sum(x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     return routing.group_sum(x, offsets)
 
 
-def unslice(x: torch.Tensor, *, dim: int, start: int, stop: int, size: int, step: int = 1) -> torch.Tensor:
+def unslice(
+    x: torch.Tensor, *, dim: int, start: int, stop: int, size: int, step: int = 1
+) -> torch.Tensor:
     """See ``t.unslice``."""
     from moec.ir.opdef import opdef
 
-    result: torch.Tensor = opdef("t.unslice").eval(x, dim=dim, start=start, stop=stop, size=size, step=step)
+    result: torch.Tensor = opdef("t.unslice").eval(
+        x, dim=dim, start=start, stop=stop, size=size, step=step
+    )
     return result
 
 

@@ -1,4 +1,8 @@
-"""Triton's interpreter holds bfloat16 as integers and multiplies them as such: correct ``tl.dot``."""
+"""Corrections of Triton's interpreter for bfloat16, which it holds as integers.
+
+It multiplies those integers in ``tl.dot``, and rounds towards zero when it converts to bfloat16;
+GPUs multiply the values and round to nearest. For ``TRITON_INTERPRET=1`` only.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +10,33 @@ import os
 from typing import Any
 
 
-def correct_products() -> None:
-    """Let products of bfloat16 tiles be taken of their values; for ``TRITON_INTERPRET=1`` only."""
+def correct_bfloat16() -> None:
+    """Let the interpreter of this process compute with bfloat16 as a GPU does."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
     from triton.runtime.interpreter import InterpreterBuilder
 
-    plain = InterpreterBuilder.create_dot
-    if getattr(plain, "takes_bfloat16", False):
+    plain_dot, plain_cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+    if getattr(plain_dot, "knows_bfloat16", False):
         return
 
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return plain(self, _values(a), _values(b), *rest)
+        return plain_dot(self, _widened(a), _widened(b), *rest)
 
-    create_dot.takes_bfloat16 = True  # type: ignore[attr-defined]
-    InterpreterBuilder.create_dot = create_dot
+    def cast_impl(self: Any, source: Any, target: Any) -> Any:
+        import triton.language as tl
+
+        source = _widened(source)
+        if target.scalar == tl.bfloat16 and source.dtype.scalar.is_floating():
+            return _rounded(source)
+        return plain_cast(self, source, target)
+
+    create_dot.knows_bfloat16 = True  # type: ignore[attr-defined]
+    InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
 
 
-def _values(handle: Any) -> Any:
+def _widened(handle: Any) -> Any:
+    """bfloat16 as float32; anything else as it is."""
     import numpy
     import triton.language as tl
     from triton.runtime.interpreter import TensorHandle
@@ -31,3 +44,15 @@ def _values(handle: Any) -> Any:
     if handle.dtype.scalar != tl.bfloat16:
         return handle
     return TensorHandle((handle.data.astype(numpy.uint32) << 16).view(numpy.float32), tl.float32)
+
+
+def _rounded(handle: Any) -> Any:
+    """The nearest bfloat16, the even one of two."""
+    import numpy
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    bits = numpy.ascontiguousarray(handle.data, numpy.float32).view(numpy.uint32)
+    nearest = (bits.astype(numpy.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    quiet = numpy.where(numpy.isnan(handle.data), 0x7FC0, nearest)
+    return TensorHandle(quiet.astype(numpy.uint16).reshape(handle.data.shape), tl.bfloat16)

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from moec.runtime.interpreter import correct_products
+from moec.runtime.interpreter import correct_bfloat16
 
-correct_products()
+correct_bfloat16()
 
 
 def row_tile_bound(rows: int, experts: int, block: int) -> int:

@@ -29,7 +29,9 @@ def op_name(artifact: Artifact) -> str:
     if id(artifact) not in _NAMES:
         name = f"region_{next(_COUNT)}"
         _KEPT.append(artifact)  # the op refers to it for the life of the process
-        (_register_training if artifact.backward is not None else _register_inference)(artifact, name)
+        (_register_training if artifact.backward is not None else _register_inference)(
+            artifact, name
+        )
         _NAMES[id(artifact)] = name
     return _NAMES[id(artifact)]
 
@@ -38,7 +40,11 @@ def _contiguous(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [t if t.is_contiguous() else t.contiguous() for t in tensors]
 
 
-def _define(name: str, body: Callable[[Sequence[torch.Tensor]], Any], fake: Callable[[Sequence[torch.Tensor]], Any]) -> Any:
+def _define(
+    name: str,
+    body: Callable[[Sequence[torch.Tensor]], Any],
+    fake: Callable[[Sequence[torch.Tensor]], Any],
+) -> Any:
     op = torch.library.custom_op(f"moec::{name}", body, mutates_args=(), schema=_SCHEMA)
     op.register_fake(fake)
     return op
@@ -68,8 +74,12 @@ def _register_training(artifact: Artifact, name: str) -> None:
             raise RuntimeError("an inference artifact has no backward")
         return _owned([g for g in artifact.backward(*_contiguous(inputs)) if g is not None], inputs)
 
-    op = _define(name, forward, lambda inputs: _fake(graph, graph.inputs, (*graph.outputs, *saved), inputs))
-    backward_op = _define(f"{name}_backward", backward, lambda inputs: _fake(graph, arguments, returned, inputs))
+    op = _define(
+        name, forward, lambda inputs: _fake(graph, graph.inputs, (*graph.outputs, *saved), inputs)
+    )
+    backward_op = _define(
+        f"{name}_backward", backward, lambda inputs: _fake(graph, arguments, returned, inputs)
+    )
 
     def setup_context(ctx: Any, inputs: Any, output: Sequence[torch.Tensor]) -> None:
         (tensors,) = inputs
@@ -101,7 +111,12 @@ def _owned(tensors: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> l
     return owned
 
 
-def _fake(graph: Graph, declared: Sequence[Value], results: Sequence[Value], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _fake(
+    graph: Graph,
+    declared: Sequence[Value],
+    results: Sequence[Value],
+    inputs: Sequence[torch.Tensor],
+) -> list[torch.Tensor]:
     """Empty results of the right types for (fake) inputs."""
     binding: dict[str, Any] = {}
     for value, tensor in zip(declared, inputs, strict=True):
@@ -109,4 +124,7 @@ def _fake(graph: Graph, declared: Sequence[Value], results: Sequence[Value], inp
             if isinstance(size, sympy.Symbol):
                 binding.setdefault(size.name, actual)
     like = inputs[0]
-    return [like.new_empty([apply(d, binding) for d in v.type.shape], dtype=DTYPES[v.type.dtype]) for v in results]
+    return [
+        like.new_empty([apply(d, binding) for d in v.type.shape], dtype=DTYPES[v.type.dtype])
+        for v in results
+    ]

@@ -1,0 +1,129 @@
+"""What one call of :func:`moec.compile` shares between its regions: settings, captures, artifacts."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from moec.cache import cache_directory
+from moec.capture.regions import FoundRegion
+from moec.errors import CompileError
+from moec.ir.graph import Graph
+from moec.ir.parser import parse
+from moec.ir.text import show
+from moec.ir.verify import verify
+from moec.manager import Observer, PassManager, parse_pipeline
+from moec.pipeline import pipeline
+from moec.reproducer import Reproducer
+from moec.runtime.artifact import Artifact, build
+from moec.targets import choose_target, has_descriptors
+
+
+@dataclass
+class Session:
+    """What one call of :func:`moec.compile` shares between its regions: settings, captures, artifacts."""
+
+    target: str | None = None
+    strict: bool = False
+    cache: str | None = None
+    passes: str | None = None
+    observers: Sequence[Observer] = ()
+    captures: dict[Hashable, FoundRegion] = field(default_factory=dict)
+    artifacts: dict[Hashable, Artifact | None] = field(default_factory=dict)
+    demoted: set[str] = field(default_factory=set)
+    warned: set[str] = field(default_factory=set)
+
+    def warn(self, text: str, about: str = "") -> None:
+        """Warn once about a thing, or raise in strict mode."""
+        if self.strict:
+            raise CompileError(text)
+        if (about or text) not in self.warned:
+            self.warned.add(about or text)
+            warnings.warn(text, stacklevel=2)
+
+    def artifact(
+        self,
+        graph: Graph,
+        wanted: tuple[bool, ...] | None,
+        device: torch.device,
+        inputs: Sequence[torch.Tensor] = (),
+    ) -> Artifact | None:
+        """The compiled form of a graph for a device; ``wanted`` says which inputs need gradients.
+
+        A new artifact is tried on the first token of ``inputs``, if given: where its kernels do not
+        compile, the ``aten`` target takes over, with a warning. ``None`` if a pass or the emitter
+        failed: then a reproducer was written, a warning names it, and the module's own code must run.
+        """
+        target = choose_target(self.target, device)
+        target = "aten" if graph.fingerprint in self.demoted else target
+        key = (graph.fingerprint, wanted, target)
+        if key not in self.artifacts:
+            made = self._compile(graph, wanted, target, device)
+            if made is not None and target != "aten" and not self._runs(made, inputs):
+                self.demoted.add(graph.fingerprint)
+                return self.artifact(graph, wanted, device)
+            self.artifacts[key] = made
+        return self.artifacts[key]
+
+    def _runs(self, artifact: Artifact, inputs: Sequence[torch.Tensor]) -> bool:
+        """Whether an artifact's kernels compile and launch, forward and backward."""
+        try:
+            if inputs:
+                artifact.try_out(inputs)
+        except torch.OutOfMemoryError:
+            return True  # says nothing about the kernels; the real call reports it
+        except Exception as error:  # a kernel compiler raises errors of many kinds
+            if self.strict:
+                raise
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self.warn(
+                f"moec: the kernels of @{artifact.graph.name} do not compile here ({reason}); "
+                f"the aten target takes over. Emitted module: {artifact.path}"
+            )
+            return False
+        return True
+
+    def _compile(
+        self, graph: Graph, wanted: tuple[bool, ...] | None, target: str, device: torch.device
+    ) -> Artifact | None:
+        named = _with_unique_hints(graph)
+        reproducer = Reproducer(self.cache or cache_directory())
+        calls = parse_pipeline(self._pipeline(named, wanted, target, device))
+        manager = PassManager(calls, [*self.observers, reproducer])
+        try:
+            with reproducer:
+                lowered = verify(manager.run(named), after="the whole pipeline")
+                return build(
+                    lowered,
+                    target,
+                    "inference" if wanted is None else "training",
+                    manager.history,
+                    self.cache,
+                )
+        except Exception as error:  # a compiler's own fault must never stop the user's model
+            if self.strict:
+                raise
+            self.warn(
+                f"moec: @{graph.name} could not be compiled ({type(error).__name__}: {error}); it stays as it was. Reproducer: {reproducer.path}"
+            )
+            return None
+
+    def _pipeline(
+        self, graph: Graph, wanted: tuple[bool, ...] | None, target: str, device: torch.device
+    ) -> str:
+        text = self.passes or pipeline(target, wanted is not None, has_descriptors(device))
+        if wanted is None:
+            return text
+        names = "+".join(
+            v.hint for v, w in zip(graph.inputs, wanted, strict=True) if w and v.type.is_float
+        )
+        return text.replace("grad,", f"grad{{wanted={names}}},", 1)
+
+
+def _with_unique_hints(graph: Graph) -> Graph:
+    """The graph with distinct names of inputs, so that options can refer to them."""
+    hints = [v.hint for v in graph.inputs]
+    return graph if len(set(hints)) == len(hints) else parse(show(graph))

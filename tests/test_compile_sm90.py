@@ -1,0 +1,130 @@
+"""The kernels emitted for real sizes compile for Hopper, without a GPU: tensor cores, no spills."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.emitted_check import SHAPES, Shape, artifact
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile"
+)
+WARPS = re.compile(r"C75\d\d")
+
+
+class Recorder:
+    """Notes launches instead of making them."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def launcher(self, kernel: Any, grid: Any) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            self.launches.append((kernel, args, kwargs))
+
+        return launch
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
+    """Kernels of this test are recorded, on tensors that hold no memory."""
+    from triton.runtime.jit import KernelInterface
+
+    noted = Recorder()
+    monkeypatch.setattr(KernelInterface, "__getitem__", lambda k, grid: noted.launcher(k, grid))
+    yield noted
+
+
+def run_on_nothing(shape: Shape, descriptors: bool, options: str = "") -> None:
+    """Call forward and backward with tensors of the right sizes and no data."""
+    compiled = artifact(shape, descriptors, True, options)
+    sizes = {"T": 4096}
+    data = [
+        torch.empty([sizes["T"] if not isinstance(d, int) else d for d in v.type.shape], dtype=torch.bfloat16, device="meta")
+        for v in compiled.graph.inputs
+    ]
+    _, saved = compiled.forward(*data)
+    assert compiled.backward is not None
+    compiled.backward(*[data[i] for i in compiled.backward_inputs], *saved, torch.empty_like(data[0]))
+
+
+def source_of(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, int]]:
+    """What to compile for a launch, and its options."""
+    from triton.compiler import ASTSource
+
+    options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for i, name in enumerate(kernel.arg_names):
+        parameter = kernel.params[i]
+        if parameter.is_constexpr:
+            signature[name] = "constexpr"
+            constants[(i,)] = values.get(name, parameter.default)
+        else:
+            signature[name] = type_of(values[name])
+            if signature[name].startswith("*"):
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+NAMES = {
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+def type_of(value: Any) -> str:
+    """A launch argument's type in Triton's words."""
+    if isinstance(value, torch.Tensor):
+        return f"*{NAMES[value.dtype]}"
+    if isinstance(value, int):
+        return "i32"
+    block = ",".join(map(str, value.block_shape))
+    return f"tensordesc<{NAMES[value.base.dtype]}[{block}]>"
+
+
+def assemble(ptx: str, folder: Path) -> str:
+    """What the assembler says about a kernel's registers and products."""
+    binary = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    (folder / "kernel.ptx").write_text(ptx)
+    command = [str(binary), "-arch=sm_90a", "-v", str(folder / "kernel.ptx"), "-o", "/dev/null"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def compile_all(noted: Recorder, folder: Path) -> dict[str, tuple[str, str]]:
+    """PTX and the assembler's words for every distinct kernel launched."""
+    from triton.backends.compiler import GPUTarget
+
+    found: dict[str, tuple[str, str]] = {}
+    for kernel, args, kwargs in noted.launches:
+        if kernel.__name__ not in found:
+            code, options = source_of(kernel, args, dict(kwargs))
+            compiled = triton.compile(code, target=GPUTarget("cuda", 90, 32), options=options)
+            ptx = compiled.asm["ptx"]
+            found[kernel.__name__] = ptx, assemble(ptx, folder)
+    return found
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_hopper_kernels(name: str, recorder: Recorder, tmp_path: Path) -> None:
+    run_on_nothing(SHAPES[name], descriptors=True)
+    for kernel, (ptx, log) in compile_all(recorder, tmp_path).items():
+        assert not WARPS.search(log), f"{kernel}: {log}"
+        spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", log)]
+        assert not any(spilled), f"{kernel}: {log}"
+        if any(word in kernel for word in ("expert_out", "act", "grouped_outer", "row_dot")):
+            assert "wgmma.mma_async" in ptx, kernel
