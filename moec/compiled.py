@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import copyreg
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,11 @@ class CompiledMixin:
     def __reduce_ex__(self, protocol: Any) -> Any:
         plain = copy.copy(self)
         restore(plain)  # type: ignore[arg-type]
-        return plain.__reduce_ex__(protocol)
+        function, arguments, *rest = plain.__reduce_ex__(protocol)
+        if function is copyreg.__newobj__:  # type: ignore[attr-defined]
+            # pickle takes this form only for the object's own class; this one means the same.
+            function, arguments = copyreg._reconstructor, (*arguments, object, None)  # type: ignore[attr-defined]
+        return (function, arguments, *rest)
 
     def __copy__(self) -> Any:
         new = type(self).__new__(type(self))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from torch.utils import _pytree
 from moec.capture.regions import Candidate, FoundRegion, capture_experts, capture_whole
 from moec.compiled import as_original, region_of
 from moec.errors import CallError
+from moec.guards import Guard
 from moec.ir.graph import Graph, Value
 from moec.manager import Step
 from moec.runtime.artifact import Artifact
@@ -50,13 +52,15 @@ class Region:
         self.inner: Region | None = None
         self.number = number(self)
         self._types = _types_below(candidate.module)
+        self._guard = Guard(candidate.module)
         self._tensors: dict[tuple[str, ...], list[tuple[nn.Module, str]]] = {}
 
     # what a user sees
     @property
     def first(self) -> FoundRegion | None:
-        """The first capture."""
-        return next(iter(self.found.values()), None)
+        """The first capture that gave a graph; the first one if none did."""
+        read = (f for f in self.found.values() if f.graph is not None)
+        return next(read, next(iter(self.found.values()), None))
 
     @property
     def status(self) -> str:
@@ -96,6 +100,11 @@ class Region:
     def capture(self, mode: _Mode) -> FoundRegion:
         """The region's IR in a mode; structurally equal modules are captured once a session."""
         if mode not in self.found:
+            self._report(self._capture(mode))
+        return self.found[mode]
+
+    def _capture(self, mode: _Mode) -> FoundRegion:
+        if mode not in self.found:
             module = self.candidate.module
             with as_original(module):
                 key = (structure_key(module), mode, self.kind)
@@ -103,7 +112,6 @@ class Region:
                     with _capture_autocast(mode, module):
                         self.session.captures[key] = self._read(mode)
             self.found[mode] = replace(self.session.captures[key], name=self.name, module=module)
-            self._report(self.found[mode])
         return self.found[mode]
 
     def try_capture(self) -> None:
@@ -113,11 +121,23 @@ class Region:
         if parameter is None:
             return
         if self.kind == "block":
-            self.capture(_Mode(module.training, parameter.dtype, 3, None))
+            self._try_ranks(_Mode(module.training, parameter.dtype, 3, None))
         if self.status != "compiled":
             inner = self.inner if self.inner is not None else self
             if inner.kind == "experts":
                 inner.capture(_Mode(module.training, parameter.dtype, 2, None, 2, parameter.dtype))
+
+    def _try_ranks(self, mode: _Mode) -> None:
+        """Capture for tokens with batch and sequence; for flat ones where that cannot be."""
+        if self._capture(mode).graph is None:
+            flat = replace(mode, rank=2)
+            if self._capture(flat).graph is not None:
+                del self.found[
+                    mode
+                ]  # a call of that form, if one comes, says why it is not compiled
+                return
+            del self.found[flat]
+        self._report(self.found[mode])
 
     def bound_to(self, module: nn.Module) -> Region:
         """This region for a copy of its module: same captures and artifacts, the copy's weights."""
@@ -147,13 +167,21 @@ class Region:
     # calls
     def call(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Serve a call from an artifact, or ``NotImplemented`` if the module's own code must run."""
-        data = _tensor_arguments(self.kind, args, kwargs)
+        data = _tensor_arguments(self.kind, args, self._in_order(kwargs))
         if data is None or self._is_changed(module) or _has_hooks(module, self):
             return NotImplemented
         found = self.capture(self._mode(module, data))
         if found.graph is None:
             return NotImplemented
         return self._run(found, module, data)
+
+    def _in_order(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Named arguments in the order of the module's own parameters."""
+        if len(kwargs) < 2:
+            return kwargs
+        own = inspect.unwrap(getattr(type(self.candidate.module), "_moec_original").forward)
+        known = [n for n in inspect.signature(own).parameters if n in kwargs]
+        return {n: kwargs[n] for n in known} if len(known) == len(kwargs) else kwargs
 
     def _mode(self, module: nn.Module, data: Sequence[torch.Tensor]) -> _Mode:
         x = data[0]
@@ -248,7 +276,12 @@ class Region:
 
     def _is_changed(self, module: nn.Module) -> bool:
         """Whether a submodule was replaced since compilation (an adapter put around it, say)."""
-        if _types_below(module) == self._types:
+        if self._guard.holds():
+            return False
+        if _types_below(module) == self._types:  # others of the same classes, or other settings
+            self.found.clear()
+            self._tensors.clear()
+            self._guard = Guard(module)
             return False
         self.session.warn(
             f"moec: {self.name}: a submodule was replaced after compilation; its own code runs. Compile again to include it."
@@ -262,8 +295,6 @@ def _types_below(module: nn.Module) -> list[type]:
 
 def _has_hooks(module: nn.Module, region: Region) -> bool:
     """Whether a module inside has hooks: they must see their own inputs and outputs."""
-    if region.kind == "experts":
-        return False
     return any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
         for m in module.modules()

@@ -23,6 +23,8 @@ def share(model: M) -> M:
     for module in model.modules():
         for tensor in _tensors_of(module):
             memo[id(tensor)] = tensor
+        for hook in _hooks_of(module):
+            memo[id(hook)] = hook  # a hook's owner must go on hearing from it
         for name in ("config", "generation_config"):
             setting = vars(module).get(name)
             if setting is not None:
@@ -37,6 +39,11 @@ def share(model: M) -> M:
     for old, new in zip(model.modules(), twin.modules(), strict=True):
         new._parameters, new._buffers = old._parameters, old._buffers
     return twin
+
+
+def _hooks_of(module: nn.Module) -> list[Any]:
+    registries = (v for k, v in vars(module).items() if k.endswith("_hooks") and v)
+    return [hook for registry in registries for hook in registry.values()]
 
 
 def _tensors_of(module: nn.Module) -> list[torch.Tensor]:

@@ -98,9 +98,11 @@ def type_of(value: Any) -> str:
 
 def assemble(ptx: str, folder: Path) -> str:
     """What the assembler says about a kernel's registers and products."""
-    binary = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    binary = get_ptxas(90).path
     (folder / "kernel.ptx").write_text(ptx)
-    command = [str(binary), "-arch=sm_90a", "-v", str(folder / "kernel.ptx"), "-o", "/dev/null"]
+    command = [binary, "-arch=sm_90a", "-v", str(folder / "kernel.ptx"), "-o", "/dev/null"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
 
@@ -113,7 +115,7 @@ def compile_all(noted: Recorder, folder: Path) -> dict[str, tuple[str, str]]:
     for kernel, args, kwargs in noted.launches:
         if kernel.__name__ not in found:
             code, options = source_of(kernel, args, dict(kwargs))
-            compiled = triton.compile(code, target=GPUTarget("cuda", 90, 32), options=options)
+            compiled = triton.compile(code, target=GPUTarget("cuda", 90, 32), options={**options, "enable_fp_fusion": True})
             ptx = compiled.asm["ptx"]
             found[kernel.__name__] = ptx, assemble(ptx, folder)
     return found

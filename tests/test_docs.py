@@ -52,7 +52,7 @@ def run_python(block: Block, page: Path, names: dict[str, object]) -> str:
 
 
 def check_output(block: Block, page: Path, printed: str) -> None:
-    assert as_pattern(block.text.splitlines()).fullmatch(printed), (
+    assert as_pattern(block.text.splitlines()).fullmatch(printed.rstrip("\n") + "\n"), (
         f"{page.name}:{block.line}: {printed}\nis not\n{block.text}"
     )
 

@@ -29,20 +29,19 @@ def attributes(op: Op, limits: Limits) -> dict[str, Any]:
     """The attributes ``template`` and ``tile`` of a kernel."""
     if op.kind not in ("kern.grouped_gemm", "kern.grouped_outer"):
         return {"tile": (limits.block,)} if limits.block else {}
+    template = "tma" if limits.descriptors and takes_descriptors(op) else "pointer"
     try:
-        tile = _overridden(_default(op, limits.descriptors), limits)
+        tile = _overridden(_default(op, template), limits)
     except Unsupported:
         return {}
-    template = "tma" if limits.descriptors and takes_descriptors(op) else "pointer"
     return {"template": template, "tile": tile.attribute}
 
 
-def _default(op: Op, hopper: bool) -> Tile:
+def _default(op: Op, template: str) -> Tile:
     if op.kind == "kern.grouped_gemm":
-        p = analyse(op)
-        return row_tile(p.weights.type.dtype, p.parts, p.columns, p.depth, hopper)
+        return row_tile(analyse(op), template)
     result = analyse_outer(op).anchor.result.type
-    return outer_tile(result.dtype, int(result.shape[1]), int(result.shape[2]), hopper)
+    return outer_tile(result.dtype, int(result.shape[1]), int(result.shape[2]), template)
 
 
 def _overridden(tile: Tile, limits: Limits) -> Tile:

@@ -43,8 +43,7 @@ class DescriptorGemm:
     def __post_init__(self) -> None:
         self.product = p = analyse(self.op)
         _check(p)
-        default = row_tile(p.weights.type.dtype, p.parts, p.columns, p.depth, hopper=True)
-        self.tile = tile_of(self.op.attrs.get("tile"), default)
+        self.tile = tile_of(self.op.attrs.get("tile"), row_tile(p, "tma"))
         self.text = KernelText(compute_dtype(p.body))
         self.chunk = self._chunk()
         self.domain = Domain(p.rows, p.columns, p.columns % self.chunk != 0, "columns")
@@ -69,11 +68,9 @@ class DescriptorGemm:
 
     def _chunk(self) -> int:
         """The columns that the epilogue takes at a time: few where it also reads matrices."""
-        p, made = self.product, {v for op in self.product.body.ops for v in op.results}
-        others = [v for op in p.epilogue for v in op.operands if v not in made]
-        reads = any(v.type.rank == 2 and v.type.shape == (p.rows, k * p.columns) for v in others for k in (1, 2))
-        wide = any(SIZES[v.type.dtype] > 2 for v in p.body.outputs if v.type.rank == 2)
-        return min(self.tile.columns, 64 if reads or wide else 128)
+        outputs = self.product.body.outputs
+        wide = any(SIZES[v.type.dtype] > 2 for v in outputs if v.type.rank == 2)
+        return min(self.tile.columns, 64 if self.product.reads or wide else 128)
 
     # the epilogue
     def _write_tile(self) -> None:
@@ -91,13 +88,21 @@ class DescriptorGemm:
         if biased or (self.domain.cut and p.dots):
             column = body.text.parameter("column")
             body.text.line(f"columns = {column} + tl.arange(0, BC)")
-        body.run([op for op in p.epilogue if op is not p.split])
-        for value in p.body.outputs:
-            if value not in p.finished and not is_of_rows(value, p.rows, p.columns):
-                body.store(value)
+        wanted = [v for v in p.body.outputs if v not in p.finished and not self._of_rows(v)]
+        self._store_ready(wanted)
+        for op in p.epilogue:
+            if op is not p.split:
+                body.run([op])
+                self._store_ready(wanted)  # at once: fewer values live at a time
         if body.dots:
             body.text.line(f"return {', '.join(t.text for _, t in body.dots)}")
         body.text.sort(p.body)
+
+    def _store_ready(self, wanted: list[Value]) -> None:
+        ready = [v for v in wanted if v in self.body.env or v in self.body.parts]
+        for value in ready:
+            wanted.remove(value)
+            self.body.store(value)
 
     def _part_hints(self) -> list[str]:
         split = self.product.split

@@ -27,7 +27,7 @@ class DescriptorOuter:
         dtype, (m, n) = self.product.anchor.result.type.dtype, self.product.sizes
         if dtype not in ("bf16", "f16") or m % 8 or n % 8:
             raise Unsupported("sizes or a dtype that the copy engine does not take")
-        self.tile = tile_of(self.op.attrs.get("tile"), outer_tile(dtype, m, n, hopper=True))
+        self.tile = tile_of(self.op.attrs.get("tile"), outer_tile(dtype, m, n, "tma"))
         self.text = KernelText(compute_dtype(self.product.body))
         self._write()
 

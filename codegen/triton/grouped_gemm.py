@@ -34,9 +34,7 @@ class PointerGemm:
     def __post_init__(self) -> None:
         self.product = analyse(self.op)
         p = self.product
-        dtype = p.weights.type.dtype
-        default = row_tile(dtype, p.parts, p.columns, p.depth, hopper=False)
-        self.tile = tile_of(self.op.attrs.get("tile"), default)
+        self.tile = tile_of(self.op.attrs.get("tile"), row_tile(p, "pointer"))
         self.text = KernelText(compute_dtype(p.body))
         self.sums = RowSums(p, self.name, self.tiles_n) if p.dots else None
         self.domain = Domain(p.rows, p.columns, p.columns % self.tile.columns != 0)

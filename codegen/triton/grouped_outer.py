@@ -58,7 +58,7 @@ class PointerOuter:
     def __post_init__(self) -> None:
         self.product = analyse(self.op)
         m, n = self.product.sizes
-        default = outer_tile(self.product.anchor.result.type.dtype, m, n, hopper=False)
+        default = outer_tile(self.product.anchor.result.type.dtype, m, n, "pointer")
         self.tile = tile_of(self.op.attrs.get("tile"), default)
         self.text = KernelText(compute_dtype(self.product.body))
         self._write()

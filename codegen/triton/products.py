@@ -49,6 +49,15 @@ class RowProduct:
         return self.prologue[0] if single else None
 
     @property
+    def reads(self) -> bool:
+        """Whether the epilogue reads matrices besides the product."""
+        made = {v for op in self.body.ops for v in op.results}
+        sizes = [(self.rows, k * self.columns) for k in range(1, 9)]
+        return any(
+            v not in made and v.type.shape in sizes for op in self.epilogue for v in op.operands
+        )
+
+    @property
     def dots(self) -> list[Op]:
         """The inner products of rows."""
         return [op for op in self.epilogue if op.kind == "moe.row_dot"]

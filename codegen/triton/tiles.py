@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moec.codegen.triton.products import RowProduct
 from moec.ir.types import SIZES
 
 GROUP = 8  # row tiles that share the columns of weights they read
@@ -30,24 +31,24 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def row_tile(dtype: str, parts: int, columns: int, depth: int, hopper: bool) -> Tile:
+def row_tile(p: RowProduct, template: str) -> Tile:
     """The tile of a product over ragged rows.
 
-    16-bit: 128 rows by 256 columns (of all parts together) by 64 on Hopper, half as many columns
-    elsewhere, so that three stages fit into 100 KB. Wider dtypes have no such tensor cores: 64 by
-    64.
+    16-bit, by descriptors: 128 rows by 256 columns (of all parts together) by 64. By pointers half
+    as many columns, so that three stages fit into 100 KB, and a quarter if the epilogue reads
+    matrices too, whose addresses need registers. Wider dtypes have no such tensor cores: 64 by 64.
     """
-    size = SIZES[dtype]
+    size = SIZES[p.weights.type.dtype]
     if size == 2:
-        wide = 256 if hopper else 128
-        return _fit(Tile(128, wide // parts, 64, 8, 3), columns, depth)
-    return _fit(Tile(64, 64 // parts if parts <= 2 else 16, 128 // size, 4, 2), columns, depth)
+        wide = 256 if template == "tma" else 64 if p.reads else 128
+        return _fit(Tile(128, wide // p.parts, 64, 8, 3), p.columns, p.depth)
+    return _fit(Tile(64, 64 // p.parts if p.parts <= 2 else 16, 128 // size, 4, 2), p.columns, p.depth)
 
 
-def outer_tile(dtype: str, m: int, n: int, hopper: bool) -> Tile:
+def outer_tile(dtype: str, m: int, n: int, template: str) -> Tile:
     """The tile of a product over ragged depth: ``rows`` and ``columns`` are those of the result."""
     if SIZES[dtype] == 2:
-        tile = Tile(128, 256 if hopper else 128, 64, 8, 3)
+        tile = Tile(128, 256 if template == "tma" else 128, 64, 8, 3)
     else:
         tile = Tile(64, 64, 128 // SIZES[dtype], 4, 2)
     fitted = _fit(tile, n, tile.depth)
