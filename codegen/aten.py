@@ -1,4 +1,6 @@
-"""The ``aten`` target: each op as one PyTorch expression; grouped ops are calls of :mod:`moec.runtime.grouped`."""
+"""The ``aten`` target: each op as one PyTorch expression; grouped ops are calls of
+:mod:`moec.runtime.grouped`.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,10 @@ def _softplus(op: Op, a: Arguments) -> str:
 
 
 def _full(op: Op, a: Arguments) -> str:
-    return f"torch.full({shape(op.attrs.get('shape', ())) if op.attrs.get('shape') else '()'}, {number(op.attrs['value'])}, dtype={dtype(op.attrs['dtype'])}, device=device)"
+    size = op.attrs.get("shape", ())
+    text = shape(size) if size else "()"
+    kind = dtype(op.attrs["dtype"])
+    return f"torch.full({text}, {number(op.attrs['value'])}, dtype={kind}, device=device)"
 
 
 def _slice(op: Op, a: Arguments) -> str:

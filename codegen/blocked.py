@@ -18,9 +18,9 @@ def emit_blocked(writer: Writer, op: Op, names: PythonNames) -> bool:
     rows = op.results[0].type.shape[0]
     for result in op.results:
         kind = aten.dtype(result.type.dtype)
-        writer.line(
-            f"{names.add(result)} = torch.empty({aten.shape(result.type.shape)}, dtype={kind}, device=device)"
-        )
+        size = aten.shape(result.type.shape)
+        name = names.add(result)
+        writer.line(f"{name} = torch.empty({size}, dtype={kind}, device=device)")
     count = python_source(rows)
     with writer.block(f"for low in range(0, {count}, {block_rows(op)}):"):
         writer.line(f"high = low + {block_rows(op)}")

@@ -1,4 +1,6 @@
-"""The host part of an emitted module: ``forward`` and ``backward`` as plain PyTorch, one op a line."""
+"""The host part of an emitted module: ``forward`` and ``backward`` as plain PyTorch, one op a
+line.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,8 @@ def emit_host(
     target: str,
     reserved: frozenset[str] = frozenset(),
 ) -> None:
-    """Write ``forward``, and ``backward`` for a joint graph, with what the runtime reads about them.
+    """Write ``forward``, and ``backward`` for a joint graph, with what the runtime reads about
+    them.
 
     No value is called by a name in ``reserved``: those of the module's kernels.
     """

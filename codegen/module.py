@@ -16,8 +16,8 @@ def emit_module(graph: Graph, target: str = "triton") -> str:
     """Python source of a module with ``forward`` (and ``backward`` for a joint graph).
 
     ``forward(*inputs)`` returns ``(outputs, saved)``; ``backward`` takes the inputs listed in
-    ``BACKWARD_INPUTS``, the saved values and the cotangents, and returns one gradient (or ``None``) an
-    input. Deterministic: equal graphs give equal text.
+    ``BACKWARD_INPUTS``, the saved values and the cotangents, and returns one gradient (or
+    ``None``) an input. Deterministic: equal graphs give equal text.
     """
     if target not in TARGETS:
         raise CodegenError(f"unknown target {target!r}; targets: {', '.join(TARGETS)}")
@@ -38,10 +38,18 @@ def emit_module(graph: Graph, target: str = "triton") -> str:
 def _emit_header(writer: Writer, graph: Graph, target: str) -> None:
     writer.line(f'"""@{graph.name} for the {target} target, emitted by moec.')
     writer.line("")
-    for line in show(graph, locations=False).rstrip().replace("\\", "\\\\").replace('"""', "'''").split("\n"):
+    for line in (
+        show(graph, locations=False)
+        .rstrip()
+        .replace("\\", "\\\\")
+        .replace('"""', "'''")
+        .split("\n")
+    ):
         writer.line(line)
     writer.line('"""')
     writer.lines("", "import torch", "import torch.nn.functional as F")
     if target == "triton":
         writer.lines("import triton", "import triton.language as tl")
-    writer.lines("", f"from moec.runtime import grouped as moe{', launch' if target == 'triton' else ''}", "")
+    writer.lines(
+        "", f"from moec.runtime import grouped as moe{', launch' if target == 'triton' else ''}", ""
+    )

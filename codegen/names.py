@@ -28,7 +28,9 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9_]")
 
 
 class PythonNames:
-    """One name for each value; never a keyword, a builtin or a name that emitted code uses itself."""
+    """One name for each value; never a keyword, a builtin or a name that emitted code uses
+    itself.
+    """
 
     def __init__(self, reserved: frozenset[str] = frozenset()) -> None:
         self._names: dict[Value, str] = {}

@@ -127,15 +127,18 @@ def allocations(profiler: profile) -> list[int]:
     return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
-def make_trainees(seed: int = 0) -> list[Trainee]:
-    """The same initial weights three times: eager experts, grouped_mm, and compiled by moec."""
+def make_trainees(seed: int = 0, options: dict[str, Any] | None = None) -> list[Trainee]:
+    """The same initial weights three times: eager experts, grouped_mm, and compiled by moec.
+
+    `options` are those of `moec.compile`.
+    """
     model = build_model(seed)
     trainees = []
     for implementation in ("eager", "grouped_mm"):
         twin = copy.deepcopy(model)
         twin.set_experts_implementation(implementation)
         trainees.append(Trainee(implementation, twin))
-    trainees.append(Trainee("moec", moec.compile(model)))
+    trainees.append(Trainee("moec", moec.compile(model, options=options)))
     return trainees
 
 

@@ -27,7 +27,9 @@ _STAGES = (
     ("raise", pipeline.RAISE, "what the model means"),
     ("grad", pipeline.GRAD, "training only"),
     ("keep", pipeline.KEEP, "training only"),
-    ("fuse", pipeline.FUSE, "targets with kernels"),
+    ("fuse", pipeline.FUSE, "`triton`"),
+    ("lower", "lower", "`triton`"),
+    ("rows", "fuse-rows, dce", "`aten`"),
 )
 
 
@@ -115,7 +117,8 @@ def passes_page() -> str:
         'command line: `moec opt a.moe -p "cse, fuse-gemm{max-ops=16}"`. The pipeline is in\n'
         "`moec/pipeline.py`:",
         "\n".join(["| stage | passes | when |", "| --- | --- | --- |", *stages]),
-        "The `aten` target stops before `fuse`: it calls library products and needs no kernels.",
+        "The `aten` target calls library products and needs no kernels; it fuses only work on the\n"
+        "same rows.",
     ]
     return "\n\n".join([*parts, *map(_pass_entry, in_order())]) + "\n"
 

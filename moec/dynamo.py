@@ -1,9 +1,9 @@
 """``torch.compile(model, backend="moec")``: moec's grouped products inside a Dynamo graph.
 
 Hugging Face models reach Dynamo as a sort, two grouped products and pointwise work around them. The
-backend puts compiled grouped products (forward and backward) in place of PyTorch's and hands the rest to
-another backend. Whole blocks are compiled by :func:`moec.compile`, whose regions pass through here as
-single ops; both can be combined.
+backend puts compiled grouped products (forward and backward) in place of PyTorch's and hands the
+rest to another backend. Whole blocks are compiled by :func:`moec.compile`, whose regions pass
+through here as single ops; both can be combined.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from moec.ir.builder import Builder
 from moec.ir.dims import dim
 from moec.ir.graph import Graph, Value
 from moec.ir.types import Type, dtype_name
-from moec.session import Session
 from moec.runtime.library import op_name
+from moec.session import Session
 
 
 def backend(
@@ -32,14 +32,15 @@ def backend(
 ) -> Callable[..., Any]:
     """The Dynamo backend ``moec``.
 
-    ``options={"inner": NAME}`` names the backend for everything else: by default "inductor" on a GPU and
-    "aot_eager" on the CPU. Raises :class:`CompileError` for another option.
+    ``options={"inner": NAME}`` names the backend for everything else: by default "inductor" on a
+    GPU and "aot_eager" on the CPU. Raises :class:`CompileError` for another option.
     """
     settings = dict(options or {})
     inner = settings.pop("inner", inner)
     if settings:
         raise CompileError(
-            f"backend 'moec' has no option {', '.join(map(repr, settings))}; it has 'inner', the backend for the rest"
+            f"backend 'moec' has no option {', '.join(map(repr, settings))}; "
+            "it has 'inner', the backend for the rest"
         )
     session = Session()
     for node in list(module.graph.nodes):
@@ -47,30 +48,25 @@ def backend(
             replace_product(module.graph, node, session)
     module.graph.lint()
     module.recompile()
-    return _inner_backend(inner, example_inputs)(module, example_inputs)
+    compiled: Callable[..., Any] = _inner_backend(inner, example_inputs)(module, example_inputs)
+    return compiled
 
 
 def _inner_backend(name: str | None, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     on_gpu = any(isinstance(t, torch.Tensor) and t.is_cuda for t in example_inputs)
     from torch._dynamo.backends.registry import lookup_backend
 
-    return lookup_backend(name or ("inductor" if on_gpu else "aot_eager"))  # type: ignore[no-any-return]
+    found: Callable[..., Any] = lookup_backend(name or ("inductor" if on_gpu else "aot_eager"))
+    return found
 
 
 def is_grouped_product(node: fx.Node) -> bool:
     """Whether a call is a product of ragged rows ``[A, K]`` with stacked matrices ``[E, K, N]``."""
-    if node.op != "call_function" or "grouped_mm" not in str(
-        getattr(node.target, "__name__", node.target)
-    ):
+    name = str(getattr(node.target, "__name__", node.target))
+    if node.op != "call_function" or "grouped_mm" not in name or _offsets_of(node) is None:
         return False
     operands = [a.meta.get("example_value") for a in node.args[:2] if isinstance(a, fx.Node)]
-    shaped = len(operands) == 2 and all(isinstance(v, torch.Tensor) for v in operands)
-    return (
-        shaped
-        and operands[0].dim() == 2
-        and operands[1].dim() == 3
-        and _offsets_of(node) is not None
-    )  # type: ignore[union-attr]
+    return [v.dim() for v in operands if isinstance(v, torch.Tensor)] == [2, 3]
 
 
 def _offsets_of(node: fx.Node) -> fx.Node | None:
@@ -108,7 +104,9 @@ def _first(results: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _untransposed(w: fx.Node) -> tuple[fx.Node, bool]:
-    """The stacked weights in memory order, and whether the product reads them as ``[E, in, out]``."""
+    """The stacked weights in memory order, and whether the product reads them as ``[E, in,
+    out]``.
+    """
     swapped = (
         w.op == "call_method" and w.target == "transpose" and set(w.args[1:]) in ({-2, -1}, {1, 2})
     )

@@ -12,8 +12,9 @@ FUSE = "fuse-routing, fuse-gemm, fuse-outer, fuse-combine, fuse-pointwise, dce"
 def pipeline(target: str, training: bool, descriptors: bool = False) -> str:
     """The passes for a target ("triton" or "aten"), joined by commas.
 
-    The ``aten`` target calls library products, so it needs no kernels: only work on the same rows is
-    fused, to run block by block in the cache. ``descriptors``: the GPU has a copy engine for tiles.
+    The ``aten`` target calls library products, so it needs no kernels: only work on the same rows
+    is fused, to run block by block in the cache. ``descriptors``: the GPU has a copy engine for
+    tiles.
     """
     stages = [RAISE]
     if training:

@@ -1,4 +1,6 @@
-"""What one call of :func:`moec.compile` shares between its regions: settings, captures, artifacts."""
+"""What one call of :func:`moec.compile` shares between its regions: settings, captures,
+artifacts.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from moec.targets import choose_target, has_descriptors
 
 @dataclass
 class Session:
-    """What one call of :func:`moec.compile` shares between its regions: settings, captures, artifacts."""
+    """What one call of :func:`moec.compile` shares between its regions: settings, captures,
+    artifacts.
+    """
 
     target: str | None = None
     strict: bool = False
@@ -55,7 +59,8 @@ class Session:
 
         A new artifact is tried on the first token of ``inputs``, if given: where its kernels do not
         compile, the ``aten`` target takes over, with a warning. ``None`` if a pass or the emitter
-        failed: then a reproducer was written, a warning names it, and the module's own code must run.
+        failed: then a reproducer was written, a warning names it, and the module's own code must
+        run.
         """
         target = choose_target(self.target, device)
         target = "aten" if graph.fingerprint in self.demoted else target
@@ -107,7 +112,8 @@ class Session:
             if self.strict:
                 raise
             self.warn(
-                f"moec: @{graph.name} could not be compiled ({type(error).__name__}: {error}); it stays as it was. Reproducer: {reproducer.path}"
+                f"moec: @{graph.name} could not be compiled ({type(error).__name__}: {error}); "
+                f"it stays as it was. Reproducer: {reproducer.path}"
             )
             return None
 

@@ -1,4 +1,6 @@
-"""Calls of a region inside torch.compile and torch.export: the artifact's op, chosen while tracing."""
+"""Calls of a region inside torch.compile and torch.export: the artifact's op, chosen while
+tracing.
+"""
 
 from __future__ import annotations
 

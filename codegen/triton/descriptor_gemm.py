@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moec.codegen.triton.context import Context, arguments, only_if
+from moec.codegen.triton.context import Context, arguments, only_if, write
 from moec.codegen.triton.descriptor_tile import PLACE, TileBody
 from moec.codegen.triton.kernel import (
     KernelText,
@@ -116,23 +116,23 @@ class DescriptorGemm:
         t.parameter("rows", f"{x.hint}_rows" if p.gather is not None else x.hint)
         t.parameter(p.weights)
         t.parameter(p.offsets)
-        expert, first, number = (t.parameter(n) for n in ("tile_expert", "tile_row", "row_tiles"))
-        t.line(f"tiles = tl.load({number})")
+        tiles = t.parameter("tiles", "row_tiles")
+        t.line(f"tiles = tl.load({tiles})")
         t.line("last = tl.program_id(0) - tl.num_programs(0)")
         count = times("tiles", self.tiles_n)
         work = f"tl.program_id(0), {count}, tl.num_programs(0), flatten=True"
         with t.block(f"for work in tl.range({work}):"):
             t.line(f"m, n = pick_tile(work, tiles, {self.tiles_n}, {GROUP})")
-            t.line(f"expert = tl.load({expert} + m)")
-            t.line(f"row = tl.load({first} + m)")
+            t.line(f"expert = tl.load({tiles} + 2 * m + 2)")
+            t.line(f"row = tl.load({tiles} + 2 * m + 3)")
             self._write_product()
             t.line("# the epilogue finds its place again: the next tile's loads need not wait for it")
             t.line("last += tl.num_programs(0)")
             t.line(f"m, n = pick_tile(last, tiles, {self.tiles_n}, {GROUP})")
-            t.line(f"expert = tl.load({expert} + m)")
+            t.line(f"expert = tl.load({tiles} + 2 * m + 2)")
             t.line(f"start = tl.load({t.parameter(p.offsets)} + expert)")
             t.line(f"size = tl.load({t.parameter(p.offsets)} + expert + 1) - start")
-            t.line(f"row = tl.load({first} + m) - start")
+            t.line(f"row = tl.load({tiles} + 2 * m + 3) - start")
             self._write_epilogue()
         t.sort(p.body)
 
@@ -245,7 +245,7 @@ class DescriptorGemm:
         context.contiguous(writer, op.operands)
         outer = dict(zip(p.body.inputs, op.operands, strict=True))
         tiles = context.row_tiles(writer, outer[p.offsets], p.rows, self.tile.rows)
-        made = dict(zip(("tile_expert", "tile_row", "row_tiles"), tiles, strict=True))
+        made = {"tiles": tiles}
         made["rows"] = self._rows(writer, context, outer)
         for value in op.results:
             context.allocate(writer, value)
@@ -253,11 +253,10 @@ class DescriptorGemm:
         made.update(partial)
         bound = f"launch.row_tile_bound({python_source(p.rows)}, {self._experts}, {self.tile.rows})"
         with writer.block(f"if {only_if(p.rows)}:"):
-            writer.line(f"{self.name}[launch.persistent({times(bound, self.tiles_n)}, device)](")
-            for line in self._arguments(context, made):
-                writer.line(f"    {line},")
-            writer.line(f"    num_warps={self.tile.warps}, num_stages={self.tile.stages},")
-            writer.line(")")
+            inner = [*self._arguments(context, made), f"num_warps={self.tile.warps}"]
+            inner.append(f"num_stages={self.tile.stages}")
+            grid = f"launch.persistent({times(bound, self.tiles_n)}, device)"
+            write(writer, f"{self.name}[{grid}]({', '.join(inner)})")
             if self.sums is not None:
                 self.sums.launch(writer, op, context, made)
         if partial:

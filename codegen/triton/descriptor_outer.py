@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moec.codegen.triton.context import Context, arguments, only_if
+from moec.codegen.triton.context import Context, arguments, only_if, write
 from moec.codegen.triton.grouped_outer import OuterProduct, analyse, place_lines, rows_of
 from moec.codegen.triton.kernel import KernelText, Unsupported, compute_dtype, documentation
 from moec.codegen.triton.tiles import Tile, outer_tile, tile_of
@@ -79,11 +79,10 @@ class DescriptorOuter:
         result = context.allocate(writer, self.op.result)
         programs = self.product.experts * self.tiles[0] * self.tiles[1]
         with writer.block(f"if {only_if(rows_of(self.product.anchor))}:"):
-            writer.line(f"{self.name}[launch.persistent({programs}, device)](")
-            for line in self._arguments(context, made):
-                writer.line(f"    {line},")
-            writer.line(f"    num_warps={self.tile.warps}, num_stages={self.tile.stages},")
-            writer.line(")")
+            inner = [*self._arguments(context, made), f"num_warps={self.tile.warps}"]
+            inner.append(f"num_stages={self.tile.stages}")
+            grid = f"launch.persistent({programs}, device)"
+            write(writer, f"{self.name}[{grid}]({', '.join(inner)})")
         with writer.block("else:"):
             writer.line(f"{result}.zero_()")
         for side in (0, 1):

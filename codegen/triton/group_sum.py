@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moec.codegen import aten
-from moec.codegen.triton.context import Context, only_if
+from moec.codegen.triton.context import Context, only_if, write
 from moec.codegen.triton.tiles import power_of_two
 from moec.codegen.writer import Writer
 from moec.ir.graph import Op
@@ -27,6 +27,6 @@ def emit_group_sum(writer: Writer, op: Op, context: Context) -> None:
     inner = f"{context.names[x]}, {context.names[offsets]}, {partial}, {sizes}"
     grid = f"({experts * SHARES}, {-(-columns // block)})"
     with writer.block(f"if {only_if(x.type.shape[0])}:"):
-        writer.line(f"{LIBRARY}[{grid}]({inner})")
+        write(writer, f"{LIBRARY}[{grid}]({inner})")
     writer.line(f"{result} = {partial}.sum(0).to({aten.dtype(op.result.type.dtype)})")
     writer.line(f"del {partial}")

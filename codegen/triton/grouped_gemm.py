@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from moec.codegen.triton.context import Context, arguments, only_if
+from moec.codegen.triton.context import Context, arguments, only_if, write
 from moec.codegen.triton.kernel import KernelText, Term, compute_dtype, documentation
 from moec.codegen.triton.products import RowProduct, analyse
 from moec.codegen.triton.rows import TILE, Domain, Parts, RowBody
@@ -37,7 +37,9 @@ class PointerGemm:
         self.tile = tile_of(self.op.attrs.get("tile"), row_tile(p, "pointer"))
         self.text = KernelText(compute_dtype(p.body))
         self.sums = RowSums(p, self.name, self.tiles_n) if p.dots else None
-        self.domain = Domain(p.rows, p.columns, p.columns % self.tile.columns != 0)
+        cut = p.columns % self.tile.columns != 0
+        masks = ("live", "live_wide") if cut else ("inside[:, None]",) * 2
+        self.domain = Domain(p.rows, p.columns, cut, live=masks[0], live_wide=masks[1])
         self._write()
 
     @property
@@ -70,19 +72,24 @@ class PointerGemm:
         """Which rows of which expert, and which columns."""
         t = self.text
         offsets = t.parameter(self.product.offsets)
-        expert, first, count = (t.parameter(n) for n in ("tile_expert", "tile_row", "row_tiles"))
-        t.line(f"tiles = tl.load({count})  # the grid is an upper bound of them")
+        tiles = t.parameter("tiles", "row_tiles")
+        t.line(f"tiles = tl.load({tiles})  # the grid is an upper bound of them")
         with t.block(f"if tl.program_id(0) >= {times('tiles', self.tiles_n)}:"):
             t.line("return")
         t.line(f"m, n = pick_tile(tl.program_id(0), tiles, {self.tiles_n}, {GROUP})")
-        t.line(f"expert = tl.load({expert} + m).to(tl.int64)")
-        t.line(f"row = tl.load({first} + m) + tl.arange(0, BM)")
+        t.line(f"expert = tl.load({tiles} + 2 * m + 2).to(tl.int64)")
+        t.line(f"row = tl.load({tiles} + 2 * m + 3) + tl.arange(0, BM)")
         t.line(f"inside = row < tl.load({offsets} + expert + 1)  # the last tile may be cut")
         t.line("row = row.to(tl.int64)")
         t.line("column = n * BN + tl.arange(0, BN)")
+        if self.domain.cut:
+            columns = self.product.columns
+            t.line(f"live = inside[:, None] & (column < {columns})[None, :]  # nor are all columns")
         layouts = {op.attrs.get("layout") for op in self.product.epilogue if op.kind in _BOTH}
         if self.wide or "interleave" in layouts:
             t.line("wide = n * 2 * BN + tl.arange(0, 2 * BN)  # both parts alternate")
+            if self.domain.cut:
+                t.line(f"live_wide = inside[:, None] & (wide < {2 * columns})[None, :]")
         t.line("depth = tl.arange(0, BK)")
 
     def _write_product(self) -> list[str]:
@@ -243,7 +250,7 @@ class PointerGemm:
         context.contiguous(writer, op.operands)
         outer = dict(zip(p.body.inputs, op.operands, strict=True))
         tiles = context.row_tiles(writer, outer[p.offsets], p.rows, self.tile.rows)
-        made = dict(zip(("tile_expert", "tile_row", "row_tiles"), tiles, strict=True))
+        made = {"tiles": tiles}
         for value in op.results:
             context.allocate(writer, value)
         if self.sums is not None:
@@ -253,10 +260,10 @@ class PointerGemm:
         options = f"num_warps={self.tile.warps}, num_stages={self.tile.stages}"
         inner = ", ".join(arguments(self.text, op, context, made))
         with writer.block(f"if {only_if(p.rows)}:"):
-            writer.line(f"{self.name}[({bound},)]({inner}, {options})")
+            write(writer, f"{self.name}[({bound},)]({inner}, {options})")
             if self.sums is not None:
                 self.sums.launch(writer, op, context, made)
-        if made.keys() - {"tile_expert", "tile_row", "row_tiles"}:
+        if self.sums is not None:
             writer.line(f"del {', '.join(v for k, v in made.items() if k.startswith('partial'))}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moec.codegen.triton.context import Context, arguments, only_if
+from moec.codegen.triton.context import Context, arguments, only_if, write
 from moec.codegen.triton.kernel import KernelText, Unsupported, compute_dtype, documentation
 from moec.codegen.triton.tiles import GROUP, Tile, outer_tile, tile_of
 from moec.codegen.writer import Writer
@@ -139,7 +139,7 @@ class PointerOuter:
         options = f"num_warps={self.tile.warps}, num_stages={self.tile.stages}"
         programs = self.product.experts * self.tiles[0] * self.tiles[1]
         with writer.block(f"if {only_if(rows_of(self.product.anchor))}:"):
-            writer.line(f"{self.name}[({programs},)]({inner}, {options})")
+            write(writer, f"{self.name}[({programs},)]({inner}, {options})")
         with writer.block("else:"):
             writer.line(f"{result}.zero_()")
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from moec.codegen.names import PythonNames
 from moec.codegen.triton import source
 from moec.codegen.triton.expressions import CALLED, DTYPES, EXPRESSIONS, number
+from moec.codegen.triton.layout import WIDTH, wrapped
 from moec.codegen.writer import Writer
 from moec.ir.graph import Graph, Op, Value
 from moec.ir.opdef import opdef
@@ -19,7 +19,7 @@ from moec.ir.types import Type
 # names that the templates use themselves
 _LOCALS = frozenset(
     "m n k token row column columns wide depth inside expert matrix start end size tiles left right "
-    "acc left_at work last at here block slot key best hit BM BN BK BC BH BT KP EP BLOCK".split()
+    "acc live live_wide left_at work last at here block slot key best hit BM BN BK BC BH BT KP EP BLOCK".split()
 )
 _FIRST = ("rows", "left_rows", "right_rows", "part 0", "part 1")
 
@@ -101,8 +101,8 @@ class KernelText:
         return function
 
     def line(self, text: str = "") -> None:
-        """One line of the body."""
-        self.lines.line(text)
+        """One line of the body, broken if it is long."""
+        self.lines.lines(*wrapped(text, WIDTH - 12))
 
     def held(self, type_: Type, text: str) -> str:
         """A load, converted to the dtype in which the kernel computes."""
@@ -140,16 +140,11 @@ class KernelText:
             return terms[texts.index(text)]
         return self.let(op.result.hint, text, axes)
 
-    def signature(self, name: str, types: bool = True) -> str:
+    def signature(self, name: str) -> str:
         """The ``def`` line, wrapped."""
         items = [p.name for p in self.parameters] + self.integers
-        items += [f"{k}: tl.constexpr = {v}" if types else k for k, v in self.constants.items()]
-        line = f"def {name}({', '.join(items)}):"
-        if len(line) <= 100:
-            return line
-        inner = textwrap.fill(", ".join(items) + ",", 95, break_long_words=False)
-        inner = textwrap.indent(_unbroken(items), "    ") if "\n" in inner else f"    {inner}"
-        return f"def {name}(\n{inner}\n):"
+        items += [f"{k}: tl.constexpr = {v}" for k, v in self.constants.items()]
+        return "\n".join(wrapped(f"def {name}({', '.join(items)}):", WIDTH))
 
     def write(self, writer: Writer, name: str, docs: Sequence[str]) -> None:
         """The whole kernel."""
@@ -157,20 +152,11 @@ class KernelText:
         decorator = f"(do_not_specialize=[{integers}])" if integers else ""
         writer.lines("", "", f"@triton.jit{decorator}")
         with writer.block(self.signature(name)):
-            writer.line('"""' + docs[0])
-            writer.lines(*docs[1:], '"""')
+            if len(docs) == 1:
+                writer.line(f'"""{docs[0]}"""')
+            else:
+                writer.lines(f'"""{docs[0]}', *docs[1:], '"""')
             writer.lines(*self.lines.text().rstrip("\n").split("\n"))
-
-
-def _unbroken(items: Sequence[str]) -> str:
-    """Items over several lines, none of them cut."""
-    lines, current = [], ""
-    for item in items:
-        if current and len(current) + len(item) > 93:
-            lines.append(current.rstrip())
-            current = ""
-        current += f"{item}, "
-    return "\n".join([*lines, current.rstrip()])
 
 
 def dtype_in_kernel(type_: Type, dtype: str) -> str:

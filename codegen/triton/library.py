@@ -91,24 +91,23 @@ def store_part(rows, start, size, row, part, column, value, BR: tl.constexpr, BC
 
 
 @triton.jit
-def list_row_tiles(
-    offsets, tile_expert, tile_row, row_tiles, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr
-):
-    """The row tiles of one expert a program: each tile's expert and first row; and their number."""
+def list_row_tiles(offsets, tiles, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr):
+    """The row tiles of one expert a program: tiles[0] is their number, then (expert, first row)."""
     me = tl.program_id(0)
     expert = tl.arange(0, EP)
     first = tl.load(offsets + expert, mask=expert < E, other=0)
     size = tl.load(offsets + expert + 1, mask=expert < E, other=0) - first
-    tiles = (size + BM - 1) // BM
-    before = tl.sum(tl.where(expert < me, tiles, 0), 0)
-    mine = tl.sum(tl.where(expert == me, tiles, 0), 0)
+    count = (size + BM - 1) // BM
+    before = tl.sum(tl.where(expert < me, count, 0), 0)
+    mine = tl.sum(tl.where(expert == me, count, 0), 0)
     row = tl.load(offsets + me)
     for j in range(0, mine, 128):
         t = j + tl.arange(0, 128)
-        tl.store(tile_expert + before + t, me + t * 0, mask=t < mine)
-        tl.store(tile_row + before + t, row + t * BM, mask=t < mine)
+        entry = tiles + 2 * (before + t)
+        tl.store(entry + 2, me + t * 0, mask=t < mine)
+        tl.store(entry + 3, row + t * BM, mask=t < mine)
     if me == E - 1:
-        tl.store(row_tiles, before + mine)
+        tl.store(tiles, before + mine)
 
 
 @triton.jit(do_not_specialize=["pairs", "blocks"])
@@ -122,26 +121,26 @@ def count_pairs(
     e = tl.where(pair < pairs, e, EP)
     expert = tl.arange(0, EP)
     count = tl.sum((e[:, None] == expert[None, :]).to(tl.int32), 0)
-    tl.store(histogram + expert * blocks + block, count, mask=expert < BUCKETS)
+    tl.store(histogram + expert * (blocks + 1) + block, count, mask=expert < BUCKETS)
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def scan_counts(histogram, totals, blocks, CHUNK: tl.constexpr):
-    """Per expert: the exclusive prefix of its counts over the blocks, in place, and its total."""
-    expert = tl.program_id(0)
+def scan_counts(histogram, blocks, CHUNK: tl.constexpr):
+    """Per expert: the exclusive prefix of its counts over the blocks, in place; then its total."""
+    counts = histogram + tl.program_id(0) * (blocks + 1)
     carry = 0
     for first in range(0, blocks, CHUNK):
         at = first + tl.arange(0, CHUNK)
-        count = tl.load(histogram + expert * blocks + at, mask=at < blocks, other=0)
+        count = tl.load(counts + at, mask=at < blocks, other=0)
         before = carry + tl.cumsum(count, 0) - count
-        tl.store(histogram + expert * blocks + at, before, mask=at < blocks)
+        tl.store(counts + at, before, mask=at < blocks)
         carry += tl.sum(count, 0)
-    tl.store(totals + expert, carry)
+    tl.store(counts + blocks, carry)
 
 
 @triton.jit(do_not_specialize=["pairs", "blocks"])
 def place_pairs(
-    index, histogram, totals, perm, offsets, inverse, pairs, blocks,
+    index, histogram, perm, offsets, inverse, pairs, blocks,
     E: tl.constexpr, BUCKETS: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr,
     PAIRS: tl.constexpr,
 ):  # fmt: skip
@@ -151,7 +150,7 @@ def place_pairs(
     """
     block = tl.program_id(0)
     expert = tl.arange(0, EP)
-    total = tl.load(totals + expert, mask=expert < BUCKETS, other=0)
+    total = tl.load(histogram + expert * (blocks + 1) + blocks, mask=expert < BUCKETS, other=0)
     start = tl.cumsum(total, 0) - total
     slot = tl.arange(0, PAIRS)
     pair = block * BLOCK + slot
@@ -159,7 +158,7 @@ def place_pairs(
     e = tl.minimum(tl.load(index + pair, mask=live, other=0), BUCKETS - 1)
     earlier = (e[:, None] == e[None, :]) & (slot[None, :] < slot[:, None])
     rank = tl.sum(earlier.to(tl.int32), 1)
-    before = tl.load(histogram + e * blocks + block, mask=live, other=0)
+    before = tl.load(histogram + e * (blocks + 1) + block, mask=live, other=0)
     row = tl.gather(start, e, 0) + before + rank
     tl.store(perm + row, pair, mask=live)
     tl.store(inverse + pair, tl.where(e < E, row, -1), mask=live)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moec.codegen.triton.context import Context, arguments, only_if
+from moec.codegen.triton.context import Context, arguments, only_if, write
 from moec.codegen.triton.elementwise import VectorBody
 from moec.codegen.triton.kernel import KernelText, Unsupported, compute_dtype, documentation
 from moec.codegen.writer import Writer
@@ -66,7 +66,7 @@ class Pointwise:
         inner = ", ".join([*arguments(self.text, self.op, context, {}), source])
         launch = f"{self.name}[(triton.cdiv({source}, {self.block}),)]({inner})"
         if isinstance(count, int):
-            writer.line(launch)
+            write(writer, launch)
             return
         with writer.block(f"if {only_if(count)}:"):
-            writer.line(launch)
+            write(writer, launch)

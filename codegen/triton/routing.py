@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from moec.codegen.triton.context import Context, arguments, only_if
+from moec.codegen.triton.context import Context, arguments, only_if, write
 from moec.codegen.triton.kernel import KernelText, Unsupported, documentation
 from moec.codegen.triton.scores import Scores
 from moec.codegen.triton.tiles import power_of_two
@@ -81,26 +81,20 @@ class Routing:
         index = self._host_scores(writer, context) if self.scores is None else ""
         made = self._allocate(writer, context, index)
         pairs = python_source(self.dispatch.operands[0].type.elements)
-        histogram, totals, blocks = (
-            context.names.fresh(n) for n in ("histogram", "totals", "blocks")
-        )
+        histogram, blocks = (context.names.fresh(n) for n in ("histogram", "blocks"))
         made["histogram"] = histogram
         block, padded = self._block, power_of_two(self._buckets)
         with writer.block(f"if {only_if(self.dispatch.results[0].type.shape[0])}:"):
             writer.line(f"{blocks} = triton.cdiv({pairs}, {block})")
-            for room, size in ((histogram, f"({self._buckets}, {blocks})"), (totals, self._buckets)):
-                writer.line(f"{room} = torch.empty({size}, dtype=torch.int32, device=device)")
+            size = f"({self._buckets}, {blocks} + 1)"
+            writer.line(f"{histogram} = torch.empty({size}, dtype=torch.int32, device=device)")
             self._launch_first(writer, context, made, pairs, blocks)
-            writer.line(
-                f"scan_counts[({self._buckets},)]({histogram}, {totals}, {blocks}, CHUNK=1024)"
-            )
-            inner = [made["index"], histogram, totals, *(made[n] for n in _RESULTS), pairs, blocks]
+            writer.line(f"scan_counts[({self._buckets},)]({histogram}, {blocks}, CHUNK=1024)")
+            inner = [made["index"], histogram, *(made[n] for n in _RESULTS), pairs, blocks]
             sizes = f"E={self.experts}, BUCKETS={self._buckets}, EP={padded}, BLOCK={block}"
-            writer.line(f"place_pairs[({blocks},)](")
-            writer.line(f"    {', '.join(inner)},")
-            writer.line(f"    {sizes}, PAIRS={power_of_two(block)},")
-            writer.line(")")
-            writer.line(f"del {histogram}, {totals}")
+            inner += [sizes, f"PAIRS={power_of_two(block)}"]
+            write(writer, f"place_pairs[({blocks},)]({', '.join(inner)})")
+            writer.line(f"del {histogram}")
         with writer.block("else:"):
             writer.line(f"{made['offsets']}.zero_()")
 
@@ -111,11 +105,11 @@ class Routing:
         if self.scores is None:
             sizes = f"BUCKETS={self._buckets}, EP={power_of_two(self._buckets)}, PAIRS={PAIRS}"
             inner = f"{made['index']}, {made['histogram']}, {pairs}, {blocks}, {sizes}"
-            writer.line(f"count_pairs[({blocks},)]({inner})")
+            write(writer, f"count_pairs[({blocks},)]({inner})")
             return
         tokens = python_source(self.dispatch.operands[0].type.shape[0])
         inner = ", ".join([*arguments(self.scores.text, self.op, context, made), tokens, blocks])
-        writer.line(f"{self.name}[({blocks},)]({inner})")
+        write(writer, f"{self.name}[({blocks},)]({inner})")
 
     def _host_scores(self, writer: Writer, context: Context) -> str:
         """Write the scores as expressions; the name of the indices."""

@@ -40,18 +40,8 @@ class Domain:
     row: str = "row"
     inside: str = "inside"  # rows of this expert
     wide: str = "wide"  # the columns of both parts where they alternate
-
-    @property
-    def live(self) -> str:
-        """The mask of what is inside."""
-        columns = f" & ({self.column} < {self.columns})[None, :]" if self.cut else ""
-        return f"{self.inside}[:, None]{columns}"
-
-    @property
-    def live_wide(self) -> str:
-        """As ``live``, of two alternating parts."""
-        columns = f" & ({self.wide} < {2 * self.columns})[None, :]" if self.cut else ""
-        return f"{self.inside}[:, None]{columns}"
+    live: str = "inside[:, None]"  # the mask of a tile
+    live_wide: str = "inside[:, None]"  # of a tile of two alternating parts
 
     @property
     def column_mask(self) -> str:

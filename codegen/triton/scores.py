@@ -90,7 +90,8 @@ class Scores:
         name = t.parameter(index, f"{self.index.hint}_out")
         t.line(f"tl.store({name} + {at}, {self.env[self.index].text}, mask={mask})")
         histogram, blocks = t.parameter("histogram"), t.integers[1]
-        t.line(f"tl.store({histogram} + expert * {blocks} + block, count, mask=expert < {self.experts})")
+        at = f"{histogram} + expert * ({blocks} + 1) + block"
+        t.line(f"tl.store({at}, count, mask=expert < {self.experts})")
         t.sort(self.body)
 
     def _place(self, axes: tuple[str, ...]) -> tuple[str, str]:

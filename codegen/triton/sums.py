@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moec.codegen.triton.context import Context, arguments
+from moec.codegen.triton.context import Context, arguments, write
 from moec.codegen.triton.kernel import KernelText, Term, compute_dtype
 from moec.codegen.triton.products import RowProduct
 from moec.codegen.triton.rows import Domain, RowBody
@@ -70,4 +70,4 @@ class RowSums:
         """Write the launch."""
         rows = python_source(self.product.rows)
         inner = ", ".join([*arguments(self.text, op, context, made), rows])
-        writer.line(f"{self.name}_sums[(triton.cdiv({rows}, {BLOCK}),)]({inner})")
+        write(writer, f"{self.name}_sums[(triton.cdiv({rows}, {BLOCK}),)]({inner})")

@@ -43,7 +43,14 @@ _BINARY = {
     aten.maximum: "maximum",
     aten.minimum: "minimum",
 }
-_COMPARISON = {aten.eq: "eq", aten.ne: "ne", aten.lt: "lt", aten.le: "le", aten.gt: "gt", aten.ge: "ge"}
+_COMPARISON = {
+    aten.eq: "eq",
+    aten.ne: "ne",
+    aten.lt: "lt",
+    aten.le: "le",
+    aten.gt: "gt",
+    aten.ge: "ge",
+}
 
 
 def _overloads(packet: Any) -> list[Any]:
@@ -102,7 +109,12 @@ def rsub(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
 
 @handles(aten.pow.Tensor_Scalar)
 def power(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
-    return i.b("t.pow", i.cast(i.value(args[0]), i.dtype(node)), exponent=_number(args[1]), hint=i.hint(node))  # type: ignore[no-any-return]
+    return i.b(
+        "t.pow",
+        i.cast(i.value(args[0]), i.dtype(node)),
+        exponent=_number(args[1]),
+        hint=i.hint(node),
+    )  # type: ignore[no-any-return]
 
 
 @handles(aten.square.default)
@@ -112,7 +124,12 @@ def square(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
 
 @handles(aten.gelu.default)
 def gelu(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
-    return i.b("t.gelu", i.value(args[0]), approximate=str(kwargs.get("approximate", "none")), hint=i.hint(node))  # type: ignore[no-any-return]
+    return i.b(
+        "t.gelu",
+        i.value(args[0]),
+        approximate=str(kwargs.get("approximate", "none")),
+        hint=i.hint(node),
+    )  # type: ignore[no-any-return]
 
 
 @handles(aten.softplus.default)
@@ -123,7 +140,10 @@ def softplus(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
 
 @handles(aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.hardtanh.default)
 def clamp(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
-    bounds = {"min": args[1] if len(args) > 1 else kwargs.get("min"), "max": args[2] if len(args) > 2 else kwargs.get("max")}
+    bounds = {
+        "min": args[1] if len(args) > 1 else kwargs.get("min"),
+        "max": args[2] if len(args) > 2 else kwargs.get("max"),
+    }
     if node.target is aten.clamp_max.default:
         bounds = {"min": None, "max": args[1]}
     if node.target is aten.hardtanh.default and len(args) == 1:
@@ -132,14 +152,22 @@ def clamp(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
     return i.b("t.clamp", i.value(args[0]), hint=i.hint(node), **numbers)  # type: ignore[no-any-return]
 
 
-@handles(aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.other, aten.type_as.default)
+@handles(
+    aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.other, aten.type_as.default
+)
 def to_copy(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
     if isinstance(args[0], ExpertSlice):
         return ExpertSlice(i.cast(args[0].stack, i.dtype(node)))
     return i.cast(args[0], i.dtype(node))
 
 
-@handles(aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default)
+@handles(
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.alias.default,
+    aten.lift_fresh_copy.default,
+)
 def same(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
     return args[0]
 
@@ -174,13 +202,23 @@ def either(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
 @handles(aten.where.self)
 def where(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
     dtype = i.dtype(node)
-    return i.b("t.where", i.value(args[0]), i.cast(i.value(args[1]), dtype), i.cast(i.value(args[2]), dtype), hint=i.hint(node))  # type: ignore[no-any-return]
+    return i.b(
+        "t.where",
+        i.value(args[0]),
+        i.cast(i.value(args[1]), dtype),
+        i.cast(i.value(args[2]), dtype),
+        hint=i.hint(node),
+    )  # type: ignore[no-any-return]
 
 
 @handles(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 def masked_fill(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
     x = i.value(args[0])
-    fill = i.cast(args[2], x.type.dtype) if isinstance(args[2], Value) else i.b.full(Type(x.type.dtype, ()), _number(args[2]))
+    fill = (
+        i.cast(args[2], x.type.dtype)
+        if isinstance(args[2], Value)
+        else i.b.full(Type(x.type.dtype, ()), _number(args[2]))
+    )
     return i.b("t.where", i.value(args[1]), fill, x, hint=i.hint(node))  # type: ignore[no-any-return]
 
 
@@ -236,14 +274,18 @@ def slice_(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
     defaults = (0, None, None, 1)
     dim, start, stop, step = (*args[1:], *defaults[len(args) - 1 :])
     x = args[0].stack if isinstance(args[0], ExpertSlice) else i.value(args[0])
-    axis = int(dim) % (x.type.rank - isinstance(args[0], ExpertSlice)) + isinstance(args[0], ExpertSlice)
+    axis = int(dim) % (x.type.rank - isinstance(args[0], ExpertSlice)) + isinstance(
+        args[0], ExpertSlice
+    )
     size = x.type.shape[axis]
     if (start in (0, None)) and (stop is None or _beyond(stop, size)) and step == 1:
         return args[0]
     if not isinstance(size, int):
         raise CaptureError("a slice of a token axis")
     low, high = (_inside(int(b), size) for b in (start or 0, size if stop is None else stop))
-    made = i.b("t.slice", x, dim=axis, start=low, stop=max(low, high), step=int(step), hint=i.hint(node))
+    made = i.b(
+        "t.slice", x, dim=axis, start=low, stop=max(low, high), step=int(step), hint=i.hint(node)
+    )
     return ExpertSlice(made) if isinstance(args[0], ExpertSlice) else made
 
 
@@ -280,7 +322,10 @@ def split(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> tuple[Any, 
     sizes = [int(v.shape[axis - shift]) for v in node.meta["val"]]
     starts = [sum(sizes[:j]) for j in range(len(sizes))]
     names = i.hints(node, len(sizes))
-    parts = [i.b("t.slice", x, dim=axis, start=s, stop=s + n, hint=h) for s, n, h in zip(starts, sizes, names, strict=True)]
+    parts = [
+        i.b("t.slice", x, dim=axis, start=s, stop=s + n, hint=h)
+        for s, n, h in zip(starts, sizes, names, strict=True)
+    ]
     return tuple(ExpertSlice(p) if shift else p for p in parts)
 
 
@@ -288,7 +333,9 @@ def split(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> tuple[Any, 
 def concat(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
     dtype = i.dtype(node)
     dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-    return i.b("t.concat", *(i.cast(i.value(a), dtype) for a in args[0]), dim=int(dim), hint=i.hint(node))  # type: ignore[no-any-return]
+    return i.b(
+        "t.concat", *(i.cast(i.value(a), dtype) for a in args[0]), dim=int(dim), hint=i.hint(node)
+    )  # type: ignore[no-any-return]
 
 
 @handles(aten.full.default, aten.zeros.default, aten.ones.default, aten.scalar_tensor.default)
@@ -299,10 +346,23 @@ def full(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
     return i.b("t.full", value=fill, dtype=i.dtype(node), shape=i.shape_of(node), hint=i.hint(node))  # type: ignore[no-any-return]
 
 
-@handles(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default)
+@handles(
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+)
 def full_like(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
     name = str(node.target)
-    fill = 0.0 if "zeros" in name else 1.0 if "ones" in name else _number(args[2] if "new_full" in name else args[1])
+    fill = (
+        0.0
+        if "zeros" in name
+        else 1.0
+        if "ones" in name
+        else _number(args[2] if "new_full" in name else args[1])
+    )
     return i.b("t.full", value=fill, dtype=i.dtype(node), shape=i.shape_of(node), hint=i.hint(node))  # type: ignore[no-any-return]
 
 
@@ -311,7 +371,9 @@ def full_like(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
 
 @handles(aten.sum.dim_IntList, aten.mean.dim, aten.amax.default)
 def reduce(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
-    kind = {aten.sum.dim_IntList: "t.sum", aten.mean.dim: "t.mean", aten.amax.default: "t.amax"}[node.target]
+    kind = {aten.sum.dim_IntList: "t.sum", aten.mean.dim: "t.mean", aten.amax.default: "t.amax"}[
+        node.target
+    ]
     x = i.value(args[0])
     dims = args[1] if len(args) > 1 and args[1] else range(x.type.rank)
     dims = tuple(int(d) for d in (dims if isinstance(dims, list | tuple | range) else [dims]))
@@ -321,9 +383,40 @@ def reduce(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
     return i.cast(i.b(kind, x, dims=dims, keepdim=keepdim, hint=i.hint(node)), wanted)
 
 
+@handles(aten.native_layer_norm.default)
+def native_layer_norm(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> tuple[Value, ...]:
+    return (_layer_norm(i, node, i.value(args[0]), args[1], args[2:4], float(args[4])),)
+
+
+@handles(aten.layer_norm.default)
+def layer_norm(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    x, shape, *rest = args
+    eps = float(rest[2]) if len(rest) > 2 else 1e-5
+    return _layer_norm(i, node, i.value(x), shape, rest[:2], eps)
+
+
+def _layer_norm(
+    i: Importer, node: fx.Node, x: Value, shape: Any, affine: Sequence[Any], eps: float
+) -> Value:
+    """Normalise over the last axis, in float32 at least, as PyTorch's own kernels do."""
+    if len(shape) != 1:
+        raise CaptureError("a layer norm over several axes")
+    dtype = x.type.dtype
+    wide = i.cast(x, "f64" if dtype == "f64" else "f32")
+    centred = i.b("t.sub", wide, i.b("t.mean", wide, dims=(-1,), keepdim=True))
+    variance = i.b("t.mean", i.b("t.mul", centred, centred), dims=(-1,), keepdim=True)
+    y = i.b("t.mul", centred, i.b("t.rsqrt", i.b("t.add", variance, other=eps)))
+    for kind, term in zip(("t.mul", "t.add"), affine, strict=False):
+        y = y if term is None else i.b(kind, y, i.cast(i.value(term), wide.type.dtype))
+    result: Value = i.cast(y, dtype)
+    return result
+
+
 @handles(aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 def softmax(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
-    return i.b("t.softmax", i.cast(i.value(args[0]), i.dtype(node)), dim=int(args[1]), hint=i.hint(node))  # type: ignore[no-any-return]
+    return i.b(
+        "t.softmax", i.cast(i.value(args[0]), i.dtype(node)), dim=int(args[1]), hint=i.hint(node)
+    )  # type: ignore[no-any-return]
 
 
 @handles(aten.cumsum.default)
@@ -335,9 +428,56 @@ def cumsum(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
 def topk(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
     defaults: tuple[Any, ...] = (None, None, -1, True, True)
     _, k, dim, largest, ordered = (*args, *defaults[len(args) :])
-    attrs = {"dim": int(dim), "largest": bool(kwargs.get("largest", largest)), "sorted": bool(kwargs.get("sorted", ordered))}
+    attrs = {
+        "dim": int(dim),
+        "largest": bool(kwargs.get("largest", largest)),
+        "sorted": bool(kwargs.get("sorted", ordered)),
+    }
     attrs = {n: v for n, v in attrs.items() if v != {"dim": -1, "largest": True, "sorted": True}[n]}
     return i.b("t.topk", i.value(args[0]), k=int(k), hint=i.hints(node, 2), **attrs)
+
+
+@handles(aten.max.dim)
+def largest(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> tuple[Value, Value]:
+    x, axis, keepdim = i.value(args[0]), int(args[1]), bool(args[2]) if len(args) > 2 else False
+    index = _argmax(i, node, x, axis)
+    value = i.b("t.gather", x, index, dim=axis, hint=i.hint(node))
+    return (value, index) if keepdim else (_without(i, value, axis), _without(i, index, axis))
+
+
+@handles(aten.argmax.default)
+def argmax(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    axis = args[1] if len(args) > 1 else kwargs.get("dim")
+    if axis is None:
+        raise CaptureError("argmax over all axes")
+    index = _argmax(i, node, i.value(args[0]), int(axis))
+    keepdim = bool(args[2]) if len(args) > 2 else bool(kwargs.get("keepdim", False))
+    return index if keepdim else _without(i, index, int(axis))
+
+
+def _argmax(i: Importer, node: fx.Node, x: Value, axis: int) -> Value:
+    """The first place of the largest value, or of the first NaN, with the axis kept.
+
+    Top-k with k = 1 will not do: it takes another one of equal values (rows of zeros have them).
+    """
+    top = i.b("t.amax", x, dims=(axis,), keepdim=True)
+    found = i.b("t.logical_or", i.b("t.eq", x, top), i.b("t.ne", x, x))
+    so_far = i.b("t.cumsum", i.cast(found, "i64"), dim=axis)
+    before = i.cast(i.b("t.eq", so_far, other=0.0), "i64")
+    index: Value = i.b("t.sum", before, dims=(axis,), keepdim=True, hint=i.hint(node))
+    return index
+
+
+def _without(i: Importer, value: Value, axis: int) -> Value:
+    shape = list(value.type.shape)
+    del shape[axis]
+    reshaped: Value = i.b("t.reshape", value, shape=tuple(shape), hint=value.hint)
+    return reshaped
+
+
+@handles(aten.log_sigmoid.default)
+def log_sigmoid(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    return i.b("t.neg", i.b("t.softplus", i.b("t.neg", i.value(args[0]))), hint=i.hint(node))  # type: ignore[no-any-return]
 
 
 @handles(aten.gather.default)
@@ -367,15 +507,21 @@ def one_hot(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
 def linear(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
     x, w = i.value(args[0]), args[1]
     if isinstance(w, ExpertSlice):
-        return _grouped(i, node, x, ExpertSlice(w.stack), args[2] if len(args) > 2 else None, transposed=False)
+        return _grouped(
+            i, node, x, ExpertSlice(w.stack), args[2] if len(args) > 2 else None, transposed=False
+        )
     biases = [i.value(a) for a in args[2:] if a is not None]
     return i.b("t.linear", x, w, *biases, hint=i.hint(node))  # type: ignore[no-any-return]
 
 
-def _grouped(i: Importer, node: fx.Node, x: Value, w: ExpertSlice, bias: Any, *, transposed: bool) -> Value:
+def _grouped(
+    i: Importer, node: fx.Node, x: Value, w: ExpertSlice, bias: Any, *, transposed: bool
+) -> Value:
     if i.offsets is None or w.rank != 2:
         raise CaptureError(f"a product with a weight of type {w.stack.type}")
-    y: Value = i.b("moe.grouped_mm", x, w.stack, i.offsets, transposed=transposed, hint=i.hint(node))
+    y: Value = i.b(
+        "moe.grouped_mm", x, w.stack, i.offsets, transposed=transposed, hint=i.hint(node)
+    )
     return y if bias is None else i.b("t.add", y, i.value(bias), hint=i.hint(node))
 
 

@@ -77,7 +77,9 @@ def opaque_experts(experts: nn.Module) -> Iterator[None]:
             experts.__dict__["forward"] = saved
 
 
-def capture_block(block: nn.Module, body: ExpertsBody, experts_path: str, tokens: torch.Tensor, path: str) -> CapturedBlock:
+def capture_block(
+    block: nn.Module, body: ExpertsBody, experts_path: str, tokens: torch.Tensor, path: str
+) -> CapturedBlock:
     """The IR of a block that is called with tokens ``[..., H]`` alone.
 
     ``tokens`` is an example on the block's device in the call's dtype; its leading axes become dims.
@@ -99,10 +101,16 @@ def _export(block: nn.Module, tokens: torch.Tensor, leading: int) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the tracer warns about its own internals
-            exported = torch.export.export(block, (tokens,), dynamic_shapes=(dynamic,), strict=False)
+            exported = torch.export.export(
+                block, (tokens,), dynamic_shapes=(dynamic,), strict=False
+            )
             return exported.run_decompositions({})
-    except Exception as error:  # the tracer raises errors of many kinds; all mean "cannot be captured"
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    except (
+        Exception
+    ) as error:  # the tracer raises errors of many kinds; all mean "cannot be captured"
+        first = next(
+            (line for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
         raise CaptureError(f"torch.export refused {type(block).__name__}: {first}") from error
     finally:
         logger.setLevel(level)
@@ -111,7 +119,9 @@ def _export(block: nn.Module, tokens: torch.Tensor, leading: int) -> Any:
 class _ExportImporter:
     """Imports an exported program; inputs become the tokens, then the parameters that are used."""
 
-    def __init__(self, exported: Any, names: Sequence[str], body: ExpertsBody, experts_path: str, path: str) -> None:
+    def __init__(
+        self, exported: Any, names: Sequence[str], body: ExpertsBody, experts_path: str, path: str
+    ) -> None:
         self.exported, self.names, self.body = exported, names, body
         self.experts_path, self.path = experts_path, path
         self.builder = Builder({n: (0, MAX_TOKENS) for n in names})
@@ -127,12 +137,18 @@ class _ExportImporter:
         importer.run(graph)
         output = next(n for n in graph.nodes if n.op == "output")
         results = [importer.value(importer.env[n]) for n in output.args[0]]
-        graph_ = self.builder.graph(block_name(self.path, block), [tokens, *self.weights.values()], results)
+        graph_ = self.builder.graph(
+            block_name(self.path, block), [tokens, *self.weights.values()], results
+        )
         return CapturedBlock(graph_, tuple(self.weights), self.exported.call_spec.out_spec)
 
     def bind_inputs(self, importer: Importer, graph: fx.Graph, block: nn.Module) -> Value:
         signature = self.exported.graph_signature
-        paths = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+        paths = {
+            **signature.inputs_to_parameters,
+            **signature.inputs_to_buffers,
+            **signature.inputs_to_lifted_tensor_constants,
+        }
         if signature.buffers_to_mutate or signature.inputs_to_lifted_tensor_constants:
             raise CaptureError("the block changes a buffer or builds a constant tensor in forward")
         tokens = None
@@ -186,7 +202,10 @@ class _ExportImporter:
             raise CaptureError(f"{argument!r} is no size")
         expression = argument.node.expr
         unknown = expression.free_symbols - self.symbols.keys()
-        if unknown or any(f.__module__.startswith("torch") for f in (type(a) for a in expression.atoms(*()) | {expression})):
+        if unknown or any(
+            f.__module__.startswith("torch")
+            for f in (type(a) for a in expression.atoms(*()) | {expression})
+        ):
             raise CaptureError(f"the size {expression} is no sum of products of token axes")
         return dims.canon(expression.xreplace(self.symbols))
 
@@ -202,7 +221,9 @@ class _BlockImporter(Importer):
         if node.target is not _LEAF:
             return super().call(node)
         x, idx, w = (self.value(self.env[a]) for a in node.args)  # type: ignore[index]
-        return self.owner.body.inline(self.b, x, idx, w, lambda p: self.owner.expert_weight(p, self.tensors))
+        return self.owner.body.inline(
+            self.b, x, idx, w, lambda p: self.owner.expert_weight(p, self.tensors)
+        )
 
 
 def weight_hint(path: str) -> str:

@@ -16,6 +16,8 @@ from moec.ir.graph import Graph
 from moec.ir.types import DTYPES
 
 SIZES = {3: ((1, 1), (2, 3), (1, 33), (3, 17)), 2: ((1,), (6,), (33,), (51,))}
+# As many equal tokens, which all go to the same experts: a capacity shows only where it is exceeded.
+EQUAL = {3: (1, 257), 2: (257,)}
 SCALES = (1.0, 30.0)  # limits such as clamps show only far from zero
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
@@ -44,12 +46,14 @@ def compare(
             for scale in SCALES:
                 x = (torch.randn(*leading, hidden, generator=generator) * scale).to(device, dtype)
                 _compare_once(module, graph, inputs, x)
+        row = torch.randn(hidden, generator=generator).to(device, dtype)
+        _compare_once(module, graph, inputs, row.expand(*EQUAL[rank], hidden).contiguous())
 
 
 def compare_experts(module: nn.Module, graph: Graph, weights: Sequence[str], experts: int) -> None:
     """As :func:`compare` for experts called with tokens, indices and weights.
 
-    The indices are distinct experts a token; one batch sends every token to the same experts.
+    The indices are distinct experts a token; one batch sends all to the same.
     """
     device = next(module.parameters()).device
     if device.type == "meta":
@@ -58,7 +62,7 @@ def compare_experts(module: nn.Module, graph: Graph, weights: Sequence[str], exp
     inputs = [tensors[path].detach() for path in weights]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for (tokens,) in SIZES[2]:
+        for (tokens,) in (*SIZES[2], EQUAL[2]):
             for scale in SCALES:
                 data = _routed(graph, tokens, experts, scale, generator, device)
                 _compare_call(module, graph, data, inputs)
@@ -76,7 +80,7 @@ def _routed(
     x, idx, w = (v.type for v in graph.inputs[:3])
     hidden, choices = int(x.shape[-1]), int(idx.shape[-1])  # type: ignore[arg-type]
     order = torch.rand(tokens, experts, generator=generator).argsort(-1)[:, :choices]
-    if tokens == SIZES[2][-1][0]:
+    if (tokens,) == EQUAL[2]:
         order = order[:1].expand(tokens, -1).contiguous()
     return [
         (torch.randn(tokens, hidden, generator=generator) * scale).to(device, DTYPES[x.dtype]),

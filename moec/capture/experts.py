@@ -47,30 +47,50 @@ class ExpertsBody:
     weights: Mapping[str, tuple[str, ...]]
     module_path: str
 
-    def inline(self, b: Builder, x: Value, idx: Value, w: Value, weight: Callable[[str], Value]) -> Value:
+    def inline(
+        self, b: Builder, x: Value, idx: Value, w: Value, weight: Callable[[str], Value]
+    ) -> Value:
         """Append the body for tokens ``x [T, H]``, indices ``idx [T, K]`` and weights ``w [T, K]``; returns ``[T, H]``."""
         index: Value = idx if idx.type.dtype == "i32" else b("t.cast", idx, dtype="i32", hint="idx")
-        perm, offsets, inverse = b("moe.dispatch", index, experts=self.experts, hint=("perm", "offsets", "inverse"))
+        perm, offsets, inverse = b(
+            "moe.dispatch", index, experts=self.experts, hint=("perm", "offsets", "inverse")
+        )
         importer = _BodyImporter(b, self, perm, offsets, inverse, (x, w))
         for node in self.graph.nodes:
             if node.op == "placeholder":
                 known = node.name in ("x", "w")
-                importer.env[node] = TokenData(node.name) if known else _weight(b, self.weights[node.name], weight)
+                importer.env[node] = (
+                    TokenData(node.name) if known else _weight(b, self.weights[node.name], weight)
+                )
         importer.run(self.graph)
         return importer.combined()
 
 
-def _weight(b: Builder, paths: tuple[str, ...], weight: Callable[[str], Value]) -> Value | ExpertSlice:
+def _weight(
+    b: Builder, paths: tuple[str, ...], weight: Callable[[str], Value]
+) -> Value | ExpertSlice:
     """A stacked weight, or the weights of the experts stacked: then the body has one expert's part."""
     values = [weight(path) for path in paths]
-    return values[0] if len(values) == 1 else ExpertSlice(b("t.stack", *values, hint=values[0].hint))
+    return (
+        values[0] if len(values) == 1 else ExpertSlice(b("t.stack", *values, hint=values[0].hint))
+    )
 
 
 class _BodyImporter(Importer):
     """Imports a recorded body: indexing by the recorded routing becomes dispatch."""
 
-    def __init__(self, b: Builder, body: ExpertsBody, perm: Value, offsets: Value, inverse: Value, data: tuple[Value, Value]) -> None:
-        super().__init__(b, lambda node: node.meta["shape"], lambda a: a, module_path=body.module_path)
+    def __init__(
+        self,
+        b: Builder,
+        body: ExpertsBody,
+        perm: Value,
+        offsets: Value,
+        inverse: Value,
+        data: tuple[Value, Value],
+    ) -> None:
+        super().__init__(
+            b, lambda node: node.meta["shape"], lambda a: a, module_path=body.module_path
+        )
         self.body, self.plan, self.data = body, (perm, inverse), data
         self.offsets, self.rows = offsets, perm.type.shape[0]
         self.output = next(n for n in body.graph.nodes if n.op == "output")
@@ -100,15 +120,22 @@ class _BodyImporter(Importer):
     def is_every_row(self, index: Any) -> bool:
         """Whether a recorded index is all rows in order."""
         return isinstance(index, ConstantPair) and all(
-            t.dtype == torch.long and torch.equal(t.flatten().cpu(), torch.arange(n)) for t, n in zip((index.first, index.second), _ROWS, strict=True)
+            t.dtype == torch.long and torch.equal(t.flatten().cpu(), torch.arange(n))
+            for t, n in zip((index.first, index.second), _ROWS, strict=True)
         )
 
     def rows_of(self, data: TokenData, node: fx.Node) -> Value:
         """The tokens or the weights, one a row, in the shape that the node has."""
-        kind, value = ("moe.gather", self.data[0]) if data.name == "x" else ("moe.permute", self.data[1])
+        kind, value = (
+            ("moe.gather", self.data[0]) if data.name == "x" else ("moe.permute", self.data[1])
+        )
         rows: Value = self.b(kind, value, *self.plan, hint="xs" if data.name == "x" else "ws")
         shape = self.shape_in_rows(node)
-        reshaped: Value = rows if rows.type.shape == shape else self.b("t.reshape", rows, shape=shape, hint=rows.hint)
+        reshaped: Value = (
+            rows
+            if rows.type.shape == shape
+            else self.b("t.reshape", rows, shape=shape, hint=rows.hint)
+        )
         return reshaped
 
     def combined(self) -> Value:
@@ -147,7 +174,9 @@ def _is_weight_column(b: Builder, value: Value) -> bool:
 def _uncast(b: Builder, rows: Value, added: Value) -> Value:
     """Undo a widening before the weighting: the combine sums in float32 in any case."""
     op = b.made_by(rows)
-    widened = op is not None and op.kind == "t.cast" and op.operands[0].type.dtype == added.type.dtype
+    widened = (
+        op is not None and op.kind == "t.cast" and op.operands[0].type.dtype == added.type.dtype
+    )
     return op.operands[0] if widened and op is not None else rows
 
 
@@ -155,7 +184,9 @@ def _number_of(pair: ConstantPair) -> Any:
     first, second = pair.first, pair.second
     if first.numel() == 1 and second.numel() == 1 and first.dim() == 0:
         if first.item() != second.item():
-            raise CaptureError("a number in the body depends on the expert or on the number of tokens")
+            raise CaptureError(
+                "a number in the body depends on the expert or on the number of tokens"
+            )
         return first.item()
     return pair
 
@@ -183,14 +214,24 @@ def _is_expert(index: Any) -> bool:
 
 def _select(i: _BodyImporter, node: fx.Node) -> Any:
     source, axis, index = node.args[:3]
-    if isinstance(source, fx.Node) and source.op == "placeholder" and axis == 0 and _is_expert(index):
+    if (
+        isinstance(source, fx.Node)
+        and source.op == "placeholder"
+        and axis == 0
+        and _is_expert(index)
+    ):
         return ExpertSlice(i.env[source])
     return None
 
 
 def _index_add(i: _BodyImporter, node: fx.Node) -> Any:
     into, axis, index, source = node.args[:4]
-    if axis != 0 or not _is_zero(into) or not i.is_every_row(index) or node.kwargs.get("alpha", 1) != 1:
+    if (
+        axis != 0
+        or not _is_zero(into)
+        or not i.is_every_row(index)
+        or node.kwargs.get("alpha", 1) != 1
+    ):
         raise CaptureError("index_add into something that is not the zero-filled result")
     i.added = i.env[source]  # type: ignore[index]
     return i.added
@@ -227,6 +268,7 @@ _SPECIAL: dict[Any, Callable[[_BodyImporter, fx.Node], Any]] = {
     aten.add.Tensor: _add,
 }
 _SIZES = Sizes({"R": _ROWS})
+_LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList)
 
 
 def read_experts(module: nn.Module, path: str = "") -> ExpertsBody:
@@ -247,16 +289,33 @@ def read_experts(module: nn.Module, path: str = "") -> ExpertsBody:
     raise CaptureError(f"{type(module).__name__} ran with no hidden size ({'; '.join(reasons)})")
 
 
-def _read(module: nn.Module, forward: Callable[..., Any], experts: int, hidden: int, path: str) -> ExpertsBody:
+def _read(
+    module: nn.Module, forward: Callable[..., Any], experts: int, hidden: int, path: str
+) -> ExpertsBody:
     chosen = (0, experts - 1)
     pairs = [_record(module, forward, e, n, hidden) for e, n in zip(chosen, _ROWS, strict=True)]
     (first, out1), (second, out2) = pairs
-    graph = merge(first, second, (out1, out2), _SIZES, lambda name, which: _pattern(name, chosen[which]))
-    weights = {n.name: _paths(module, str(n.meta["source"]), chosen[0], experts) for n in graph.nodes if n.op == "placeholder" and n.name not in ("x", "w")}
+    graph = merge(
+        first,
+        second,
+        (out1, out2),
+        _SIZES,
+        lambda name, which: _pattern(module, name, chosen[which], experts),
+    )
+    sources = {n.name: str(n.meta["source"]) for n in graph.nodes if n.op == "placeholder"}
+    known = dict(named_weights(module))
+    for name, source in sources.items():
+        if name not in ("x", "w") and source not in known:
+            raise CaptureError(f"{type(module).__name__} reads the integer buffer {source}")
+    weights = {
+        n: _paths(module, s, chosen[0], experts) for n, s in sources.items() if n not in ("x", "w")
+    }
     return ExpertsBody(graph, experts, hidden, weights, path)
 
 
-def _record(module: nn.Module, forward: Callable[..., Any], expert: int, rows: int, hidden: int) -> tuple[Recorder, torch.Tensor]:
+def _record(
+    module: nn.Module, forward: Callable[..., Any], expert: int, rows: int, hidden: int
+) -> tuple[Recorder, torch.Tensor]:
     parameter = next(module.parameters())
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, hidden, generator=generator).to(parameter.device, parameter.dtype)
@@ -265,10 +324,12 @@ def _record(module: nn.Module, forward: Callable[..., Any], expert: int, rows: i
     recorder = Recorder()
     recorder.mark("x", x)
     recorder.mark("w", w)
-    for name, tensor in named_weights(module):
+    for name, tensor in (*named_weights(module), *integer_buffers(module)):
         recorder.mark(name, tensor)
-    with torch.no_grad(), recorder:
+    with torch.no_grad(), recorder, recorder.watching():
         out = forward(module, x, idx, w)
+    if recorder.reads:
+        raise CaptureError(read_reason(module, recorder.reads[0]))
     if not isinstance(out, torch.Tensor):
         raise CaptureError(f"{type(module).__name__} returns {type(out).__name__}, not one tensor")
     return recorder, out
@@ -280,6 +341,21 @@ def named_weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from ((n, t) for n, t in module.named_buffers() if t.is_floating_point())
 
 
+def integer_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The other buffers: code that reads them is not captured, since layers may differ in them."""
+    yield from ((n, t) for n, t in module.named_buffers() if not t.is_floating_point())
+
+
+def read_reason(module: nn.Module, node: fx.Node) -> str:
+    """Why a module that turned a recorded value into a Python number is left as it was."""
+    place = node.meta.get("location")
+    where = f"{place[0]}:{place[1]}: " if place else ""
+    return (
+        f"{where}{type(module).__name__} reads a value of a tensor as a Python number (in a branch, "
+        "item() or tolist()), which a compiled call would not do again; use torch.where or a tensor"
+    )
+
+
 def count_experts(module: nn.Module) -> int:
     """The number of experts: the first size of the stacked weights, or the length of the list of experts."""
     for child in module.children():
@@ -287,33 +363,55 @@ def count_experts(module: nn.Module) -> int:
             return len(child)
     sizes = {t.shape[0] for _, t in named_weights(module) if t.dim() == 3}
     if len(sizes) != 1:
-        raise CaptureError(f"{type(module).__name__} has no stacked weights of one number of experts")
+        raise CaptureError(
+            f"{type(module).__name__} has no stacked weights of one number of experts"
+        )
     return int(sizes.pop())
 
 
 def hidden_sizes(module: nn.Module) -> list[int]:
     """Candidates for the size of a token, likely ones first."""
-    named = [getattr(module, n, None) for n in ("hidden_dim", "hidden_size", "dim", "d_model", "embed_dim")]
+    named = [
+        getattr(module, n, None)
+        for n in ("hidden_dim", "hidden_size", "dim", "d_model", "embed_dim")
+    ]
     sizes = [s for _, t in named_weights(module) if t.dim() >= 2 for s in t.shape[-2:]]
     return list(dict.fromkeys(int(s) for s in [*named, *sizes] if isinstance(s, int)))
 
 
-def _pattern(name: str, expert: int) -> str:
-    return ".".join("*" if part == str(expert) else part for part in name.split("."))
+def _pattern(module: nn.Module, name: str, expert: int, experts: int) -> str:
+    """A parameter's path with ``*`` in place of the expert whose it is."""
+    parts = name.split(".")
+    place = _place(module, parts, experts)
+    if place is not None and parts[place] == _keys(module, parts[:place])[expert]:
+        parts[place] = "*"
+    return ".".join(parts)
 
 
 def _paths(module: nn.Module, source: str, expert: int, experts: int) -> tuple[str, ...]:
+    """The paths of the parameters that correspond to one expert's, one an expert."""
     parts = source.split(".")
-    if str(expert) not in parts or not _is_per_expert(module, parts, expert, experts):
+    place = _place(module, parts, experts)
+    if place is None or parts[place] != _keys(module, parts[:place])[expert]:
         return (source,)
-    place = parts.index(str(expert))
-    return tuple(".".join([*parts[:place], str(e), *parts[place + 1 :]]) for e in range(experts))
+    keys = _keys(module, parts[:place])
+    return tuple(".".join([*parts[:place], key, *parts[place + 1 :]]) for key in keys)
 
 
-def _is_per_expert(module: nn.Module, parts: list[str], expert: int, experts: int) -> bool:
-    place = parts.index(str(expert))
-    owner = module.get_submodule(".".join(parts[:place]))
-    return isinstance(owner, nn.ModuleList | nn.ModuleDict | nn.ParameterList) and len(owner) == experts
+def _place(module: nn.Module, parts: list[str], experts: int) -> int | None:
+    """Which part of a parameter's path names the expert: the one below the outermost list of all."""
+    for place in range(len(parts)):
+        owner = module.get_submodule(".".join(parts[:place]))
+        if isinstance(owner, _LISTS) and len(owner) == experts:
+            return place
+    return None
+
+
+def _keys(module: nn.Module, parts: list[str]) -> list[str]:
+    owner = module.get_submodule(".".join(parts))
+    if isinstance(owner, nn.ParameterList):
+        return [str(e) for e in range(len(owner))]
+    return list(owner._modules)
 
 
 __all__ = ["ExpertsBody", "count_experts", "dim", "hidden_sizes", "named_weights", "read_experts"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from moec.errors import MoecError
 from moec.ir.builder import Builder
@@ -11,8 +12,19 @@ from moec.ir.graph import Graph, Op, Value
 from moec.ir.opdef import opdef
 from moec.ir.types import Type
 
-_LAST_AXIS = {"t.linear", "t.split", "t.merge"}
-_NEGATIVE_AXIS = {"t.softmax", "t.sum", "t.mean", "t.amax"}
+_LAST_AXIS = {"t.linear", "t.split", "t.merge", "t.one_hot"}
+_BY_AXIS = {
+    "t.softmax",
+    "t.sum",
+    "t.mean",
+    "t.amax",
+    "t.cumsum",
+    "t.topk",
+    "t.gather",
+    "t.scatter",
+    "t.scatter_add",
+    "t.slice",
+}
 
 
 class _NotFlat(MoecError):
@@ -27,7 +39,7 @@ def flatten_tokens(graph: Graph) -> Graph | None:
     """
     try:
         return _Flatten(graph).run()
-    except _NotFlat:
+    except MoecError:
         return None
 
 
@@ -45,7 +57,9 @@ class _Flatten:
             self.builder.loc = op.loc
             results = self.op(op)
             self.mapping.update(zip(op.results, results, strict=True))
-        return self.builder.graph(self.graph.name, inputs, [self.mapping[v] for v in self.graph.outputs])
+        return self.builder.graph(
+            self.graph.name, inputs, [self.mapping[v] for v in self.graph.outputs]
+        )
 
     def input(self, value: Value) -> Value:
         new = Value(Type(value.type.dtype, self.shape(value.type.shape)), value.hint)
@@ -71,22 +85,32 @@ class _Flatten:
     def op(self, op: Op) -> tuple[Value, ...]:
         operands = [self.mapping[v] for v in op.operands]
         if op.kind in ("t.reshape", "t.expand", "t.full"):
-            made = self.builder(op.kind, *operands, hint=op.result.hint, **{**op.attrs, "shape": self.shape(op.attrs["shape"])})
+            made = self.builder(
+                op.kind,
+                *operands,
+                hint=op.result.hint,
+                **{**op.attrs, "shape": self.shape(op.attrs["shape"])},
+            )
             return (made,)
-        if any(self.is_leading(v) for v in (*op.operands, *op.results)):
-            self.check(op)
         attrs = {k: self.size(v) if k == "rows" else v for k, v in op.attrs.items()}
-        found = self.builder(op.kind, *operands, hint=[r.hint for r in op.results], body=op.body, **attrs)
+        if any(self.is_leading(v) for v in (*op.operands, *op.results)):
+            attrs |= self.checked(op)
+        found = self.builder(
+            op.kind, *operands, hint=[r.hint for r in op.results], body=op.body, **attrs
+        )
         return found if isinstance(found, tuple) else (found,)
 
-    def check(self, op: Op) -> None:
-        """Refuse an op that could tell batch from sequence."""
-        if opdef(op.kind).pointwise and all(v.type.rank in (0, 1) or self.is_leading(v) for v in op.operands):
-            return
+    def checked(self, op: Op) -> dict[str, Any]:
+        """Refuse an op that could tell batch from sequence; its axes counted from the back."""
+        if opdef(op.kind).pointwise and all(
+            v.type.rank in (0, 1) or self.is_leading(v) for v in op.operands
+        ):
+            return {}
         if op.kind in _LAST_AXIS:
-            return
-        if op.kind in _NEGATIVE_AXIS:
-            axes = op.attrs.get("dims", (op.attrs.get("dim"),))
-            if all(a == -1 for a in axes):
-                return
+            return {}
+        rank = op.operands[0].type.rank
+        if op.kind in _BY_AXIS and all(self.is_leading(v) for v in op.operands):
+            axes = op.attrs.get("dims", (op.attrs.get("dim", -1),))
+            if all(a in (-1, rank - 1) for a in axes) and rank > 2:
+                return {"dims": (-1,)} if "dims" in op.attrs else {"dim": -1}
         raise _NotFlat(op.kind)

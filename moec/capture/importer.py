@@ -87,22 +87,30 @@ class Importer:
         """Import one call."""
         if node.target is operator.getitem:
             return self.env[node.args[0]][node.args[1]]  # type: ignore[index]
-        if isinstance(node.meta.get("val"), torch.SymInt | int) and not isinstance(node.meta.get("val"), bool):
+        if isinstance(node.meta.get("val"), torch.SymInt | int) and not isinstance(
+            node.meta.get("val"), bool
+        ):
             return None
         handler = handler_of(node.target)
         if handler is None:
-            raise CaptureError(f"{location_of(node, self.module_path) or 'the model'}: no IR for {node.target}")
+            raise CaptureError(
+                f"{location_of(node, self.module_path) or 'the model'}: no IR for {node.target}"
+            )
         args = [self.argument(a) for a in node.args]
         kwargs = {k: self.argument(v) for k, v in node.kwargs.items()}
         try:
             return handler(self, node, args, kwargs)
         except (IRError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise CaptureError(f"{location_of(node, self.module_path) or 'the model'}: {node.target}: {error}") from error
+            raise CaptureError(
+                f"{location_of(node, self.module_path) or 'the model'}: {node.target}: {error}"
+            ) from error
 
     def argument(self, argument: Any) -> Any:
         """The imported form of an argument: a value, a slice, a dim, or a constant."""
         if isinstance(argument, fx.Node):
-            return self.env[argument] if self.env.get(argument) is not None else self.dim_of(argument)
+            return (
+                self.env[argument] if self.env.get(argument) is not None else self.dim_of(argument)
+            )
         if isinstance(argument, list | tuple):
             return [self.argument(a) for a in argument]
         return argument
@@ -115,7 +123,9 @@ class Importer:
     def hints(self, node: fx.Node, count: int) -> list[str]:
         """Names for the parts of the node's value."""
         names = node.meta.get("hints", ())
-        return list(names) if len(names) == count else [f"{self.hint(node)}_{j}" for j in range(count)]
+        return (
+            list(names) if len(names) == count else [f"{self.hint(node)}_{j}" for j in range(count)]
+        )
 
     def dtype(self, node: fx.Node) -> str:
         """The IR dtype of the node's (first) result."""
@@ -127,8 +137,16 @@ class Importer:
         """An operand: a per-expert vector is spread over the expert's rows first."""
         if isinstance(argument, ExpertSlice):
             if argument.rank != 1 or self.offsets is None:
-                raise CaptureError(f"a weight of type {argument.stack.type} is used in a way that has no grouped form")
-            spread: Value = self.b("moe.expert_rows", argument.stack, self.offsets, rows=self.rows, hint=argument.stack.hint)
+                raise CaptureError(
+                    f"a weight of type {argument.stack.type} is used in a way that has no grouped form"
+                )
+            spread: Value = self.b(
+                "moe.expert_rows",
+                argument.stack,
+                self.offsets,
+                rows=self.rows,
+                hint=argument.stack.hint,
+            )
             return spread
         if not isinstance(argument, Value):
             raise CaptureError(f"expected a tensor, got {argument!r}")

@@ -21,7 +21,14 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten
 
 from moec.capture.block import _LEAF, MAX_TOKENS, CapturedBlock, block_name, weight_hint
-from moec.capture.experts import ExpertsBody, hidden_sizes, named_weights, read_experts
+from moec.capture.experts import (
+    ExpertsBody,
+    hidden_sizes,
+    integer_buffers,
+    named_weights,
+    read_experts,
+)
+from moec.capture.explained import Match, refuse_unexplained
 from moec.capture.importer import Importer
 from moec.capture.recorder import IntegerPair, Recorder, Sizes, merge
 from moec.errors import CaptureError
@@ -113,16 +120,6 @@ class _Run:
                 yield node
 
 
-@dataclass(frozen=True)
-class _Match:
-    """Nodes of one recording: what the loop reads and the value that it computes."""
-
-    x: fx.Node
-    idx: fx.Node
-    w: fx.Node
-    result: fx.Node
-
-
 def capture_loop(
     module: nn.Module, path: str, dtype: torch.dtype | None, rank: int
 ) -> CapturedBlock:
@@ -138,7 +135,7 @@ def capture_loop(
         _run(module, name, members, body.hidden, dtype, tuple(p[i] for p in sizes.pairs.values()))
         for i in (0, 1)
     ]
-    graph = _merged(runs, members, sizes)
+    graph = _merged(module, runs, members, sizes)
     tree = tree_flatten(runs[0].out)[1]
     return _LoopImporter(module, name, body, sizes, path).run(graph, runs[0], tree)
 
@@ -158,12 +155,13 @@ def _run(
     )
     recorder = Recorder()
     recorder.mark("x", x)
-    for weight, tensor in named_weights(module):
+    for weight, tensor in (*named_weights(module), *integer_buffers(module)):
         if not weight.startswith(f"{name}."):
             recorder.mark(weight, tensor)
     state = torch.get_rng_state()
     try:
-        with torch.no_grad(), _opaque_members(members, recorder), recorder:
+        seen = _opaque_members(members, recorder)
+        with torch.no_grad(), seen, recorder, recorder.watching():
             out = module(x)
     except CaptureError:
         raise
@@ -204,13 +202,16 @@ def _opaque_members(members: Sequence[nn.Module], recorder: Recorder) -> Iterato
             del expert.__dict__["forward"]
 
 
-def _merged(runs: Sequence[_Run], members: Sequence[nn.Module], sizes: Sizes) -> fx.Graph:
+def _merged(
+    module: nn.Module, runs: Sequence[_Run], members: Sequence[nn.Module], sizes: Sizes
+) -> fx.Graph:
     """The block's graph with the loop as one opaque op, from the first matches that agree."""
     matches = [list(_matches(run, members)) for run in runs]
     reason = "no tokens, indices and weights of the block explain what its loop computes"
     for pair in product(*matches):
         try:
             for run, match in zip(runs, pair, strict=True):
+                refuse_unexplained(module, run.recorder.reads, match)
                 _replace_loop(run, match)
             return merge(
                 runs[0].recorder,
@@ -226,7 +227,7 @@ def _merged(runs: Sequence[_Run], members: Sequence[nn.Module], sizes: Sizes) ->
     raise CaptureError(reason)
 
 
-def _matches(run: _Run, members: Sequence[nn.Module]) -> Iterator[_Match]:
+def _matches(run: _Run, members: Sequence[nn.Module]) -> Iterator[Match]:
     """Every choice of tokens, indices and weights whose weighted sum of expert outputs is a recorded value."""
     experts = len(members)
     indices = [n for n in run.nodes(False) if _are_indices(n.meta["val"], experts, run.tokens)]
@@ -277,11 +278,12 @@ def _weighted(
 
 def _results(
     run: _Run, x: fx.Node, idx: fx.Node, w: fx.Node, expected: torch.Tensor
-) -> Iterator[_Match]:
-    for node in run.nodes(True, expected.shape[-1]):
+) -> Iterator[Match]:
+    # The last first: a sum that grows in place has the final values in every recorded step.
+    for node in reversed(list(run.nodes(True, expected.shape[-1]))):
         value = node.meta["val"].reshape(expected.shape)
         if _close(value, expected):
-            yield _Match(x, idx, w, node)
+            yield Match(x, idx, w, node)
 
 
 def _close(value: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -291,7 +293,7 @@ def _close(value: torch.Tensor, expected: torch.Tensor) -> bool:
     )
 
 
-def _replace_loop(run: _Run, match: _Match) -> None:
+def _replace_loop(run: _Run, match: Match) -> None:
     """Put the opaque op in place of the loop's result."""
     graph, tokens = run.recorder.graph, run.tokens
     with graph.inserting_after(list(graph.nodes)[-1]):
@@ -309,7 +311,7 @@ def _replace_loop(run: _Run, match: _Match) -> None:
     )
 
 
-def _undo(run: _Run, match: _Match) -> None:
+def _undo(run: _Run, match: Match) -> None:
     result = match.result.meta.pop("replaced", None)
     if result is None:
         return
@@ -379,6 +381,8 @@ class _LoopImporter(Importer):
         return CapturedBlock(built, tuple(self.weights), tree)
 
     def weight(self, path: str) -> Value:
+        if path not in self.tensors:
+            raise CaptureError(f"{type(self.block).__name__} reads the integer buffer {path}")
         if path not in self.weights:
             tensor = self.tensors[path]
             self.weights[path] = Value(

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
@@ -61,6 +62,7 @@ class Recorder(TorchDispatchMode):
         self.graph = fx.Graph()
         self.nodes: dict[int, fx.Node] = {}
         self.alive: list[torch.Tensor] = []
+        self.reads: list[fx.Node] = []
 
     def mark(self, name: str, tensor: torch.Tensor) -> fx.Node:
         """Make ``tensor`` an input of the recording."""
@@ -97,6 +99,10 @@ class Recorder(TorchDispatchMode):
         self._record(func, args, recorded, out)
         return out
 
+    def watching(self) -> TorchFunctionMode:
+        """A mode, to be entered with the recorder, that sees what never reaches the dispatcher."""
+        return _Reads(self)
+
     def _arguments(self, args: Any) -> Any:
         return tree_map_only(
             torch.Tensor, lambda t: self.nodes.get(id(t)) or Constant(t.clone()), args
@@ -112,6 +118,8 @@ class Recorder(TorchDispatchMode):
             self._bind_many(out, node)
         elif isinstance(out, torch.Tensor):
             self._bind(args[0] if mutates else out, node)
+        elif out is not None:
+            self.reads.append(node)
 
     def _bind_many(self, outs: Sequence[Any], node: fx.Node) -> None:
         for index, item in enumerate(outs):
@@ -139,6 +147,22 @@ class Recorder(TorchDispatchMode):
             raise CaptureError(f"{func} changes a tensor in place that is a view of another")
         packet = getattr(aten, _OUT_OF_PLACE[name])
         return getattr(packet, func._overloadname)
+
+
+class _Reads(TorchFunctionMode):
+    """Notes when recorded values become Python lists or arrays."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READS and id(args[0]) in self.recorder.nodes:
+            self.recorder.reads.append(self.recorder.nodes[id(args[0])])
+        return func(*args, **(kwargs or {}))
+
+
+_READS = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__)
 
 
 def _still_used(tensor: torch.Tensor, target: torch.Tensor) -> bool:

@@ -172,7 +172,11 @@ def _captured(candidate: Candidate, dtype: torch.dtype | None, rank: int) -> Cap
     sizes = dict.fromkeys([body.hidden, *hidden_sizes(module)])
     examples = [_example(module, hidden, dtype, rank) for hidden in sizes]
     with opaque_experts(experts):
-        example = next((x for x in examples if _runs(module, x)), examples[0])
+        example = next((x for x in examples if _runs(module, x)), None)
+    if example is None:
+        raise CaptureError(
+            f"{type(module).__name__} did not run on tokens of shape {tuple(examples[0].shape)} alone"
+        )
     return capture_block(module, body, candidate.experts, example, name)
 
 

@@ -56,13 +56,15 @@ def opt(
             "-p",
             "--passes",
             metavar="PASSES",
-            help='The passes: "cse, fuse-gemm{max-ops=16}". Absent: the file\'s "// run:" line, or'
-            " else the default pipeline for --target and --training.",
+            help='The passes: "cse, fuse-gemm{max-ops=16}"; moec passes lists them. Absent: the'
+            ' file\'s "// run:" line, or else the default pipeline for --target and --training.',
             show_default=False,
         ),
     ] = None,
     output: Output = None,
-    target: Annotated[Target, typer.Option(help="Of the default pipeline.")] = Target.triton,
+    target: Annotated[
+        Target, typer.Option(help="The target whose default pipeline runs.")
+    ] = Target.triton,
     training: Annotated[
         bool, typer.Option("--training", help="Default pipeline: with the backward pass.")
     ] = False,

@@ -22,8 +22,9 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A config.json of Hugging Face, an architecture (mixtral, OlmoeForCausalLM; random"
-        " weights), or module:factory (a function without arguments that returns an nn.Module).",
+        help="A Hugging Face config.json or its folder, an architecture (mixtral,"
+        " OlmoeForCausalLM), both with random weights and without a download; or module:factory,"
+        " a function without arguments that returns an nn.Module.",
         show_default=False,
     ),
 ]
@@ -32,7 +33,8 @@ Model = Annotated[
 def explain(model: Model) -> None:
     """Say what becomes of each block of a model, and why.
 
-    Regions found, what each was compiled to, what was left as it is and for what reason.
+    Lists the MoE blocks found: compiled as a whole, their experts only, or left as they are and
+    for what reason. Nothing is run but the blocks themselves, on a few random tokens.
 
     \b
     Examples:

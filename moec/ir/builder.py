@@ -77,13 +77,7 @@ def make_op(
     loc: Location | None = None,
 ) -> Op:
     """A checked op with fresh results."""
-    defaults = opdef(kind).defaults
     attrs = {k: normal_attribute(v) for k, v in (attrs or {}).items() if v is not None}
-    attrs = {
-        k: v
-        for k, v in attrs.items()
-        if k not in defaults or v != defaults[k] or type(v) is not type(defaults[k])
-    }
     types = infer_types(kind, [v.type for v in operands], attrs, body)
     default = kind.split(".")[-1]
     names = [hints[i] if i < len(hints) else default for i in range(len(types))]

@@ -32,7 +32,6 @@ class OpDef:
     pointwise: bool = False
     attrs: Mapping[str, str] = field(default_factory=dict)  # name -> type, as written in infer
     required: frozenset[str] = field(default_factory=frozenset)
-    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def dialect(self) -> str:

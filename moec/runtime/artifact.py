@@ -21,7 +21,8 @@ class Artifact:
     """One compiled graph for one target, for inference or for training.
 
     ``forward(*inputs)`` gives outputs and saved values; ``backward`` takes the inputs at
-    ``backward_inputs``, the saved values and the cotangents. It serves every size of the token axes.
+    ``backward_inputs``, the saved values and the cotangents. It serves every size of the token
+    axes.
     """
 
     graph: Graph
@@ -44,13 +45,19 @@ class Artifact:
         return outputs
 
     def try_out(self, inputs: Sequence[torch.Tensor]) -> None:
-        """Run forward and backward on one token, so that every kernel is compiled and launched once.
+        """Run forward and backward on one token, so that every kernel is compiled and launched
+        once.
 
         Raises whatever the kernel compiler or the launch raises.
         """
         data = [t.detach() for t in inputs]
-        symbolic = {v for v in self.graph.inputs if any(not isinstance(d, int) for d in v.type.shape)}
-        first = [t[:1].contiguous() if v in symbolic else t.contiguous() for t, v in zip(data, self.graph.inputs, strict=True)]
+        symbolic = {
+            v for v in self.graph.inputs if any(not isinstance(d, int) for d in v.type.shape)
+        }
+        first = [
+            t[:1].contiguous() if v in symbolic else t.contiguous()
+            for t, v in zip(data, self.graph.inputs, strict=True)
+        ]
         with torch.no_grad():
             outputs, saved = self.forward(*first)
             if self.backward is not None:

@@ -1,11 +1,13 @@
 """The ``moe.`` ops as library calls: what modules emitted for the ``aten`` target run.
 
-No per-token work in Python: grouped products are one library call an expert on the CPU, and one in all
-where PyTorch has a grouped kernel. ``w`` may be a tuple of one matrix an expert (see :func:`stack`).
+No per-token work in Python: grouped products are one library call an expert on the CPU, and one in
+all where PyTorch has a grouped kernel. ``w`` may be a tuple of one matrix an expert (see
+:func:`stack`).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -123,7 +125,7 @@ def grouped_mm(
     first = w[0]
     out = x.new_empty(x.shape[0], first.shape[1] if transposed else first.shape[0])
     bounds = offsets.tolist()
-    for e, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for e, (low, high) in enumerate(itertools.pairwise(bounds)):
         if high > low:
             torch.mm(x[low:high], w[e] if transposed else w[e].t(), out=out[low:high])
     if bounds[-1] < x.shape[0]:
@@ -135,7 +137,7 @@ def grouped_outer(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> to
     """See ``moe.grouped_outer``."""
     bounds = offsets.tolist()
     out = a.new_empty(len(bounds) - 1, a.shape[1], b.shape[1])
-    for e, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for e, (low, high) in enumerate(itertools.pairwise(bounds)):
         if high > low:
             torch.mm(a[low:high].t(), b[low:high], out=out[e])
         else:

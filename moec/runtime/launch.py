@@ -11,19 +11,19 @@ from moec.runtime.interpreter import correct_bfloat16
 
 correct_bfloat16()
 
+_DESCRIPTORS: dict[Any, Any] = {}
+_MOST_DESCRIPTORS = 4096
+
 
 def row_tile_bound(rows: int, experts: int, block: int) -> int:
     """The most tiles of ``block`` rows that the rows of all experts can need, however they fall."""
     return (rows + min(experts, rows) * (block - 1)) // block
 
 
-def empty_row_tiles(
-    rows: int, experts: int, block: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Room for the list of row tiles: their experts, their first rows, and their number."""
-    bound = max(1, row_tile_bound(rows, experts, block))
-    expert, row = (torch.empty(bound, dtype=torch.int32, device=device) for _ in range(2))
-    return expert, row, torch.empty(1, dtype=torch.int32, device=device)
+def empty_row_tiles(rows: int, experts: int, block: int, device: torch.device) -> torch.Tensor:
+    """Room for the list of row tiles: their number, then expert and first row of each."""
+    bound = row_tile_bound(rows, experts, block)
+    return torch.empty(2 + 2 * bound, dtype=torch.int32, device=device)
 
 
 @functools.cache
@@ -43,10 +43,8 @@ def matrix(
     tensor: torch.Tensor, block: tuple[int, ...], shape: tuple[int, ...] | None = None
 ) -> Any:
     """A descriptor of a whole tensor (seen in ``shape``) that is read or written in blocks."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    seen = _aligned(tensor if shape is None else tensor.view(shape))
-    return TensorDescriptor(seen, [*seen.shape], [*seen.stride()], [*block])
+    seen = tuple(tensor.shape) if shape is None else shape
+    return _descriptor(tensor, seen, _strides(seen), block)
 
 
 def ragged(tensor: torch.Tensor, inner: tuple[int, ...], block: tuple[int, ...]) -> Any:
@@ -56,14 +54,46 @@ def ragged(tensor: torch.Tensor, inner: tuple[int, ...], block: tuple[int, ...])
     size, 2^30 - size + r)``: addresses wrap at ``2^64``, so this is the row's own, and ``r >= size``
     lies outside the third dimension's extent. Reads there give zeros, writes do nothing.
     """
+    strides = _strides((1, *inner))
+    shape = (0x7FFF0000, 0x7FFF0000, 2**30, *inner)
+    strides = (2**34 - strides[0], strides[0], *strides)
+    return _descriptor(tensor, shape, strides, (1, 1, *block))
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a row-major tensor."""
+    strides = [1]
+    for size in shape[:0:-1]:
+        strides.append(strides[-1] * size)
+    return tuple(reversed(strides))
+
+
+def _descriptor(
+    tensor: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]
+) -> Any:
+    """A descriptor, made once an address: it is nothing but numbers and keeps no memory alive."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    rows = _aligned(tensor.view(-1, *inner))
-    step = rows.stride(0)
-    shape = [0x7FFF0000, 0x7FFF0000, 2**30, *rows.shape[1:]]
-    return TensorDescriptor(rows, shape, [2**34 - step, step, *rows.stride()], [1, 1, *block])
+    if tensor.device.type != "cuda":
+        return TensorDescriptor(tensor, [*shape], [*strides], [*block])
+    if tensor.data_ptr() % 16:  # the copy engine starts at multiples; only an input can be elsewhere
+        return TensorDescriptor(tensor.clone(), [*shape], [*strides], [*block])
+    key = tensor.data_ptr(), tensor.dtype, shape, block
+    found = _DESCRIPTORS.get(key)
+    if found is None:
+        if len(_DESCRIPTORS) >= _MOST_DESCRIPTORS:
+            _DESCRIPTORS.clear()
+        place = _Place(tensor.data_ptr(), tensor.dtype)
+        found = _DESCRIPTORS[key] = TensorDescriptor(place, [*shape], [*strides], [*block])
+    return found
 
 
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The copy engine starts at multiples of 16 bytes; only an input can be elsewhere."""
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+class _Place:
+    """Where a tensor lies: what a launch reads of a descriptor's tensor."""
+
+    def __init__(self, address: int, dtype: torch.dtype) -> None:
+        self._address, self.dtype = address, dtype
+
+    def data_ptr(self) -> int:
+        """The address."""
+        return self._address
