@@ -1,7 +1,7 @@
 """moec: a compiler for Mixture-of-Experts models in PyTorch.
 
-``moec.compile(model)`` returns the same model with compiled MoE blocks; ``moec.explain(model)`` says what
-became of each.
+``moec.compile(model)`` returns the same model with compiled MoE blocks; ``moec.explain(model)``
+says what became of each.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ __all__ = ["MoecError", "__version__", "compile", "explain", "regions"]
 
 
 def __getattr__(name: str) -> Any:
-    """Load the compiler at first use, so that ``import moec`` costs little more than ``import torch``."""
+    """Load the compiler at first use, so that ``import moec`` costs little more than ``import
+    torch``.
+    """
     if name in ("compile", "explain", "regions"):
         from moec import api
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from torch import nn
 from moec.capture.regions import Candidate, find_candidates, join
 from moec.compiled import install, region_of
 from moec.errors import CompileError
-from moec.manager import Observer, parse_pipeline
+from moec.manager import parse_pipeline
 from moec.region import Region
 from moec.session import Session
 from moec.share import share
@@ -22,12 +24,12 @@ from moec.targets import TARGETS
 M = TypeVar("M", bound=nn.Module)
 OPTIONS = {
     "cache": "folder of the emitted modules (default: the user's cache folder)",
-    "dump": "folder to which the IR after each pass is written",
+    "dump": "folder to which the IR after each pass is written, as module.path/mode/07-pass.moe",
     "passes": "pipeline text in place of the default one",
 }
 
 
-def compile(  # noqa: A001  (the name that users of torch.compile look for)
+def compile(
     model: M,
     *,
     dynamic: bool = True,
@@ -40,8 +42,8 @@ def compile(  # noqa: A001  (the name that users of torch.compile look for)
     """A model of the same class over the same parameters, whose MoE regions run compiled code.
 
     The original model is untouched. ``state_dict()``, ``generate()``, optimizers, autocast and
-    ``no_grad`` work as before; each region is compiled once for every number of tokens, at its first
-    call in each mode (training or not, dtype, device).
+    ``no_grad`` work as before; each region is compiled once for every number of tokens, at its
+    first call in each mode (training or not, dtype, device).
 
     Args:
         model: any ``nn.Module``; what moec does not understand stays as it was, with one warning.
@@ -56,13 +58,16 @@ def compile(  # noqa: A001  (the name that users of torch.compile look for)
         CompileError: for a model or an option that cannot be taken.
     """
     _check_arguments(model, dynamic, memory_budget, target, scope)
-    session = _session(target, strict, dict(options or {}))
+    session = _session(target, strict, _checked_options(options))
     compiled = share(model)
     candidates = list(find_candidates(compiled))
     for candidate in candidates:
         _install(session, candidate)
     if not candidates:
-        session.warn(f"moec: found no MoE block in {type(model).__name__}; the model is returned unchanged. See docs/tour.md for what is looked for.")
+        session.warn(
+            f"moec: found no MoE block in {type(model).__name__}; the model is returned unchanged. "
+            "See docs/tour.md for what is looked for."
+        )
     return compiled
 
 
@@ -77,19 +82,40 @@ def _install(session: Session, candidate: Candidate) -> None:
     region.try_capture()
 
 
-def _check_arguments(model: Any, dynamic: bool, memory_budget: Any, target: str | None, scope: str) -> None:
+def _check_arguments(
+    model: Any, dynamic: bool, memory_budget: Any, target: str | None, scope: str
+) -> None:
     if not isinstance(model, nn.Module):
-        raise CompileError(f"moec.compile takes an nn.Module, got {type(model).__name__}; for a function use torch.compile(backend='moec')")
+        raise CompileError(
+            f"moec.compile takes an nn.Module, got {type(model).__name__}; "
+            "for a function use torch.compile(backend='moec')"
+        )
     if any(region_of(m) is not None for m in model.modules()):
-        raise CompileError("this model is compiled already; compile the original again, or use the compiled one")
+        raise CompileError(
+            "this model is compiled already; compile the original again, or use the compiled one"
+        )
     if dynamic is not True:
-        raise CompileError("dynamic=False: moec has one artifact for every number of tokens and none for a single one; leave dynamic=True")
+        raise CompileError(
+            "dynamic=False: moec has one artifact for every number of tokens and none for a single "
+            "one; leave dynamic=True"
+        )
     if memory_budget is not None:
-        raise CompileError("memory_budget needs whole-model planning, which this version does not have; leave it None")
+        raise CompileError(
+            "memory_budget needs whole-model planning, which this version does not have; "
+            "leave it None"
+        )
     if target is not None and target not in TARGETS:
         raise CompileError(f"unknown target {target!r}; targets: {', '.join(TARGETS)}")
     if scope != "region":
-        raise CompileError(f"unknown scope {scope!r}; this version has scope='region' (each MoE block by itself)")
+        raise CompileError(
+            f"unknown scope {scope!r}; this version has scope='region' (each MoE block by itself)"
+        )
+
+
+def _checked_options(options: Any) -> dict[str, Any]:
+    if options is not None and not isinstance(options, Mapping):
+        raise CompileError(f"options is a mapping of names to values, got {options!r}")
+    return {str(k): v for k, v in (options or {}).items()}
 
 
 def _session(target: str | None, strict: bool, options: dict[str, Any]) -> Session:
@@ -97,16 +123,29 @@ def _session(target: str | None, strict: bool, options: dict[str, Any]) -> Sessi
     if unknown:
         known = "; ".join(f"{k}: {v}" for k, v in OPTIONS.items())
         raise CompileError(f"unknown option {', '.join(map(repr, unknown))}. Options are {known}")
-    observers: list[Observer] = []
-    if "dump" in options:
-        from moec.observers import Dump
-
-        observers.append(Dump(Path(options["dump"])))
+    for name in ("dump", "cache"):
+        if options.get(name) is not None:
+            options[name] = _folder(name, options[name])
     passes = options.get("passes")
     if passes is not None:
-        parse_pipeline(str(passes))
-    cache = options.get("cache")
-    return Session(target, strict, None if cache is None else str(cache), passes, observers)
+        if not isinstance(passes, str):
+            raise CompileError(f"option 'passes' is a pipeline's text, got {passes!r}")
+        parse_pipeline(passes)
+    return Session(target, strict, options.get("cache"), passes, dump=options.get("dump"))
+
+
+def _folder(option: str, value: Any) -> str:
+    """A folder that exists and can be written to, or an error that names the option."""
+    if not isinstance(value, str | os.PathLike):
+        raise CompileError(f"option {option!r} is a folder's path, got {value!r}")
+    path = Path(value)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CompileError(f"option {option!r}: cannot make the folder {path}: {error}") from error
+    if not os.access(path, os.W_OK):
+        raise CompileError(f"option {option!r}: the folder {path} cannot be written to")
+    return str(path)
 
 
 def regions(compiled: nn.Module) -> list[Region]:
@@ -128,14 +167,13 @@ class Explanation:
 
 
 def explain(model: nn.Module) -> Explanation:
-    """List the regions of a model (compiled or not): what each became, on which target, and why not if not.
+    """List the regions of a model (compiled or not): what each became, on which target, and why not
+    if not.
 
     A model that is not compiled is analysed as :func:`compile` would, without changing it.
     """
     found = regions(model)
     if not found:
-        import warnings
-
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the text says what the warnings say
             found = regions(compile(model))
@@ -144,19 +182,28 @@ def explain(model: nn.Module) -> Explanation:
 
 def _explain_text(model: nn.Module, found: Sequence[Region]) -> str:
     if not found:
-        return f"{type(model).__name__}: no MoE block found; compiled and original model are the same."
+        return (
+            f"{type(model).__name__}: no MoE block found; compiled and original model are the same."
+        )
     counts: dict[str, int] = {}
     for region in found:
         counts[region.status] = counts.get(region.status, 0) + 1
-    head = f"{type(model).__name__}: {len(found)} MoE regions: " + ", ".join(f"{n} {s}" for s, n in counts.items())
+    head = f"{type(model).__name__}: {len(found)} MoE regions: " + ", ".join(
+        f"{n} {s}" for s, n in counts.items()
+    )
     return "\n".join([head, *(line for region in found for line in _region_lines(region))])
 
 
 def _region_lines(region: Region) -> list[str]:
     kind = type(region.candidate.module)
-    lines = [f"  {region.name or '(the model)'}  {kind.__mro__[-0].__name__}: {region.status}, target {region.target}"]
+    lines = [
+        f"  {region.name or '(the model)'}  {kind.__name__}: {region.status}, "
+        f"target {region.target}"
+    ]
     if region.first is not None and region.first.graph is not None:
-        lines.append(f"      structure {region.first.fingerprint}, {len(region.first.graph.ops)} ops")
+        lines.append(
+            f"      structure {region.first.fingerprint}, {len(region.first.graph.ops)} ops"
+        )
     if region.reason:
         lines.append(f"      why not the whole block: {region.reason}")
         lines.append(f"      what to do: {advice(region)}")
@@ -168,7 +215,10 @@ def advice(region: Region) -> str:
     """What a user can do about a region that is not compiled as a whole."""
     if region.status == "experts only":
         return "nothing is needed: the experts are compiled, the router runs as it was"
-    return "write the experts as stacked 3-D weights or as a ModuleList of equal modules called on slices of the tokens"
+    return (
+        "write the experts as stacked 3-D weights or as a ModuleList of equal modules called on "
+        "slices of the tokens"
+    )
 
 
 __all__ = ["OPTIONS", "Explanation", "compile", "explain", "regions", "torch"]

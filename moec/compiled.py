@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 class CompiledMixin:
     """Put before a module's own class; instances carry their :class:`Region` in ``_moec_region``.
 
-    Pickling gives the original class (a compiled form belongs to a process); ``copy.deepcopy`` gives
-    the copy a region of its own.
+    Pickling gives the original class (a compiled form belongs to a process); ``copy.deepcopy``
+    gives the copy a region of its own.
     """
 
-    # Not the Region's own type: Hugging Face evaluates the annotations of every subclass of its models.
+    # Not the Region's own type: Hugging Face evaluates the annotations of every subclass of its
+    # models.
     _moec_original: Any
     _moec_region: Any
 
@@ -33,7 +34,7 @@ class CompiledMixin:
         if torch.compiler.is_compiling():
             result = call_traced(self, args, kwargs)  # type: ignore[arg-type]
         else:
-            result = self._moec_region.call(self, args, kwargs)  # type: ignore[arg-type]
+            result = self._moec_region.call(self, args, kwargs)
         return super().forward(*args, **kwargs) if result is NotImplemented else result  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -63,7 +64,9 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def install(module: nn.Module, region: Region) -> None:
-    """Make ``module`` ask ``region`` first; its class keeps its name and stays a subclass of the original."""
+    """Make ``module`` ask ``region`` first; its class keeps its name and stays a subclass of the
+    original.
+    """
     original = type(module)
     if original not in _CLASSES:
         members = {
@@ -84,7 +87,9 @@ def restore(module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def as_original(module: nn.Module) -> Iterator[None]:
-    """Within the context, ``module`` and all below it have their own classes, so that their own code is read."""
+    """Within the context, ``module`` and all below it have their own classes, so that their own
+    code is read.
+    """
     swapped = [(m, type(m)) for m in module.modules() if isinstance(m, CompiledMixin)]
     for m, cls in swapped:
         m.__class__ = cls._moec_original

@@ -25,6 +25,10 @@ class CaptureError(MoecError):
     """A part of a model that moec could not read; the part then stays as it was."""
 
 
+class NotRunError(CaptureError):
+    """A module whose own code raised on the tokens that it was tried with."""
+
+
 class PassError(MoecError):
     """A pass that failed or does not exist, or an option that it does not have."""
 

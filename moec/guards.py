@@ -10,7 +10,7 @@ from moec.structure import settings_read
 
 
 class Guard:
-    """Holds while a module has the submodules and the settings that it had when the guard was made."""
+    """Holds while a module has the submodules and settings that it had when the guard was made."""
 
     def __init__(self, module: nn.Module) -> None:
         below = list(module.modules())
@@ -26,4 +26,5 @@ class Guard:
 
 
 def _same(now: Any, then: Any) -> bool:
-    return now is then or (isinstance(now, int | float | str) and now == then)
+    plain = isinstance(then, int | float | str) and type(now) is type(then)
+    return now is then or bool(plain and now == then)

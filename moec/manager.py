@@ -36,6 +36,10 @@ class PassDef:
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
+def _show(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 @dataclass(frozen=True)
 class PassCall:
     """One step of a pipeline: a pass and its options."""
@@ -44,7 +48,7 @@ class PassCall:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        inner = ",".join(f"{k.replace('_', '-')}={v}" for k, v in self.options.items())
+        inner = ",".join(f"{k.replace('_', '-')}={_show(v)}" for k, v in self.options.items())
         return self.definition.name + (f"{{{inner}}}" if inner else "")
 
 

@@ -40,8 +40,9 @@ class _Mode:
 class Region:
     """One block (or one experts module) of a compiled model.
 
-    ``name`` is its module path, ``status`` "compiled", "experts only" or "left as it was", ``reason`` why;
-    ``artifacts`` are the compiled forms in use, ``history`` the graphs after each pass of the first one.
+    ``name`` is its module path, ``status`` "compiled", "experts only" or "left as it was",
+    ``reason`` why; ``artifacts`` are the compiled forms in use, ``history`` the graphs after each
+    pass of the first one.
     """
 
     def __init__(self, session: Session, candidate: Candidate, kind: str) -> None:
@@ -89,7 +90,9 @@ class Region:
 
     @property
     def history(self) -> list[tuple[str, Graph]]:
-        """The captured graph, then the graph after each pass of the latest artifact that changed it."""
+        """The captured graph, then the graph after each pass of the latest artifact that changed
+        it.
+        """
         artifact = self.artifacts[-1] if self.artifacts else None
         steps: Sequence[Step] = artifact.history if artifact is not None else ()
         start = steps[0].before if steps else (self.first.graph if self.first is not None else None)
@@ -100,7 +103,8 @@ class Region:
     def capture(self, mode: _Mode) -> FoundRegion:
         """The region's IR in a mode; structurally equal modules are captured once a session."""
         if mode not in self.found:
-            self._report(self._capture(mode))
+            self._refuse_dtype(self._capture(mode), mode)
+            self._report(self.found[mode])
         return self.found[mode]
 
     def _capture(self, mode: _Mode) -> FoundRegion:
@@ -155,18 +159,32 @@ class Region:
             )
         return capture_whole(self.candidate, mode.dtype, mode.rank)
 
+    def _refuse_dtype(self, found: FoundRegion, mode: _Mode) -> None:
+        """Refuse tokens of a dtype with which the module's own code does not run either."""
+        own = {p.dtype for p in self.candidate.module.parameters()}
+        if found.ran or mode.autocast is not None or mode.dtype in own:
+            return
+        del self.found[mode]  # so that the next such call is refused too
+        weights = " and ".join(sorted(str(d).removeprefix("torch.") for d in own))
+        tokens = str(mode.dtype).removeprefix("torch.")
+        raise CallError(
+            f"{self.name or 'the model'}: the tokens (argument 1) are {tokens}, "
+            f"the weights are {weights}; cast one of the two"
+        )
+
     def _report(self, found: FoundRegion) -> None:
         if found.graph is not None or self.inner is not None:
             return  # a block whose experts are a region of their own reports through that one
         kind = type(self.candidate.module).__name__
         self.session.warn(
-            f"moec: {self.name or 'the model'} ({kind}) stays as it was: {found.reason}. moec.explain(model) lists all regions.",
+            f"moec: {self.name or 'the model'} ({kind}) stays as it was: {found.reason}. "
+            "moec.explain(model) lists all regions.",
             kind + found.reason.replace(self.name, ""),
         )
 
     # calls
     def call(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Serve a call from an artifact, or ``NotImplemented`` if the module's own code must run."""
+        """Serve a call, or give ``NotImplemented`` if the module's own code must run."""
         data = _tensor_arguments(self.kind, args, self._in_order(kwargs))
         if data is None or self._is_changed(module) or _has_hooks(module, self):
             return NotImplemented
@@ -179,7 +197,8 @@ class Region:
         """Named arguments in the order of the module's own parameters."""
         if len(kwargs) < 2:
             return kwargs
-        own = inspect.unwrap(getattr(type(self.candidate.module), "_moec_original").forward)
+        cls: Any = type(self.candidate.module)
+        own = inspect.unwrap(cls._moec_original.forward)
         known = [n for n in inspect.signature(own).parameters if n in kwargs]
         return {n: kwargs[n] for n in known} if len(known) == len(kwargs) else kwargs
 
@@ -203,7 +222,7 @@ class Region:
         wanted = tuple(t.requires_grad for t in inputs)
         training = torch.is_grad_enabled() and any(wanted)
         artifact = self.session.artifact(
-            graph, wanted if training else None, data[0].device, inputs
+            graph, wanted if training else None, data[0].device, inputs, self.name
         )
         if artifact is None:
             return NotImplemented
@@ -227,7 +246,8 @@ class Region:
         grad: bool,
         data_grad: int,
     ) -> tuple[FoundRegion, Artifact] | None:
-        """The capture and the artifact for a call that a tracer describes; ``None`` if the module's own code must run.
+        """The capture and the artifact for a call that a tracer describes; ``None`` if the module's
+        own code must run.
 
         Bit ``i`` of ``data_grad`` says whether the ``i``-th tensor of the call requires a gradient.
         """
@@ -249,7 +269,10 @@ class Region:
             *(t.requires_grad for t in weights),
         )
         artifact = self.session.artifact(
-            found.graph, wanted if grad and any(wanted) else None, weights[0].device
+            found.graph,
+            wanted if grad and any(wanted) else None,
+            weights[0].device,
+            name=self.name,
         )
         if artifact is None:
             return None
@@ -284,7 +307,8 @@ class Region:
             self._guard = Guard(module)
             return False
         self.session.warn(
-            f"moec: {self.name}: a submodule was replaced after compilation; its own code runs. Compile again to include it."
+            f"moec: {self.name}: a submodule was replaced after compilation; its own code runs. "
+            "Compile again to include it."
         )
         return True
 
@@ -334,11 +358,13 @@ def check_inputs(name: str, graph: Graph, inputs: Sequence[torch.Tensor]) -> Non
             )
         if tensor.dtype != _torch_dtype(value):
             raise CallError(
-                f"{name}: %{value.hint} must be {value.type}, got {tensor.dtype}; cast it, or compile the model in that dtype"
+                f"{name}: %{value.hint} must be {value.type}, got {tensor.dtype}; cast it, "
+                "or compile the model in that dtype"
             )
         if tensor.device != device:
             raise CallError(
-                f"{name}: %{value.hint} is on {tensor.device}, the tokens are on {device}; move the model or the input"
+                f"{name}: %{value.hint} is on {tensor.device}, the tokens are on {device}; "
+                "move the model or the input"
             )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -18,6 +19,7 @@ from moec.ir.parser import parse
 from moec.ir.text import show
 from moec.ir.verify import verify
 from moec.manager import Observer, PassManager, parse_pipeline
+from moec.observers import Dump
 from moec.pipeline import pipeline
 from moec.reproducer import Reproducer
 from moec.runtime.artifact import Artifact, build
@@ -35,9 +37,11 @@ class Session:
     cache: str | None = None
     passes: str | None = None
     observers: Sequence[Observer] = ()
+    dump: str | Path | None = None
     captures: dict[Hashable, FoundRegion] = field(default_factory=dict)
     artifacts: dict[Hashable, Artifact | None] = field(default_factory=dict)
     demoted: set[str] = field(default_factory=set)
+    dumped: set[Path] = field(default_factory=set)
     warned: set[str] = field(default_factory=set)
 
     def warn(self, text: str, about: str = "") -> None:
@@ -54,8 +58,11 @@ class Session:
         wanted: tuple[bool, ...] | None,
         device: torch.device,
         inputs: Sequence[torch.Tensor] = (),
+        name: str = "",
     ) -> Artifact | None:
         """The compiled form of a graph for a device; ``wanted`` says which inputs need gradients.
+
+        ``name`` is the path of the region that asks.
 
         A new artifact is tried on the first token of ``inputs``, if given: where its kernels do not
         compile, the ``aten`` target takes over, with a warning. ``None`` if a pass or the emitter
@@ -66,10 +73,10 @@ class Session:
         target = "aten" if graph.fingerprint in self.demoted else target
         key = (graph.fingerprint, wanted, target)
         if key not in self.artifacts:
-            made = self._compile(graph, wanted, target, device)
+            made = self._compile(graph, wanted, target, device, name)
             if made is not None and target != "aten" and not self._runs(made, inputs):
                 self.demoted.add(graph.fingerprint)
-                return self.artifact(graph, wanted, device)
+                return self.artifact(graph, wanted, device, name=name)
             self.artifacts[key] = made
         return self.artifacts[key]
 
@@ -92,19 +99,25 @@ class Session:
         return True
 
     def _compile(
-        self, graph: Graph, wanted: tuple[bool, ...] | None, target: str, device: torch.device
+        self,
+        graph: Graph,
+        wanted: tuple[bool, ...] | None,
+        target: str,
+        device: torch.device,
+        name: str,
     ) -> Artifact | None:
         named = _with_unique_hints(graph)
+        mode = "inference" if wanted is None else "training"
         reproducer = Reproducer(self.cache or cache_directory())
         calls = parse_pipeline(self._pipeline(named, wanted, target, device))
-        manager = PassManager(calls, [*self.observers, reproducer])
+        manager = PassManager(calls, [*self.observers, *self._dumping(name, mode), reproducer])
         try:
             with reproducer:
                 lowered = verify(manager.run(named), after="the whole pipeline")
                 return build(
                     lowered,
                     target,
-                    "inference" if wanted is None else "training",
+                    mode,
                     manager.history,
                     self.cache,
                 )
@@ -116,6 +129,18 @@ class Session:
                 f"it stays as it was. Reproducer: {reproducer.path}"
             )
             return None
+
+    def _dumping(self, name: str, mode: str) -> list[Observer]:
+        """An observer that writes ``DUMP/module.path/mode/``, with a number for a second of its
+        kind.
+        """
+        if self.dump is None:
+            return []
+        first = folder = Path(self.dump) / (name or "model") / mode
+        while folder in self.dumped:
+            folder = first.with_name(f"{mode}-{len(self.dumped) + 1}")
+        self.dumped.add(folder)
+        return [Dump(folder)]
 
     def _pipeline(
         self, graph: Graph, wanted: tuple[bool, ...] | None, target: str, device: torch.device

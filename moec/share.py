@@ -16,8 +16,8 @@ M = TypeVar("M", bound=nn.Module)
 def share(model: M) -> M:
     """A copy of the module tree whose parameters and buffers are the original's, registry included.
 
-    Replacing a parameter, moving the model or loading a state dict through one is seen by the other;
-    ``train()``/``eval()`` and replaced submodules are not.
+    Replacing a parameter, moving the model or loading a state dict through one is seen by the
+    other; ``train()``/``eval()`` and replaced submodules are not.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -33,7 +33,8 @@ def share(model: M) -> M:
         twin = copy.deepcopy(model, memo)
     except Exception as error:  # any attribute may refuse to be copied, with any error
         raise CompileError(
-            f"{type(model).__name__} holds something that cannot be copied ({error}); moec shares the weights but copies the module tree. "
+            f"{type(model).__name__} holds something that cannot be copied ({error}); moec "
+            "shares the weights but copies the module tree. "
             "Compile before adding it, or remove it from the module."
         ) from error
     for old, new in zip(model.modules(), twin.modules(), strict=True):
@@ -42,7 +43,8 @@ def share(model: M) -> M:
 
 
 def _hooks_of(module: nn.Module) -> list[Any]:
-    registries = (v for k, v in vars(module).items() if k.endswith("_hooks") and v)
+    registries = (v for k, v in vars(module).items() if k.endswith("_hooks"))
+    registries = (v for v in registries if isinstance(v, dict))
     return [hook for registry in registries for hook in registry.values()]
 
 

@@ -39,7 +39,8 @@ def _module_key(name: str, module: nn.Module) -> Hashable:
 
 def settings_read(module: nn.Module) -> list[tuple[str, Any]]:
     """The attributes that a module's code reads, by name; ``training`` among them if it does."""
-    read = names_read(getattr(module, "_moec_original", type(module)))
+    cls: Any = getattr(module, "_moec_original", type(module))
+    read = names_read(cls)
     everything = not read.isdisjoint(_ANY_ATTRIBUTE)
     return [
         (k, v)
@@ -113,10 +114,9 @@ def _mentioned(function: FunctionType, names: set[str]) -> Iterator[FunctionType
 
 def _is_filled(cell: CellType) -> bool:
     try:
-        cell.cell_contents
-    except ValueError:
+        return cell.cell_contents is not cell
+    except ValueError:  # a name that its function has not assigned to yet
         return False
-    return True
 
 
 def _names_in(code: CodeType) -> Iterator[str]:

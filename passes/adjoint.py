@@ -95,6 +95,7 @@ def _apply(graph: Graph) -> Graph:
                 made is not None
                 and made.kind == source
                 and _is_gathered(made, source, definitions, builder)
+                and not _is_between_gathers(op, place, definitions, builder)
             ):
                 found = rewrite(builder, op, made)
                 if found is not None:
@@ -102,6 +103,14 @@ def _apply(graph: Graph) -> Graph:
         return None
 
     return transform(graph, rule, "adjoint")
+
+
+def _is_between_gathers(op: Op, place: int, definitions: Definitions, builder: Builder) -> bool:
+    """Whether a product's other side is gathered too: the scale would move to and fro for ever."""
+    if op.kind != "moe.grouped_outer":
+        return False
+    other = definitions.of(builder, op.operands[1 - place])
+    return other is not None and other.kind == "moe.gather"
 
 
 def _is_gathered(made: Op, source: str, definitions: Definitions, builder: Builder) -> bool:

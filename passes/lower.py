@@ -28,7 +28,9 @@ def lower(
     """
     limits = Limits(descriptors, block_m, block_n, block_k, block)
     ops = tuple(_lowered(op, limits) if op.kind.startswith("kern.") else op for op in graph.ops)
-    return graph if all(a is b for a, b in zip(ops, graph.ops, strict=True)) else graph.with_ops(ops)
+    return (
+        graph if all(a is b for a, b in zip(ops, graph.ops, strict=True)) else graph.with_ops(ops)
+    )
 
 
 def _lowered(op: Op, limits: Limits) -> Op:

@@ -1,7 +1,7 @@
 """Tiny models of five Hugging Face MoE families, and what the tests do with them.
 
-Every weight is random, biases and the routers' correction terms too, and limits are low enough to act:
-initial values such as zero biases would hide mistakes.
+Every weight is random, biases and the routers' correction terms too, and limits are low enough to
+act: initial values such as zero biases would hide mistakes.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ _COMMON = {
 }
 
 
-def _mixtral(**changes: Any) -> nn.Module:
+def _mixtral(**changes: Any) -> Any:
     settings = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
     return MixtralForCausalLM(MixtralConfig(**{**_COMMON, **settings, **changes}))
 
 
-def _qwen3_moe(**changes: Any) -> nn.Module:
+def _qwen3_moe(**changes: Any) -> Any:
     settings = {
         "num_experts": 8,
         "num_experts_per_tok": 3,
@@ -61,12 +61,12 @@ def _qwen3_moe(**changes: Any) -> nn.Module:
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**_COMMON, **settings, **changes}))
 
 
-def _olmoe(**changes: Any) -> nn.Module:
+def _olmoe(**changes: Any) -> Any:
     settings = {"num_experts": 8, "num_experts_per_tok": 2}
     return OlmoeForCausalLM(OlmoeConfig(**{**_COMMON, **settings, **changes}))
 
 
-def _deepseek_v3(**changes: Any) -> nn.Module:
+def _deepseek_v3(**changes: Any) -> Any:
     settings = {
         "num_hidden_layers": 3,
         "first_k_dense_replace": 1,
@@ -87,7 +87,7 @@ def _deepseek_v3(**changes: Any) -> nn.Module:
     return DeepseekV3ForCausalLM(DeepseekV3Config(**{**_COMMON, **settings, **changes}))
 
 
-def _gpt_oss(**changes: Any) -> nn.Module:
+def _gpt_oss(**changes: Any) -> Any:
     settings = {
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
@@ -99,7 +99,7 @@ def _gpt_oss(**changes: Any) -> nn.Module:
     return GptOssForCausalLM(GptOssConfig(**{**_COMMON, **settings, **changes}))
 
 
-FAMILIES: dict[str, Callable[..., nn.Module]] = {
+FAMILIES: dict[str, Callable[..., Any]] = {
     "mixtral": _mixtral,
     "qwen3_moe": _qwen3_moe,
     "olmoe": _olmoe,
@@ -108,7 +108,7 @@ FAMILIES: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build(family: str, **changes: Any) -> nn.Module:
+def build(family: str, **changes: Any) -> Any:
     """A tiny model with the family's own class; ``changes`` go to its configuration."""
     torch.manual_seed(0)
     model = FAMILIES[family](**changes)
@@ -133,7 +133,7 @@ def randomize(model: nn.Module) -> None:
 
 
 @functools.cache
-def pair(family: str) -> tuple[nn.Module, nn.Module]:
+def pair(family: str) -> tuple[Any, Any]:
     """A model and its compiled form, shared by tests that leave both as they are."""
     model = build(family)
     return model, moec.compile(model)
@@ -182,8 +182,8 @@ def assert_equal_gradients(
 ) -> None:
     """Every gradient, relative to its own largest element.
 
-    What is zero in mathematics (a query's gradient where there is one key) is rounding noise in eager
-    too: a millionth of the model's largest gradient. It must be as small in both.
+    What is zero in mathematics (a query's gradient where there is one key) is rounding noise in
+    eager too: a millionth of the model's largest gradient. It must be as small in both.
     """
     assert actual.keys() == expected.keys()
     noise = 1e-6 * max(g.abs().max().item() for g in expected.values())
@@ -195,7 +195,7 @@ def assert_equal_gradients(
         assert error <= tolerance, f"{name}: {error:.1e}"
 
 
-def blocks(compiled: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def blocks(compiled: nn.Module) -> Iterator[tuple[str, Any]]:
     """The compiled blocks of a model by path."""
     for region in regions(compiled):
         yield region.name, compiled.get_submodule(region.name)

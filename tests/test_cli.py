@@ -129,9 +129,11 @@ def test_opt_default_pipeline_ends_in_kernels(training: bool) -> None:
     assert bool(graph.cotangents) == training
 
 
-def test_opt_for_aten_makes_no_kernels() -> None:
+def test_opt_for_aten_fuses_row_work_only() -> None:
     graph = parse(succeed("opt", "block.moe", "--target", "aten"))
-    assert not any(op.kind.startswith("kern.") for op in graph.ops)
+    kernels = {op.kind for op in graph.ops if op.kind.startswith("kern.")}
+    assert kernels == {"kern.pointwise"}
+    assert any(op.kind == "moe.grouped_mm" for op in graph.ops)
 
 
 def test_opt_writes_a_file_and_keeps_all_graphs() -> None:

@@ -18,7 +18,7 @@ triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile"
 )
-WARPS = re.compile(r"C75\d\d")
+SERIAL = re.compile(r"C75\d\d")  # products that the assembler had to serialise
 
 
 class Recorder:
@@ -49,19 +49,27 @@ def run_on_nothing(shape: Shape, descriptors: bool, options: str = "") -> None:
     compiled = artifact(shape, descriptors, True, options)
     sizes = {"T": 4096}
     data = [
-        torch.empty([sizes["T"] if not isinstance(d, int) else d for d in v.type.shape], dtype=torch.bfloat16, device="meta")
+        torch.empty(
+            [sizes["T"] if not isinstance(d, int) else d for d in v.type.shape],
+            dtype=torch.bfloat16,
+            device="meta",
+        )
         for v in compiled.graph.inputs
     ]
     _, saved = compiled.forward(*data)
     assert compiled.backward is not None
-    compiled.backward(*[data[i] for i in compiled.backward_inputs], *saved, torch.empty_like(data[0]))
+    compiled.backward(
+        *[data[i] for i in compiled.backward_inputs], *saved, torch.empty_like(data[0])
+    )
 
 
-def source_of(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, int]]:
+def source_of(
+    kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, int]]:
     """What to compile for a launch, and its options."""
     from triton.compiler import ASTSource
 
-    options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+    options: dict[str, int] = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
@@ -115,7 +123,11 @@ def compile_all(noted: Recorder, folder: Path) -> dict[str, tuple[str, str]]:
     for kernel, args, kwargs in noted.launches:
         if kernel.__name__ not in found:
             code, options = source_of(kernel, args, dict(kwargs))
-            compiled = triton.compile(code, target=GPUTarget("cuda", 90, 32), options={**options, "enable_fp_fusion": True})
+            compiled = triton.compile(
+                code,
+                target=GPUTarget("cuda", 90, 32),
+                options={**options, "enable_fp_fusion": True},
+            )
             ptx = compiled.asm["ptx"]
             found[kernel.__name__] = ptx, assemble(ptx, folder)
     return found
@@ -124,9 +136,13 @@ def compile_all(noted: Recorder, folder: Path) -> dict[str, tuple[str, str]]:
 @pytest.mark.parametrize("name", SHAPES)
 def test_hopper_kernels(name: str, recorder: Recorder, tmp_path: Path) -> None:
     run_on_nothing(SHAPES[name], descriptors=True)
+    products = [launch for launch in recorder.launches if "tl.dot(" in launch[0].src]
+    assert len(products) == 6
+    if name != "olmoe":  # the other kernels differ in nothing but numbers
+        recorder.launches = products
     for kernel, (ptx, log) in compile_all(recorder, tmp_path).items():
-        assert not WARPS.search(log), f"{kernel}: {log}"
+        assert not SERIAL.search(log), f"{kernel}: {log}"
         spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", log)]
         assert not any(spilled), f"{kernel}: {log}"
-        if any(word in kernel for word in ("expert_out", "act", "grouped_outer", "row_dot")):
-            assert "wgmma.mma_async" in ptx, kernel
+        takes_part = any(launch[0].__name__ == kernel for launch in products)
+        assert takes_part == ("wgmma.mma_async" in ptx), kernel

@@ -218,6 +218,7 @@ def test_frozen_model_with_gradient_of_the_input() -> None:
         embedded.requires_grad_()
         each(inputs_embeds=embedded).logits.square().mean().backward()
         found.append(embedded.grad)
+    assert found[0] is not None and found[1] is not None
     assert relative_error(found[1], found[0]) <= 1e-5
 
 

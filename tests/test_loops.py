@@ -1,11 +1,11 @@
-"""Blocks as users write them: loops over lists of experts, compiled whole or left alone, never wrong."""
+"""Blocks as users write them: loops over lists of experts, compiled or left alone, never wrong."""
 
 from __future__ import annotations
 
 import copy
 import re
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ class Plain(nn.Module):
         super().__init__()
         self.up, self.down = nn.Linear(HIDDEN, 24), nn.Linear(24, HIDDEN)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         return self.down(F.relu(self.up(x)))
 
 
@@ -41,7 +41,7 @@ class Gated(nn.Module):
         self.down = nn.Linear(24, HIDDEN, bias=False)
         self.activation = nn.SiLU()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
@@ -56,6 +56,9 @@ class Block(nn.Module):
     """What the blocks below have in common: a router, experts and the number of choices."""
 
     expert: Any = Gated
+    experts: Any
+    bias: Any
+    calls: Any
 
     def __init__(self, experts: int = 6, choices: int = 2) -> None:
         super().__init__()
@@ -65,7 +68,7 @@ class Block(nn.Module):
 
 
 class WhereIndexAdd(Block):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         batch, length, width = x.shape
         flat = x.view(-1, width)
         weights, chosen = F.softmax(self.router(flat), dim=-1).topk(self.choices, dim=-1)
@@ -82,7 +85,7 @@ class SkipEmpty(Block):
 
     expert = Plain
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         flat = x.reshape(-1, x.shape[-1])
         weights, chosen = torch.topk(self.router(flat), self.choices)
         weights = weights.softmax(-1)
@@ -100,7 +103,7 @@ class BooleanMasks(Block):
 
     expert = staticmethod(normed)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         flat = x.reshape(-1, x.shape[-1])
         weights, chosen = F.softmax(self.router(flat), dim=-1).topk(self.choices)
         out = torch.zeros_like(flat)
@@ -115,7 +118,7 @@ class BooleanMasks(Block):
 class OneHot(Block):
     """The form that Mixtral made popular, with the router's logits as a second result."""
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> Any:
         batch, length, width = x.shape
         x = x.view(-1, width)
         logits = self.router(x)
@@ -134,7 +137,7 @@ class OneHot(Block):
 class DenseGates(Block):
     """Every expert on every token, weighted by gates that are mostly zero."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         scores = torch.sigmoid(self.router(x))
         weights, chosen = scores.topk(self.choices, dim=-1)
         gates = torch.zeros_like(scores).scatter(-1, chosen, weights)
@@ -149,7 +152,7 @@ class Switch(Block):
 
     expert = Plain
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         probabilities = self.router(x).softmax(-1)
         weight, chosen = probabilities.max(dim=-1)
         out = torch.zeros_like(x)
@@ -162,7 +165,7 @@ class Switch(Block):
 class ArgmaxSwitch(Block):
     """As above with argmax and gather, on tokens with batch and length."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         flat = x.flatten(0, 1)
         probabilities = F.softmax(self.router(flat), dim=-1)
         chosen = torch.argmax(probabilities, dim=-1)
@@ -176,14 +179,14 @@ class ArgmaxSwitch(Block):
 
 
 class SigmoidWithBias(Block):
-    """Selection by biased scores, weights from the scores; a shared expert with a gate of its own."""
+    """Selection by biased scores, weights from the scores; a shared expert with a gate."""
 
     def __init__(self) -> None:
         super().__init__(experts=8, choices=3)
         self.shared, self.shared_gate = Gated(), nn.Linear(HIDDEN, 1)
         self.register_buffer("bias", torch.randn(8))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         flat = x.view(-1, HIDDEN)
         scores = self.router(flat.float()).sigmoid()
         chosen = torch.topk(scores + self.bias, self.choices, dim=-1, sorted=False).indices
@@ -206,7 +209,7 @@ class Dictionary(Block):
         super().__init__()
         self.experts = nn.ModuleDict({f"expert_{e}": Plain() for e in range(6)})
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         flat = x.reshape(-1, HIDDEN)
         weights, chosen = self.router(flat).softmax(-1).topk(self.choices)
         out = torch.zeros_like(flat)
@@ -220,7 +223,7 @@ class Dictionary(Block):
 class ByChoice(Block):
     """Only the experts that some token chose, found by unique."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         flat = x.reshape(-1, HIDDEN)
         weights, chosen = self.router(flat).softmax(-1).topk(self.choices)
         out = torch.zeros_like(flat)
@@ -240,7 +243,7 @@ class Net(nn.Module):
         self.layers = nn.ModuleList([block() for _ in range(2)])
         self.head = nn.Linear(HIDDEN, 3)
 
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> Any:
         others = []
         for layer in self.layers:
             first, *rest = tree_flatten(layer(x))[0]
@@ -319,7 +322,7 @@ def test_no_tokens() -> None:
 def test_one_expert_gets_every_token() -> None:
     net = Net(SkipEmpty)
     with torch.no_grad():
-        for layer in net.layers:
+        for layer in cast(Any, net.layers):
             layer.router.weight.zero_()
             layer.router.weight[2:4] = torch.eye(HIDDEN)[:2] * 1e-3
     compiled = moec.compile(net)
@@ -352,7 +355,7 @@ class OtherSettings(WhereIndexAdd):
 class Capacity(Block):
     """Tokens beyond an expert's capacity are dropped, in order."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         flat = x.reshape(-1, HIDDEN)
         weight, chosen = self.router(flat).softmax(-1).max(-1)
         mask = F.one_hot(chosen, len(self.experts))
@@ -368,7 +371,7 @@ class Capacity(Block):
 class LargeCapacity(WhereIndexAdd):
     """Drops tokens of an expert that has more than a thousand: no trial is that large."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         flat = x.reshape(-1, HIDDEN)
         weights, chosen = self.router(flat).softmax(-1).topk(self.choices)
         out = torch.zeros_like(flat)
@@ -382,7 +385,7 @@ class LargeCapacity(WhereIndexAdd):
 class CountedCapacity(Capacity):
     """As above, counting with a cumulative sum."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         flat = x.reshape(-1, HIDDEN)
         weight, chosen = self.router(flat).softmax(-1).max(-1)
         mask = F.one_hot(chosen, len(self.experts))
@@ -401,7 +404,7 @@ class StoresAttribute(WhereIndexAdd):
         super().__init__()
         self.loss: torch.Tensor | None = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         self.loss = self.router(x).logsumexp(-1).square().mean()
         return super().forward(x)
 
@@ -413,7 +416,7 @@ class CountsCalls(WhereIndexAdd):
         super().__init__()
         self.register_buffer("calls", torch.zeros(()))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         self.calls += 1
         return super().forward(x)
 
@@ -425,7 +428,7 @@ class KeepsList(WhereIndexAdd):
         super().__init__()
         self.seen: list[int] = []
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         self.seen.append(x.shape[1])
         return super().forward(x)
 
@@ -433,7 +436,7 @@ class KeepsList(WhereIndexAdd):
 class BranchOnValues(WhereIndexAdd):
     """Another function for large tokens."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         out = super().forward(x)
         if x.abs().max() > 1e4:
             return out * 2
@@ -443,7 +446,7 @@ class BranchOnValues(WhereIndexAdd):
 class BranchOnWeights(WhereIndexAdd):
     """Another function where the router is sure."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         out = super().forward(x)
         if self.router(x).softmax(-1).max() > 0.999999:
             return out * 2
@@ -457,14 +460,14 @@ class NumberFromWeight(WhereIndexAdd):
         super().__init__()
         self.scale = nn.Parameter(torch.rand(()))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         return super().forward(x) * self.scale.item()
 
 
 class Normalized(Block):
     """The sum of the experts' outputs is used in two ways that no sum over choices explains."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         flat = x.reshape(-1, HIDDEN)
         weights, chosen = self.router(flat).softmax(-1).topk(self.choices)
         largest = torch.full_like(flat, -1e9)
@@ -510,7 +513,7 @@ def test_left_alone_with_one_warning_and_right(block: Any, reason: str | None) -
         for scale in (1.0, 1e6):
             x = torch.randn(*shape, HIDDEN) * scale
             assert_equal(compiled(x), twin(x), 1e-6)
-    for ours, theirs in zip(compiled.layers, twin.layers, strict=True):
+    for ours, theirs in zip(compiled.layers, cast(Any, twin).layers, strict=True):
         if block is StoresAttribute:
             torch.testing.assert_close(ours.loss, theirs.loss)
         if block is KeepsList:
@@ -527,7 +530,7 @@ class Dropping(nn.Module):
         self.up, self.down = nn.Linear(HIDDEN, 24), nn.Linear(24, HIDDEN)
         self.dropout = nn.Dropout(0.5)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         return self.down(self.dropout(F.relu(self.up(x))))
 
 
@@ -560,7 +563,7 @@ class SliceOfLayers(nn.Module):
         self.layers = nn.ModuleList([nn.Linear(HIDDEN, HIDDEN) for _ in range(3)])
         self.head = nn.Linear(HIDDEN, 3)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         for layer in self.layers:
             x = torch.relu(layer(x))
         return self.head(x)

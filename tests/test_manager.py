@@ -45,7 +45,7 @@ def test_every_pass_has_a_summary_of_one_line() -> None:
 def test_pipelines_parse_and_print_back(target: str, training: bool) -> None:
     text = pipeline(target, training)
     calls = parse_pipeline(text)
-    assert [c.definition.name for c in calls] == text.split(", ")
+    assert [c.definition.name for c in calls] == [t.split("{")[0] for t in text.split(", ")]
     assert ("grad" in text) == training
     assert ("fuse-gemm" in text) == (target == "triton")
     assert parse_pipeline(",".join(map(str, calls))) == calls

@@ -16,11 +16,13 @@ from moec.codegen.triton.group_sum import LIBRARY as GROUP_SUM
 from moec.codegen.triton.group_sum import emit_group_sum
 from moec.codegen.triton.grouped_gemm import PointerGemm
 from moec.codegen.triton.grouped_outer import PointerOuter
+from moec.codegen.triton.hoist import Hoisted, hoist
 from moec.codegen.triton.kernel import Unsupported
 from moec.codegen.triton.pointwise import Pointwise
 from moec.codegen.triton.routing import Routing
+from moec.codegen.triton.tail import leak
 from moec.codegen.writer import Writer
-from moec.ir.graph import Graph, Op, walk
+from moec.ir.graph import Graph, Op, Value, walk
 from moec.ir.text import show
 
 
@@ -44,6 +46,7 @@ class TritonEmitter:
         self.graph = graph
         self.kernels: dict[Op, Kernel] = {}
         self.reasons: dict[Op, str] = {}
+        self.hoisted: dict[Op, Hoisted] = {}
         self.first: dict[str, Kernel] = {}  # the kernel that others of the same text share
         self._contexts: list[Context] = []
         self._taken = set(source.names())
@@ -61,7 +64,11 @@ class TritonEmitter:
         key = _key(op)
         name = self.first[key].name if key in self.first else self._name(op)
         try:
-            kernel = self._kernel(op, name)
+            reader = leak(self.graph, op) if op.kind == "kern.grouped_gemm" else ""
+            if reader:
+                raise Unsupported(f"rows without an expert are read by {reader}")
+            self.hoisted[op] = hoist(op)
+            kernel = self._kernel(self.hoisted[op].op, name)
         except Unsupported as error:
             self.reasons[op] = str(error)
             return
@@ -89,7 +96,7 @@ class TritonEmitter:
         module = op.loc.module.split(".")[-1] if op.loc is not None else ""
         hints = dict.fromkeys(re.sub(r"_\d+$", "", _clean(r.hint)) for r in op.results)
         words = ["route"] if op.kind == "kern.routing" else list(hints)
-        base = _clean("_".join([module or "moe", *words]))[:48].strip("_").lower()
+        base = _clean("_".join([module or "moe", *words]))[:40].strip("_").lower()
         name, count = base, 1
         while name in self._taken or f"{name}_sums" in self._taken or self._is_a_value(name):
             count += 1
@@ -116,6 +123,7 @@ class TritonEmitter:
         """Write the lines of an op; false if it is left to its PyTorch expression."""
         context = self._context(op, names)
         if op in self.kernels:
+            self._emit_before(writer, op, context)
             self.kernels[op].launch(writer, context)
             return True
         if op in self.reasons:
@@ -132,6 +140,21 @@ class TritonEmitter:
             writer.line(f"{context.names.add(op.result)} = torch.stack(({parts},))")
             return True
         return False
+
+    def _emit_before(self, writer: Writer, op: Op, context: Context) -> None:
+        """The ops of a body that run before its kernel."""
+        before = self.hoisted[op].before
+        if op.body is None or not before:
+            return
+        for inner, outer in zip(op.body.inputs, op.operands, strict=True):
+            context.names.alias(inner, context.names[outer])
+        for o in before:
+            self._emit_inner(writer, o, context)
+            for v in o.results:
+                writer.line(f"{context.names[v]} = {context.names[v]}.contiguous()")
+        for inner, outer in zip(op.body.outputs, op.results, strict=True):
+            if any(inner in o.results for o in before):
+                context.names.alias(outer, context.names[inner])
 
     def _emit_inner(self, writer: Writer, op: Op, context: Context) -> None:
         """An op of a body as an expression."""
@@ -164,9 +187,10 @@ class TritonEmitter:
         """How many kernels by descriptors read each gathered value."""
         uses: dict[Gathered, int] = {}
         for op in ops:
-            if op.body is not None and op in self.kernels and _tma(op):
-                outer = dict(zip(op.body.inputs, op.operands, strict=True))
-                for inner in op.body.ops:
+            taken = self.hoisted[op].op if op in self.kernels else op
+            if taken.body is not None and _tma(taken):
+                outer = dict(zip(taken.body.inputs, taken.operands, strict=True))
+                for inner in taken.body.ops:
                     if inner.kind == "moe.gather":
                         key = outer[inner.operands[0]], outer[inner.operands[1]]
                         uses[key] = uses.get(key, 0) + 1
@@ -187,5 +211,5 @@ def _clean(text: str) -> str:
     return f"v{name}" if name[0].isdigit() else name
 
 
-def _values(graph: Graph) -> list[object]:
+def _values(graph: Graph) -> list[Value]:
     return [*graph.inputs, *graph.cotangents, *(v for op in walk(graph) for v in op.results)]

@@ -8,6 +8,7 @@ from typing import Any
 from moec.codegen.triton.descriptor_gemm import DescriptorGemm
 from moec.codegen.triton.descriptor_outer import DescriptorOuter
 from moec.codegen.triton.grouped_outer import analyse as analyse_outer
+from moec.codegen.triton.hoist import hoist
 from moec.codegen.triton.kernel import Unsupported
 from moec.codegen.triton.products import analyse
 from moec.codegen.triton.tiles import Tile, outer_tile, row_tile
@@ -29,6 +30,7 @@ def attributes(op: Op, limits: Limits) -> dict[str, Any]:
     """The attributes ``template`` and ``tile`` of a kernel."""
     if op.kind not in ("kern.grouped_gemm", "kern.grouped_outer"):
         return {"tile": (limits.block,)} if limits.block else {}
+    op = hoist(op).op
     template = "tma" if limits.descriptors and takes_descriptors(op) else "pointer"
     try:
         tile = _overridden(_default(op, template), limits)
@@ -57,7 +59,9 @@ def _overridden(tile: Tile, limits: Limits) -> Tile:
 def takes_descriptors(op: Op) -> bool:
     """Whether the Hopper template can express a kernel."""
     try:
-        DescriptorGemm(op, "trial") if op.kind == "kern.grouped_gemm" else DescriptorOuter(op, "trial")
+        DescriptorGemm(op, "trial") if op.kind == "kern.grouped_gemm" else DescriptorOuter(
+            op, "trial"
+        )
     except Unsupported:
         return False
     return True

@@ -32,7 +32,9 @@ def write(writer: Writer, text: str) -> None:
 def only_if(rows: Dim) -> str:
     """The condition that there is any row."""
     names = sorted(symbols(rows))
-    return names[0] if len(names) == 1 and len(getattr(rows, "args", ())) <= 2 else python_source(rows)
+    return (
+        names[0] if len(names) == 1 and len(getattr(rows, "args", ())) <= 2 else python_source(rows)
+    )
 
 
 @dataclass
@@ -47,7 +49,7 @@ class Context:
     checked: set[Value] = field(default_factory=set)
 
     def contiguous(self, writer: Writer, values: Sequence[Value]) -> None:
-        """Kernels take row-major tensors: copy what an expression may have left in another order."""
+        """Copy what an expression may have left in another order: kernels read row by row."""
         for value in dict.fromkeys(values):
             if value in self.checked or self._is_contiguous(value):
                 continue
@@ -86,7 +88,9 @@ class Context:
             writer.line(f"{name} = {made}")
             sizes = f"E={experts}, EP={power_of_two(experts)}, BM={block}"
             with writer.block(f"if {only_if(rows)}:"):
-                write(writer, f"list_row_tiles[({experts},)]({self.names[offsets]}, {name}, {sizes})")
+                write(
+                    writer, f"list_row_tiles[({experts},)]({self.names[offsets]}, {name}, {sizes})"
+                )
             self.tiles[offsets, block] = name
         return self.tiles[offsets, block]
 
@@ -113,9 +117,7 @@ class Context:
             writer.line(f"del {self.rows.pop((x, perm))}")
 
 
-def arguments(
-    text: KernelText, op: Op, context: Context, made: dict[str, str]
-) -> list[str]:
+def arguments(text: KernelText, op: Op, context: Context, made: dict[str, str]) -> list[str]:
     """The launch's arguments: the op's operands and results by name, and what the host made."""
     if op.body is None:
         return []

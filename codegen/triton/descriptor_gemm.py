@@ -48,7 +48,11 @@ class DescriptorGemm:
         self.chunk = self._chunk()
         self.domain = Domain(p.rows, p.columns, p.columns % self.chunk != 0, "columns")
         self.body = TileBody(
-            KernelText(self.text.dtype, fresh_names((*PLACE, "expert"))), p.body, self.domain, product=p, chunk=self.chunk
+            KernelText(self.text.dtype, fresh_names((*PLACE, "expert"))),
+            p.body,
+            self.domain,
+            product=p,
+            chunk=self.chunk,
         )
         self.sums = RowSums(p, self.name, self.tiles_n) if p.dots else None
         self._write_tile()
@@ -126,7 +130,9 @@ class DescriptorGemm:
             t.line(f"expert = tl.load({tiles} + 2 * m + 2)")
             t.line(f"row = tl.load({tiles} + 2 * m + 3)")
             self._write_product()
-            t.line("# the epilogue finds its place again: the next tile's loads need not wait for it")
+            t.line(
+                "# the epilogue finds its place again: the next tile's loads need not wait for it"
+            )
             t.line("last += tl.num_programs(0)")
             t.line(f"m, n = pick_tile(last, tiles, {self.tiles_n}, {GROUP})")
             t.line(f"expert = tl.load({tiles} + 2 * m + 2)")
@@ -160,7 +166,11 @@ class DescriptorGemm:
             t.line("inside = row + tl.arange(0, BM) < size")
             t.line("here = (start + row + tl.arange(0, BM)).to(tl.int64)")
         pieces = self._pieces()
-        extra = {q.name: self._argument(q, rows) for q in self.body.text.parameters if q.name not in PLACE}
+        extra = {
+            q.name: self._argument(q, rows)
+            for q in self.body.text.parameters
+            if q.name not in PLACE
+        }
         for i, piece in enumerate(pieces):
             self._call(i, piece, extra)
         for value in outer:
@@ -234,7 +244,7 @@ class DescriptorGemm:
         """Write the kernels."""
         tile = f"tile: {self.tile.rows} rows x {self.tile.columns} columns x {self.tile.depth} deep"
         docs = [f"Epilogue on {self.chunk} columns of a tile."]
-        self.body.text.write(writer, f"{self.name}_tile", docs)
+        self.body.text.write(writer, f"{self.name}_tile", docs, launched=False)
         self.text.write(writer, self.name, documentation(self.op, [tile]))
         if self.sums is not None:
             self.sums.define(writer)
@@ -251,11 +261,11 @@ class DescriptorGemm:
             context.allocate(writer, value)
         partial = self.sums.allocate(writer, context) if self.sums is not None else {}
         made.update(partial)
-        bound = f"launch.row_tile_bound({python_source(p.rows)}, {self._experts}, {self.tile.rows})"
+        sizes = f"{python_source(p.rows)}, {self._experts}, {self.tile.rows}, {self.tiles_n}"
         with writer.block(f"if {only_if(p.rows)}:"):
             inner = [*self._arguments(context, made), f"num_warps={self.tile.warps}"]
             inner.append(f"num_stages={self.tile.stages}")
-            grid = f"launch.persistent({times(bound, self.tiles_n)}, device)"
+            grid = f"launch.persistent_rows({sizes}, device)"
             write(writer, f"{self.name}[{grid}]({', '.join(inner)})")
             if self.sums is not None:
                 self.sums.launch(writer, op, context, made)
@@ -298,12 +308,10 @@ class DescriptorGemm:
     def _weight_blocks(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shape under which the weights are read, and the block of it."""
         p, bn, bk = self.product, self.tile.columns, self.tile.depth
-        if p.parts == 1:
-            columns, block = (p.columns,), (bn,)
-        elif p.layout == "concat":
+        columns: tuple[int, ...] = (p.parts * p.columns,)
+        block: tuple[int, ...] = (p.parts * bn,)
+        if p.parts == 2 and p.layout == "concat":
             columns, block = (2, p.columns), (2, bn)
-        else:
-            columns, block = (2 * p.columns,), (2 * bn,)
         if p.transposed:
             return (self._experts, p.depth, *columns), (1, bk, *block)
         return (self._experts, *columns, p.depth), (1, *block, bk)

@@ -90,9 +90,7 @@ class DescriptorOuter:
             if gather is not None:
                 context.release(writer, outer[gather.operands[0]], outer[gather.operands[1]])
 
-    def _side(
-        self, writer: Writer, context: Context, outer: dict[Value, Value], side: int
-    ) -> str:
+    def _side(self, writer: Writer, context: Context, outer: dict[Value, Value], side: int) -> str:
         gather = self.product.gather(side)
         if gather is None:
             return context.names[outer[self.product.anchor.operands[side]]]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from moec.codegen.triton.kernel import Term, Unsupported
 from moec.codegen.triton.products import RowProduct, is_of_rows
 from moec.codegen.triton.rows import TILE, Parts, RowBody
-from moec.ir.graph import Op, Value
+from moec.ir.graph import Op, Value, producers
 from moec.ir.types import SIZES
 
 PLACE = ("start", "size", "row", "column")
@@ -49,15 +49,23 @@ class TileBody(RowBody):
 
     def write(self, op: Op) -> None:
         """Write an op; what is a number a row is computed once, outside."""
-        p = self.product
-        inner = op.kind not in ("moe.row_dot", "t.full") and op not in p.finish
-        if inner and all(is_of_rows(v, p.rows, p.columns) for v in op.results):
-            for v in op.results:
-                self.env[v] = Term(self.text.parameter(v), ("r",))
-            return
         if op.kind == "moe.gather":
             raise Unsupported("a gather after the product")
-        super().write(op)
+        if not self._is_outside(op):
+            super().write(op)
+
+    def _is_outside(self, op: Op | None) -> bool:
+        p = self.product
+        inner = op is None or op.kind in ("moe.row_dot", "t.full") or op in p.finish
+        return not inner and all(
+            is_of_rows(v, p.rows, p.columns) for v in (op.results if op else ())
+        )
+
+    def term(self, value: Value) -> Term:
+        """A value as text; numbers a row are arguments."""
+        if value not in self.env and self._is_outside(producers(self.graph).get(value)):
+            self.env[value] = Term(self.text.parameter(value), ("r",))
+        return super().term(value)
 
     # loads
     def load_row(self, value: Value, name: str) -> Term:

@@ -47,4 +47,3 @@ class VectorBody:
         """Write a result."""
         out, term = self.text.parameter(value, f"{value.hint}_out"), self.term(value)
         self.text.line(f"tl.store({out} + {self.at}, {term.text}{self.mask})")
-

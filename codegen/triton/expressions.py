@@ -66,11 +66,14 @@ def _extreme(sign: str) -> Expression:
 
 
 def _clamp(op: Op, a: list[str], dtype: str) -> str:
+    low, high = op.attrs.get("min"), op.attrs.get("max")
+    if low is not None and high is not None:
+        low = min(low, high)  # the upper bound wins
     text = a[0]
-    for name, sign in (("min", "<"), ("max", ">")):
-        if name in op.attrs:
-            bound = number(op.attrs[name], dtype)
-            text = f"tl.where({text} {sign} {bound}, {bound}, {text})"
+    for value, sign in ((high, ">"), (low, "<")):
+        if value is not None:
+            bound = number(value, dtype)
+            text = f"tl.where({a[0]} {sign} {bound}, {bound}, {text})"
     return text
 
 
@@ -96,7 +99,9 @@ def _pow(op: Op, a: list[str], dtype: str) -> str:
     if exponent in (0.5, -0.5):
         return f"tl.sqrt({x})" if exponent > 0 else f"tl.rsqrt({x})"
     if not exponent.is_integer():
-        return f"tl.exp({number(exponent, dtype)} * tl.log({x}))"  # NaN below 0, as in PyTorch
+        power = f"tl.exp({number(exponent, dtype)} * tl.log({x}))"  # NaN below 0, as in PyTorch,
+        limit = number(float("inf") if exponent > 0 else 0.0, dtype)  # save at -inf
+        return f'tl.where({x} == float("-inf"), {limit}, {power})'
     whole = abs(int(exponent))
     text = f"({_product(x, whole)})" if whole <= 16 else _large_power(x, whole)
     return text if exponent > 0 else f"1.0 / {text}"

@@ -60,9 +60,7 @@ class PointerGemm:
 
     # the kernel
     def _write(self) -> None:
-        self.text.constants.update(
-            BM=self.tile.rows, BN=self.tile.columns, BK=self.tile.depth
-        )
+        self.text.constants.update(BM=self.tile.rows, BN=self.tile.columns, BK=self.tile.depth)
         self._write_place()
         products = self._write_product()
         self._write_epilogue(products)
@@ -156,10 +154,8 @@ class PointerGemm:
         for i in range(1 if self.wide else p.parts):
             column, width = self._right_columns(i)
             stride = (1, total) if p.transposed else (p.depth, 1)
-            at = t.let(
-                "right_at",
-                f"matrix + {_scaled(column, stride[0])}[None, :] + {_scaled('depth', stride[1])}[:, None]",
-            )
+            columns, depth = _scaled(column, stride[0]), _scaled("depth", stride[1])
+            at = t.let("right_at", f"matrix + {columns}[None, :] + {depth}[:, None]")
             found.append((at.text, self._right_mask(column, width)))
         return found
 
@@ -220,7 +216,9 @@ class PointerGemm:
             self.text.line(f"tl.store({out} + row, {term.on(('r',))}, mask=inside & (n == 0))")
             return
         at = f"row[:, None] * {self.product.columns} + column[None, :]"
-        tile = term.on(TILE) if term.axes else f"tl.zeros((BM, BN), {body.text.dtype}) + {term.text}"
+        tile = (
+            term.on(TILE) if term.axes else f"tl.zeros((BM, BN), {body.text.dtype}) + {term.text}"
+        )
         self.text.line(f"tl.store({out} + {at}, {tile}, mask={self.domain.live})")
 
     def _store_parts(self, body: RowBody, out: str, parts: Parts, whole: str | None) -> None:
@@ -255,12 +253,11 @@ class PointerGemm:
             context.allocate(writer, value)
         if self.sums is not None:
             made.update(self.sums.allocate(writer, context))
-        bound = f"launch.row_tile_bound({python_source(p.rows)}, {_experts(p)}, {self.tile.rows})"
-        bound = times(bound, self.tiles_n)
+        sizes = f"{python_source(p.rows)}, {_experts(p)}, {self.tile.rows}, {self.tiles_n}"
         options = f"num_warps={self.tile.warps}, num_stages={self.tile.stages}"
         inner = ", ".join(arguments(self.text, op, context, made))
         with writer.block(f"if {only_if(p.rows)}:"):
-            write(writer, f"{self.name}[({bound},)]({inner}, {options})")
+            write(writer, f"{self.name}[launch.row_grid({sizes})]({inner}, {options})")
             if self.sums is not None:
                 self.sums.launch(writer, op, context, made)
         if self.sums is not None:

@@ -1,4 +1,4 @@
-"""The text of one kernel while it is being written: its lines, and the parameters that they need."""
+"""The text of a kernel while it is being written: its lines, and the parameters they need."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from moec.ir.types import Type
 
 # names that the templates use themselves
 _LOCALS = frozenset(
-    "m n k token row column columns wide depth inside expert matrix start end size tiles left right "
-    "acc live live_wide left_at work last at here block slot key best hit BM BN BK BC BH BT KP EP BLOCK".split()
+    "m n k token row column columns wide depth inside expert matrix start end size tiles left "
+    "right acc live live_wide left_at work last at here block slot key best hit "
+    "BM BN BK BC BH BT KP EP BLOCK".split()
 )
 _FIRST = ("rows", "left_rows", "right_rows", "part 0", "part 1")
 
@@ -133,7 +134,9 @@ class KernelText:
         axes = tuple(a for a in order if any(a in t.axes for t in terms))
         texts = [t.on(axes) for t in terms]
         if all(t.literal for t in terms):
-            texts[0] = f"tl.full((), {texts[0]}, {dtype_in_kernel(op.operands[0].type, self.dtype)})"
+            texts[0] = (
+                f"tl.full((), {texts[0]}, {dtype_in_kernel(op.operands[0].type, self.dtype)})"
+            )
         text = EXPRESSIONS[op.kind](op, texts, self.dtype)
         self.used.update(f for f in CALLED if f"{f}(" in text)
         if text in texts:  # a cast that rounds nothing
@@ -146,11 +149,13 @@ class KernelText:
         items += [f"{k}: tl.constexpr = {v}" for k, v in self.constants.items()]
         return "\n".join(wrapped(f"def {name}({', '.join(items)}):", WIDTH))
 
-    def write(self, writer: Writer, name: str, docs: Sequence[str]) -> None:
-        """The whole kernel."""
+    def write(
+        self, writer: Writer, name: str, docs: Sequence[str], *, launched: bool = True
+    ) -> None:
+        """The whole kernel, or (not ``launched``) a function that kernels call."""
         integers = ", ".join(f'"{i}"' for i in self.integers)
         decorator = f"(do_not_specialize=[{integers}])" if integers else ""
-        writer.lines("", "", f"@triton.jit{decorator}")
+        writer.lines("", "", *(["@launch.Kernel"] if launched else []), f"@triton.jit{decorator}")
         with writer.block(self.signature(name)):
             if len(docs) == 1:
                 writer.line(f'"""{docs[0]}"""')

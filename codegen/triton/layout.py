@@ -56,7 +56,10 @@ def _longest_group(text: str) -> tuple[int, int] | None:
             depth += 1
         elif c in _CLOSE:
             depth -= 1
-            call = text[start] == "(" and depth == 0
+            before = text[start - 1 : start]  # a bracket that only groups must not get a comma
+            call = (
+                text[start] == "(" and depth == 0 and (before.isalnum() or before in tuple("_])"))
+            )
             if call and (found is None or i - start > found[1] - found[0]):
                 found = start, i
     return found

@@ -11,6 +11,8 @@ of one expert.
 import triton
 import triton.language as tl
 
+from moec.runtime import launch
+
 # the row origin of a ragged descriptor: rows past the end of an expert fall outside its shape
 RAGGED: tl.constexpr = tl.constexpr(2**30)
 
@@ -90,6 +92,7 @@ def store_part(rows, start, size, row, part, column, value, BR: tl.constexpr, BC
     rows.store(at, value.to(rows.dtype).reshape(1, 1, BR, 1, BC))
 
 
+@launch.Kernel
 @triton.jit
 def list_row_tiles(offsets, tiles, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr):
     """The row tiles of one expert a program: tiles[0] is their number, then (expert, first row)."""
@@ -110,6 +113,7 @@ def list_row_tiles(offsets, tiles, E: tl.constexpr, EP: tl.constexpr, BM: tl.con
         tl.store(tiles, before + mine)
 
 
+@launch.Kernel
 @triton.jit(do_not_specialize=["pairs", "blocks"])
 def count_pairs(
     index, histogram, pairs, blocks, BUCKETS: tl.constexpr, EP: tl.constexpr, PAIRS: tl.constexpr
@@ -124,6 +128,7 @@ def count_pairs(
     tl.store(histogram + expert * (blocks + 1) + block, count, mask=expert < BUCKETS)
 
 
+@launch.Kernel
 @triton.jit(do_not_specialize=["blocks"])
 def scan_counts(histogram, blocks, CHUNK: tl.constexpr):
     """Per expert: the exclusive prefix of its counts over the blocks, in place; then its total."""
@@ -138,6 +143,7 @@ def scan_counts(histogram, blocks, CHUNK: tl.constexpr):
     tl.store(counts + blocks, carry)
 
 
+@launch.Kernel
 @triton.jit(do_not_specialize=["pairs", "blocks"])
 def place_pairs(
     index, histogram, perm, offsets, inverse, pairs, blocks,
@@ -167,6 +173,7 @@ def place_pairs(
         tl.store(offsets + E, tl.sum(tl.where(expert < E, total, 0), 0))
 
 
+@launch.Kernel
 @triton.jit
 def spread_rows(x, inverse, rows, H: tl.constexpr, K: tl.constexpr, BH: tl.constexpr):
     """rows[inverse[t, k]] = x[t]: reads every token once."""
@@ -178,6 +185,7 @@ def spread_rows(x, inverse, rows, H: tl.constexpr, K: tl.constexpr, BH: tl.const
         tl.store(rows + row * H + column, value, mask=column < tl.where(row >= 0, H, 0))
 
 
+@launch.Kernel
 @triton.jit
 def sum_groups(
     x, offsets, partial, E: tl.constexpr, N: tl.constexpr, SHARES: tl.constexpr, BR: tl.constexpr,

@@ -126,7 +126,9 @@ def _after_dots(ops: list[Op]) -> list[Op]:
     return found
 
 
-def _check(anchor: Op, prologue: tuple[Op, ...], epilogue: tuple[Op, ...], finish: list[Op]) -> None:
+def _check(
+    anchor: Op, prologue: tuple[Op, ...], epilogue: tuple[Op, ...], finish: list[Op]
+) -> None:
     rows = anchor.result.type.shape[0]
     for op in finish:
         if any(v.type.shape not in ((rows,), (rows, 1), ()) for v in (*op.operands, *op.results)):

@@ -208,7 +208,9 @@ def _row_dot(body: RowBody, op: Op) -> None:
         raise Unsupported("an inner product of something that is no tile")
     product = f"{a.text} * {b.text}"
     if body.domain.cut:
-        product = f"tl.where(({body.domain.column} < {body.domain.columns})[None, :], {product}, 0.0)"
+        product = (
+            f"tl.where(({body.domain.column} < {body.domain.columns})[None, :], {product}, 0.0)"
+        )
     total = body.text.let(op.result.hint, f"tl.sum({product}, 1)", ("r",))
     body.dots.append((op, total))
 
@@ -236,10 +238,9 @@ def _expert_rows(body: RowBody, op: Op) -> None:
     if table in producers(body.graph):
         raise Unsupported("a bias that the kernel computes")
     name, shape = body.text.parameter(table), table.type.shape
-    if len(shape) == 1:
-        load, axes = f"tl.load({name} + {body.expert()})", ()
-    elif shape[1] == 1:
-        load, axes = f"tl.load({name} + {body.expert()})", ()
+    axes: tuple[str, ...] = ()
+    if len(shape) == 1 or shape[1] == 1:
+        load = f"tl.load({name} + {body.expert()})"
     elif shape[1] == body.domain.columns:
         at = f"{body.expert()} * {shape[1]} + {body.domain.column}"
         load, axes = f"tl.load({name} + {at}{body.domain.column_mask})", ("c",)

@@ -63,7 +63,9 @@ class RowSums:
         made = {}
         for i, _ in enumerate(self.product.dots):
             name = context.names.fresh("partial")
-            made[f"partial_{i}"] = context.empty(writer, name, (self.product.rows, self.tiles_n), dtype)
+            made[f"partial_{i}"] = context.empty(
+                writer, name, (self.product.rows, self.tiles_n), dtype
+            )
         return made
 
     def launch(self, writer: Writer, op: Op, context: Context, made: dict[str, str]) -> None:

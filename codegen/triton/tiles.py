@@ -42,7 +42,9 @@ def row_tile(p: RowProduct, template: str) -> Tile:
     if size == 2:
         wide = 256 if template == "tma" else 64 if p.reads else 128
         return _fit(Tile(128, wide // p.parts, 64, 8, 3), p.columns, p.depth)
-    return _fit(Tile(64, 64 // p.parts if p.parts <= 2 else 16, 128 // size, 4, 2), p.columns, p.depth)
+    return _fit(
+        Tile(64, 64 // p.parts if p.parts <= 2 else 16, 128 // size, 4, 2), p.columns, p.depth
+    )
 
 
 def outer_tile(dtype: str, m: int, n: int, template: str) -> Tile:

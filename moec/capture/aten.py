@@ -1,4 +1,4 @@
-"""The table of ATen ops: what each becomes in the IR."""
+"""The table of ATen ops: what each becomes in the IR. Pointwise ops and shapes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from moec.capture.importer import HANDLERS, ExpertSlice, Importer, handles
 from moec.errors import CaptureError
 from moec.ir.dims import canon
 from moec.ir.graph import Value
-from moec.ir.types import FLOATS, Type, dtype_name
+from moec.ir.types import Type, dtype_name
 
 aten = torch.ops.aten
 Args = Sequence[Any]
 Kwargs = Mapping[str, Any]
 
-_UNARY = {
+_UNARY: dict[Any, str] = {
     aten.neg.default: "neg",
     aten.abs.default: "abs",
     aten.sign.default: "sign",
@@ -60,7 +60,7 @@ def _overloads(packet: Any) -> list[Any]:
 @handles(*_UNARY)
 def unary(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
     x = i.cast(i.value(args[0]), i.dtype(node))
-    return i.b(f"t.{_UNARY[node.target]}", x, hint=i.hint(node))  # type: ignore[index,no-any-return]
+    return i.b(f"t.{_UNARY[node.target]}", x, hint=i.hint(node))
 
 
 @handles(*(o for p in _BINARY for o in _overloads(p)))
@@ -71,13 +71,13 @@ def binary(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
     dtype = i.dtype(node)
     x, y = args[0], args[1]
     if not isinstance(y, Value | ExpertSlice):
-        return i.b(f"t.{name}", i.cast(i.value(x), dtype), other=_number(y), hint=i.hint(node))  # type: ignore[no-any-return]
+        return i.b(f"t.{name}", i.cast(i.value(x), dtype), other=number(y), hint=i.hint(node))
     if not isinstance(x, Value | ExpertSlice):
-        x = i.b.full(Type(dtype, ()), _number(x))
-    return i.b(f"t.{name}", i.cast(i.value(x), dtype), i.cast(i.value(y), dtype), hint=i.hint(node))  # type: ignore[no-any-return]
+        x = i.b.full(Type(dtype, ()), number(x))
+    return i.b(f"t.{name}", i.cast(i.value(x), dtype), i.cast(i.value(y), dtype), hint=i.hint(node))
 
 
-def _number(value: Any) -> float:
+def number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise CaptureError(f"expected a number, got {value!r}")
     return float(value)
@@ -88,12 +88,12 @@ def comparison(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
     name = _COMPARISON[node.target.overloadpacket]  # type: ignore[union-attr]
     x, y = i.value(args[0]), args[1]
     if not isinstance(y, Value | ExpertSlice):
-        return i.b(f"t.{name}", x, other=_number(y), hint=i.hint(node))  # type: ignore[no-any-return]
+        return i.b(f"t.{name}", x, other=number(y), hint=i.hint(node))
     other = i.value(y)
     if other.type.dtype != x.type.dtype:
         common = dtype_name(torch.promote_types(_torch(x), _torch(other)))
         x, other = i.cast(x, common), i.cast(other, common)
-    return i.b(f"t.{name}", x, other, hint=i.hint(node))  # type: ignore[no-any-return]
+    return i.b(f"t.{name}", x, other, hint=i.hint(node))
 
 
 def _torch(value: Value) -> torch.dtype:
@@ -104,7 +104,7 @@ def _torch(value: Value) -> torch.dtype:
 
 @handles(aten.rsub.Scalar)
 def rsub(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
-    return i.b("t.add", i.b("t.neg", i.value(args[0])), other=_number(args[1]), hint=i.hint(node))  # type: ignore[no-any-return]
+    return i.b("t.add", i.b("t.neg", i.value(args[0])), other=number(args[1]), hint=i.hint(node))
 
 
 @handles(aten.pow.Tensor_Scalar)
@@ -112,14 +112,14 @@ def power(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
     return i.b(
         "t.pow",
         i.cast(i.value(args[0]), i.dtype(node)),
-        exponent=_number(args[1]),
+        exponent=number(args[1]),
         hint=i.hint(node),
-    )  # type: ignore[no-any-return]
+    )
 
 
 @handles(aten.square.default)
 def square(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
-    return i.b("t.pow", i.value(args[0]), exponent=2.0, hint=i.hint(node))  # type: ignore[no-any-return]
+    return i.b("t.pow", i.value(args[0]), exponent=2.0, hint=i.hint(node))
 
 
 @handles(aten.gelu.default)
@@ -129,13 +129,13 @@ def gelu(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
         i.value(args[0]),
         approximate=str(kwargs.get("approximate", "none")),
         hint=i.hint(node),
-    )  # type: ignore[no-any-return]
+    )
 
 
 @handles(aten.softplus.default)
 def softplus(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
-    options = dict(zip(("beta", "threshold"), map(float, args[1:]), strict=False))
-    return i.b("t.softplus", i.value(args[0]), hint=i.hint(node), **options)  # type: ignore[no-any-return]
+    options: dict[str, Any] = dict(zip(("beta", "threshold"), map(float, args[1:]), strict=False))
+    return i.b("t.softplus", i.value(args[0]), hint=i.hint(node), **options)
 
 
 @handles(aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.hardtanh.default)
@@ -148,8 +148,8 @@ def clamp(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
         bounds = {"min": None, "max": args[1]}
     if node.target is aten.hardtanh.default and len(args) == 1:
         bounds = {"min": -1.0, "max": 1.0}
-    numbers = {k: _number(v) for k, v in bounds.items() if v is not None}
-    return i.b("t.clamp", i.value(args[0]), hint=i.hint(node), **numbers)  # type: ignore[no-any-return]
+    numbers: dict[str, Any] = {k: number(v) for k, v in bounds.items() if v is not None}
+    return i.b("t.clamp", i.value(args[0]), hint=i.hint(node), **numbers)
 
 
 @handles(
@@ -186,17 +186,17 @@ def nothing(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> None:
 
 @handles(aten.bitwise_not.default, aten.logical_not.default)
 def negate(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
-    return i.b("t.logical_not", i.cast(i.value(args[0]), "bool"), hint=i.hint(node))  # type: ignore[no-any-return]
+    return i.b("t.logical_not", i.cast(i.value(args[0]), "bool"), hint=i.hint(node))
 
 
 @handles(aten.bitwise_and.Tensor, aten.logical_and.default)
 def both(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
-    return i.b("t.logical_and", i.value(args[0]), i.value(args[1]), hint=i.hint(node))  # type: ignore[no-any-return]
+    return i.b("t.logical_and", i.value(args[0]), i.value(args[1]), hint=i.hint(node))
 
 
 @handles(aten.bitwise_or.Tensor, aten.logical_or.default)
 def either(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
-    return i.b("t.logical_or", i.value(args[0]), i.value(args[1]), hint=i.hint(node))  # type: ignore[no-any-return]
+    return i.b("t.logical_or", i.value(args[0]), i.value(args[1]), hint=i.hint(node))
 
 
 @handles(aten.where.self)
@@ -208,7 +208,7 @@ def where(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
         i.cast(i.value(args[1]), dtype),
         i.cast(i.value(args[2]), dtype),
         hint=i.hint(node),
-    )  # type: ignore[no-any-return]
+    )
 
 
 @handles(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
@@ -217,9 +217,9 @@ def masked_fill(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value
     fill = (
         i.cast(args[2], x.type.dtype)
         if isinstance(args[2], Value)
-        else i.b.full(Type(x.type.dtype, ()), _number(args[2]))
+        else i.b.full(Type(x.type.dtype, ()), number(args[2]))
     )
-    return i.b("t.where", i.value(args[1]), fill, x, hint=i.hint(node))  # type: ignore[no-any-return]
+    return i.b("t.where", i.value(args[1]), fill, x, hint=i.hint(node))
 
 
 # shapes
@@ -266,7 +266,7 @@ def _order(target: Any, args: Args, rank: int) -> tuple[int, ...]:
 
 @handles(aten.expand.default, aten.broadcast_to.default)
 def expand(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
-    return i.b("t.expand", i.value(args[0]), shape=i.shape_of(node), hint=i.hint(node))  # type: ignore[no-any-return]
+    return i.b("t.expand", i.value(args[0]), shape=i.shape_of(node), hint=i.hint(node))
 
 
 @handles(aten.slice.Tensor)
@@ -335,15 +335,16 @@ def concat(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
     dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
     return i.b(
         "t.concat", *(i.cast(i.value(a), dtype) for a in args[0]), dim=int(dim), hint=i.hint(node)
-    )  # type: ignore[no-any-return]
+    )
 
 
 @handles(aten.full.default, aten.zeros.default, aten.ones.default, aten.scalar_tensor.default)
 def full(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
-    fill = {aten.zeros.default: 0.0, aten.ones.default: 1.0}.get(node.target)
+    known: dict[Any, float] = {aten.zeros.default: 0.0, aten.ones.default: 1.0}
+    fill = known.get(node.target)
     if fill is None:
-        fill = _number(args[0] if node.target is aten.scalar_tensor.default else args[1])
-    return i.b("t.full", value=fill, dtype=i.dtype(node), shape=i.shape_of(node), hint=i.hint(node))  # type: ignore[no-any-return]
+        fill = number(args[0] if node.target is aten.scalar_tensor.default else args[1])
+    return i.b("t.full", value=fill, dtype=i.dtype(node), shape=i.shape_of(node), hint=i.hint(node))
 
 
 @handles(
@@ -361,189 +362,9 @@ def full_like(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
         if "zeros" in name
         else 1.0
         if "ones" in name
-        else _number(args[2] if "new_full" in name else args[1])
+        else number(args[2] if "new_full" in name else args[1])
     )
-    return i.b("t.full", value=fill, dtype=i.dtype(node), shape=i.shape_of(node), hint=i.hint(node))  # type: ignore[no-any-return]
-
-
-# reductions and indexing
-
-
-@handles(aten.sum.dim_IntList, aten.mean.dim, aten.amax.default)
-def reduce(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
-    kind = {aten.sum.dim_IntList: "t.sum", aten.mean.dim: "t.mean", aten.amax.default: "t.amax"}[
-        node.target
-    ]
-    x = i.value(args[0])
-    dims = args[1] if len(args) > 1 and args[1] else range(x.type.rank)
-    dims = tuple(int(d) for d in (dims if isinstance(dims, list | tuple | range) else [dims]))
-    keepdim = bool(args[2]) if len(args) > 2 else False
-    wanted = i.dtype(node)
-    x = i.cast(x, wanted) if wanted in FLOATS else x
-    return i.cast(i.b(kind, x, dims=dims, keepdim=keepdim, hint=i.hint(node)), wanted)
-
-
-@handles(aten.native_layer_norm.default)
-def native_layer_norm(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> tuple[Value, ...]:
-    return (_layer_norm(i, node, i.value(args[0]), args[1], args[2:4], float(args[4])),)
-
-
-@handles(aten.layer_norm.default)
-def layer_norm(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
-    x, shape, *rest = args
-    eps = float(rest[2]) if len(rest) > 2 else 1e-5
-    return _layer_norm(i, node, i.value(x), shape, rest[:2], eps)
-
-
-def _layer_norm(
-    i: Importer, node: fx.Node, x: Value, shape: Any, affine: Sequence[Any], eps: float
-) -> Value:
-    """Normalise over the last axis, in float32 at least, as PyTorch's own kernels do."""
-    if len(shape) != 1:
-        raise CaptureError("a layer norm over several axes")
-    dtype = x.type.dtype
-    wide = i.cast(x, "f64" if dtype == "f64" else "f32")
-    centred = i.b("t.sub", wide, i.b("t.mean", wide, dims=(-1,), keepdim=True))
-    variance = i.b("t.mean", i.b("t.mul", centred, centred), dims=(-1,), keepdim=True)
-    y = i.b("t.mul", centred, i.b("t.rsqrt", i.b("t.add", variance, other=eps)))
-    for kind, term in zip(("t.mul", "t.add"), affine, strict=False):
-        y = y if term is None else i.b(kind, y, i.cast(i.value(term), wide.type.dtype))
-    result: Value = i.cast(y, dtype)
-    return result
-
-
-@handles(aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
-def softmax(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
-    return i.b(
-        "t.softmax", i.cast(i.value(args[0]), i.dtype(node)), dim=int(args[1]), hint=i.hint(node)
-    )  # type: ignore[no-any-return]
-
-
-@handles(aten.cumsum.default)
-def cumsum(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
-    return i.b("t.cumsum", i.value(args[0]), dim=int(args[1]), hint=i.hint(node))  # type: ignore[no-any-return]
-
-
-@handles(aten.topk.default)
-def topk(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
-    defaults: tuple[Any, ...] = (None, None, -1, True, True)
-    _, k, dim, largest, ordered = (*args, *defaults[len(args) :])
-    attrs = {
-        "dim": int(dim),
-        "largest": bool(kwargs.get("largest", largest)),
-        "sorted": bool(kwargs.get("sorted", ordered)),
-    }
-    attrs = {n: v for n, v in attrs.items() if v != {"dim": -1, "largest": True, "sorted": True}[n]}
-    return i.b("t.topk", i.value(args[0]), k=int(k), hint=i.hints(node, 2), **attrs)
-
-
-@handles(aten.max.dim)
-def largest(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> tuple[Value, Value]:
-    x, axis, keepdim = i.value(args[0]), int(args[1]), bool(args[2]) if len(args) > 2 else False
-    index = _argmax(i, node, x, axis)
-    value = i.b("t.gather", x, index, dim=axis, hint=i.hint(node))
-    return (value, index) if keepdim else (_without(i, value, axis), _without(i, index, axis))
-
-
-@handles(aten.argmax.default)
-def argmax(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
-    axis = args[1] if len(args) > 1 else kwargs.get("dim")
-    if axis is None:
-        raise CaptureError("argmax over all axes")
-    index = _argmax(i, node, i.value(args[0]), int(axis))
-    keepdim = bool(args[2]) if len(args) > 2 else bool(kwargs.get("keepdim", False))
-    return index if keepdim else _without(i, index, int(axis))
-
-
-def _argmax(i: Importer, node: fx.Node, x: Value, axis: int) -> Value:
-    """The first place of the largest value, or of the first NaN, with the axis kept.
-
-    Top-k with k = 1 will not do: it takes another one of equal values (rows of zeros have them).
-    """
-    top = i.b("t.amax", x, dims=(axis,), keepdim=True)
-    found = i.b("t.logical_or", i.b("t.eq", x, top), i.b("t.ne", x, x))
-    so_far = i.b("t.cumsum", i.cast(found, "i64"), dim=axis)
-    before = i.cast(i.b("t.eq", so_far, other=0.0), "i64")
-    index: Value = i.b("t.sum", before, dims=(axis,), keepdim=True, hint=i.hint(node))
-    return index
-
-
-def _without(i: Importer, value: Value, axis: int) -> Value:
-    shape = list(value.type.shape)
-    del shape[axis]
-    reshaped: Value = i.b("t.reshape", value, shape=tuple(shape), hint=value.hint)
-    return reshaped
-
-
-@handles(aten.log_sigmoid.default)
-def log_sigmoid(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
-    return i.b("t.neg", i.b("t.softplus", i.b("t.neg", i.value(args[0]))), hint=i.hint(node))  # type: ignore[no-any-return]
-
-
-@handles(aten.gather.default)
-def gather(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
-    return i.b("t.gather", i.value(args[0]), i.value(args[2]), dim=int(args[1]), hint=i.hint(node))  # type: ignore[no-any-return]
-
-
-@handles(aten.scatter.value, aten.scatter.src, aten.scatter_add.default)
-def scatter(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
-    x, dim, index, source = i.value(args[0]), int(args[1]), i.value(args[2]), args[3]
-    if node.target is aten.scatter_add.default:
-        return i.b("t.scatter_add", x, index, i.value(source), dim=dim, hint=i.hint(node))  # type: ignore[no-any-return]
-    if isinstance(source, Value):
-        return i.b("t.scatter", x, index, i.cast(source, x.type.dtype), dim=dim, hint=i.hint(node))  # type: ignore[no-any-return]
-    return i.b("t.scatter", x, index, dim=dim, value=_number(source), hint=i.hint(node))  # type: ignore[no-any-return]
-
-
-@handles(aten.one_hot.default)
-def one_hot(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
-    return i.b("t.one_hot", i.value(args[0]), classes=int(args[1]), hint=i.hint(node))  # type: ignore[no-any-return]
-
-
-# products
-
-
-@handles(aten.linear.default)
-def linear(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
-    x, w = i.value(args[0]), args[1]
-    if isinstance(w, ExpertSlice):
-        return _grouped(
-            i, node, x, ExpertSlice(w.stack), args[2] if len(args) > 2 else None, transposed=False
-        )
-    biases = [i.value(a) for a in args[2:] if a is not None]
-    return i.b("t.linear", x, w, *biases, hint=i.hint(node))  # type: ignore[no-any-return]
-
-
-def _grouped(
-    i: Importer, node: fx.Node, x: Value, w: ExpertSlice, bias: Any, *, transposed: bool
-) -> Value:
-    if i.offsets is None or w.rank != 2:
-        raise CaptureError(f"a product with a weight of type {w.stack.type}")
-    y: Value = i.b(
-        "moe.grouped_mm", x, w.stack, i.offsets, transposed=transposed, hint=i.hint(node)
-    )
-    return y if bias is None else i.b("t.add", y, i.value(bias), hint=i.hint(node))
-
-
-@handles(aten.mm.default, aten.matmul.default, aten.bmm.default)
-def matmul(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
-    x, y = args[0], args[1]
-    if isinstance(y, ExpertSlice):
-        return _grouped(i, node, i.value(x), y, None, transposed=True)
-    if isinstance(x, ExpertSlice):
-        raise CaptureError("an expert's weight as the left factor of a product")
-    return i.b("t.matmul", x, y, hint=i.hint(node))  # type: ignore[no-any-return]
-
-
-@handles(aten.addmm.default)
-def addmm(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
-    if kwargs.get("alpha", 1) != 1 or kwargs.get("beta", 1) != 1:
-        raise CaptureError(f"addmm with {dict(kwargs)}")
-    bias, x, w = args[:3]
-    if isinstance(w, ExpertSlice):
-        return _grouped(i, node, i.value(x), w, bias, transposed=True)
-    product = i.b("t.matmul", i.value(x), i.value(w))
-    return i.b("t.add", product, i.value(bias), hint=i.hint(node))  # type: ignore[no-any-return]
+    return i.b("t.full", value=fill, dtype=i.dtype(node), shape=i.shape_of(node), hint=i.hint(node))
 
 
 def supported() -> list[str]:

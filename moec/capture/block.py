@@ -1,7 +1,7 @@
 """Capturing a MoE block: ``torch.export`` with the experts as one opaque op, then FX to IR.
 
-The exported program has one graph for every batch and sequence length; the opaque op is replaced by the
-experts' body, so nothing in the result depends on data.
+The exported program has one graph for every batch and sequence length; the opaque op is replaced by
+the experts' body, so nothing in the result depends on data.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from moec.ir.dims import Dim
 from moec.ir.graph import Graph, Value
 from moec.ir.types import Type, dtype_name
 
-_LIBRARY = torch.library.Library("moec_capture", "DEF")
-_LIBRARY.define("experts(Tensor x, Tensor idx, Tensor w) -> Tensor")
+_LIBRARY = torch.library.Library("moec_capture", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY.define("experts(Tensor x, Tensor idx, Tensor w) -> Tensor")  # type: ignore[no-untyped-call]
 _LEAF = torch.ops.moec_capture.experts.default
 MAX_TOKENS = 2**31 - 1
 
@@ -38,7 +38,7 @@ def _experts(x: torch.Tensor, idx: torch.Tensor, w: torch.Tensor) -> torch.Tenso
     return torch.empty_like(x)
 
 
-@torch.library.register_fake("moec_capture::experts", lib=_LIBRARY)
+@torch.library.register_fake("moec_capture::experts", lib=_LIBRARY)  # type: ignore[untyped-decorator]
 def _experts_fake(x: torch.Tensor, idx: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x)
 
@@ -82,8 +82,8 @@ def capture_block(
 ) -> CapturedBlock:
     """The IR of a block that is called with tokens ``[..., H]`` alone.
 
-    ``tokens`` is an example on the block's device in the call's dtype; its leading axes become dims.
-    Raises :class:`CaptureError` where the block does something that has no IR form.
+    ``tokens`` is an example on the block's device in the call's dtype; its leading axes become
+    dims. Raises :class:`CaptureError` where the block does something that has no IR form.
     """
     names = ("B", "S") if tokens.dim() == 3 else ("T",)
     experts = block.get_submodule(experts_path)

@@ -16,7 +16,8 @@ from moec.ir.graph import Graph
 from moec.ir.types import DTYPES
 
 SIZES = {3: ((1, 1), (2, 3), (1, 33), (3, 17)), 2: ((1,), (6,), (33,), (51,))}
-# As many equal tokens, which all go to the same experts: a capacity shows only where it is exceeded.
+# As many equal tokens, which all go to the same experts: a capacity shows only where it is
+# exceeded.
 EQUAL = {3: (1, 257), 2: (257,)}
 SCALES = (1.0, 30.0)  # limits such as clamps show only far from zero
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
@@ -30,10 +31,11 @@ def compare(
     dtype: torch.dtype,
     rank: int,
 ) -> None:
-    """Raise :class:`CaptureError` unless interpreting ``graph`` gives what ``module`` gives, at several sizes and scales.
+    """Raise :class:`CaptureError` unless interpreting ``graph`` gives what ``module`` gives, at
+    several sizes and scales.
 
-    ``module`` runs on random tokens ``[..., hidden]`` without gradients. On the meta device nothing can
-    be compared.
+    ``module`` runs on random tokens ``[..., hidden]`` without gradients. On the meta device nothing
+    can be compared.
     """
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     device = next(module.parameters()).device
@@ -78,7 +80,7 @@ def _routed(
 ) -> list[torch.Tensor]:
     """Tokens, indices and weights of one call; the largest number of tokens all goes one way."""
     x, idx, w = (v.type for v in graph.inputs[:3])
-    hidden, choices = int(x.shape[-1]), int(idx.shape[-1])  # type: ignore[arg-type]
+    hidden, choices = int(x.shape[-1]), int(idx.shape[-1])
     order = torch.rand(tokens, experts, generator=generator).argsort(-1)[:, :choices]
     if (tokens,) == EQUAL[2]:
         order = order[:1].expand(tokens, -1).contiguous()
@@ -109,7 +111,8 @@ def _compare_call(
         error = _relative(ours, theirs)
         if not error <= _tolerance(theirs):
             raise CaptureError(
-                f"the captured form differs from {type(module).__name__} on tokens of shape {tuple(x.shape)} by {error:.1e}"
+                f"the captured form differs from {type(module).__name__} on tokens of shape "
+                f"{tuple(x.shape)} by {error:.1e}"
             )
 
 
@@ -134,8 +137,8 @@ def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def unchanged(module: nn.Module) -> Iterator[None]:
     """Run a module's code for its result only: what it changes of itself is put back, then refused.
 
-    Raises :class:`CaptureError` at the end if attributes or buffers were changed: a compiled call would
-    not change them.
+    Raises :class:`CaptureError` at the end if attributes or buffers were changed: a compiled call
+    would not change them.
     """
     states = [_State(name, child) for name, child in module.named_modules()]
     device = next(module.parameters()).device
@@ -146,8 +149,8 @@ def unchanged(module: nn.Module) -> Iterator[None]:
             changed = [change for state in states for change in state.put_back()]
     if changed:
         raise CaptureError(
-            f"forward changes {', '.join(changed[:3])} of the module, which a compiled call would not; "
-            "return the value instead"
+            f"forward changes {', '.join(changed[:3])} of the module, which a compiled call would "
+            "not; return the value instead"
         )
 
 

@@ -1,9 +1,9 @@
 """Reading what an experts module computes, from its own code.
 
-An experts module is called as ``forward(x, idx, w)`` and adds, for each token, the outputs of its chosen
-experts. Its loop is run with concrete routing (all tokens to one expert) under a recorder, which leaves a
-straight-line body; two recordings with different experts and sizes prove that the body is the same for
-every expert and every number of tokens.
+An experts module is called as ``forward(x, idx, w)`` and adds, for each token, the outputs of its
+chosen experts. Its loop is run with concrete routing (all tokens to one expert) under a recorder,
+which leaves a straight-line body; two recordings with different experts and sizes prove that the
+body is the same for every expert and every number of tokens.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class TokenData:
 class ExpertsBody:
     """The body of an experts loop: its graph, the experts' number and the weights that it reads.
 
-    ``weights`` maps each placeholder to the parameter path (stacked weights), or to one path an expert.
+    ``weights`` maps each placeholder to the parameter path (stacked weights), or to one path an
+    expert.
     """
 
     graph: fx.Graph
@@ -50,7 +51,9 @@ class ExpertsBody:
     def inline(
         self, b: Builder, x: Value, idx: Value, w: Value, weight: Callable[[str], Value]
     ) -> Value:
-        """Append the body for tokens ``x [T, H]``, indices ``idx [T, K]`` and weights ``w [T, K]``; returns ``[T, H]``."""
+        """Append the body for tokens ``x [T, H]``, indices ``idx [T, K]`` and weights ``w [T, K]``;
+        returns ``[T, H]``.
+        """
         index: Value = idx if idx.type.dtype == "i32" else b("t.cast", idx, dtype="i32", hint="idx")
         perm, offsets, inverse = b(
             "moe.dispatch", index, experts=self.experts, hint=("perm", "offsets", "inverse")
@@ -69,7 +72,7 @@ class ExpertsBody:
 def _weight(
     b: Builder, paths: tuple[str, ...], weight: Callable[[str], Value]
 ) -> Value | ExpertSlice:
-    """A stacked weight, or the weights of the experts stacked: then the body has one expert's part."""
+    """A stacked weight, or the experts' weights stacked: then the body has one expert's part."""
     values = [weight(path) for path in paths]
     return (
         values[0] if len(values) == 1 else ExpertSlice(b("t.stack", *values, hint=values[0].hint))
@@ -139,7 +142,7 @@ class _BodyImporter(Importer):
         return reshaped
 
     def combined(self) -> Value:
-        """The sum over the choices of what the body adds; a final row weight becomes the combine's."""
+        """The sum over the choices of what the body adds; a last row weight goes to the combine."""
         if self.added is None:
             raise CaptureError("the loop adds nothing to its result")
         dtype = self.data[0].type.dtype
@@ -247,7 +250,8 @@ def _index_put(i: _BodyImporter, node: fx.Node) -> Any:
 
 def _add(i: _BodyImporter, node: fx.Node) -> Any:
     """``result[index] + rows`` while the result is still zero."""
-    a, b = node.args[:2]
+    operands: Any = node.args[:2]
+    a, b = operands
     for constant, value in ((a, b), (b, a)):
         if isinstance(constant, ConstantPair) and _is_zero(constant) and isinstance(value, fx.Node):
             i.added = i.env[value]
@@ -351,13 +355,16 @@ def read_reason(module: nn.Module, node: fx.Node) -> str:
     place = node.meta.get("location")
     where = f"{place[0]}:{place[1]}: " if place else ""
     return (
-        f"{where}{type(module).__name__} reads a value of a tensor as a Python number (in a branch, "
-        "item() or tolist()), which a compiled call would not do again; use torch.where or a tensor"
+        f"{where}{type(module).__name__} reads a value of a tensor as a Python number (in a "
+        "branch, item() or tolist()), which a compiled call would not do again; use torch.where "
+        "or a tensor"
     )
 
 
 def count_experts(module: nn.Module) -> int:
-    """The number of experts: the first size of the stacked weights, or the length of the list of experts."""
+    """The number of experts: the first size of the stacked weights, or the length of the list of
+    experts.
+    """
     for child in module.children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict) and len(child) > 1:
             return len(child)
@@ -399,7 +406,7 @@ def _paths(module: nn.Module, source: str, expert: int, experts: int) -> tuple[s
 
 
 def _place(module: nn.Module, parts: list[str], experts: int) -> int | None:
-    """Which part of a parameter's path names the expert: the one below the outermost list of all."""
+    """Which part of a parameter's path names the expert: that below the outermost list of all."""
     for place in range(len(parts)):
         owner = module.get_submodule(".".join(parts[:place]))
         if isinstance(owner, _LISTS) and len(owner) == experts:

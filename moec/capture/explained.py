@@ -1,7 +1,7 @@
 """Whether a loop over experts does no more than its sum over choices says.
 
-A match found by numbers holds for the tokens that were tried. What the loop's own ops could do on others
-(drop tokens beyond a capacity, branch on values) is read off the ops themselves.
+A match found by numbers holds for the tokens that were tried. What the loop's own ops could do on
+others (drop tokens beyond a capacity, branch on values) is read off the ops themselves.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Match:
 def refuse_unexplained(module: nn.Module, reads: Sequence[fx.Node], match: Match) -> None:
     """Raise :class:`CaptureError` if the loop does something that the sum over choices need not do.
 
-    Values may become Python numbers (``reads``) to see which experts have tokens: such a number follows
-    from the indices alone, or from which of the weights are zero.
+    Values may become Python numbers (``reads``) to see which experts have tokens: such a number
+    follows from the indices alone, or from which of the weights are zero.
     """
     for node in reads:
         if not _follows_from(node, match):
@@ -43,8 +43,8 @@ def refuse_unexplained(module: nn.Module, reads: Sequence[fx.Node], match: Match
             place = node.meta.get("location")
             where = f"{place[0]}:{place[1]}: " if place else ""
             raise CaptureError(
-                f"{where}{type(module).__name__} uses {node.target} to pick or add up tokens; what it does "
-                "on other tokens than those tried is not known"
+                f"{where}{type(module).__name__} uses {node.target} to pick or add up tokens; "
+                "what it does on other tokens than those tried is not known"
             )
 
 
@@ -80,7 +80,8 @@ def _is_integer(node: fx.Node) -> bool:
 
 
 def _compares_with_zero(node: fx.Node) -> bool:
-    return node.target in (aten.gt.Scalar, aten.ne.Scalar) and node.args[1] == 0
+    comparison = node.target in (aten.gt.Scalar, aten.ne.Scalar)
+    return bool(comparison and node.args[1] == 0)
 
 
 # Ops that pick, move, weight and add up rows whatever their number: none can drop some of them.

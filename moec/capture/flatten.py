@@ -1,4 +1,4 @@
-"""Flatten batch and sequence into one token axis, where a graph provably does not tell them apart."""
+"""Flatten batch and sequence into one token axis, where a graph provably treats them alike."""
 
 from __future__ import annotations
 
@@ -32,10 +32,12 @@ class _NotFlat(MoecError):
 
 
 def flatten_tokens(graph: Graph) -> Graph | None:
-    """The graph on tokens ``[T, H]`` instead of ``[B, S, H]``, or ``None`` if an op needs both axes.
+    """The graph on tokens ``[T, H]`` instead of ``[B, S, H]``, or ``None`` if an op needs both
+    axes.
 
-    Leading axes ``(B, S)`` become ``T = B*S`` in every value; ops must be pointwise, work on the last
-    axis, or be reshapes between the two forms. Row-major order makes that the same computation.
+    Leading axes ``(B, S)`` become ``T = B*S`` in every value; ops must be pointwise, work on the
+    last axis, or be reshapes between the two forms. Row-major order makes that the same
+    computation.
     """
     try:
         return _Flatten(graph).run()

@@ -47,7 +47,7 @@ def handles(*targets: Any) -> Callable[[Handler], Handler]:
 
 def handler_of(target: Any) -> Handler | None:
     """The table entry of an op."""
-    import moec.capture.aten  # noqa: F401  (registers the handlers; needs this module first)
+    import moec.capture.aten_products  # noqa: F401  (registers all handlers; needs this module first)
 
     return HANDLERS.get(target)
 
@@ -55,8 +55,9 @@ def handler_of(target: Any) -> Handler | None:
 class Importer:
     """Imports the call nodes of one FX graph into a builder.
 
-    ``shape_of(node, index)`` and ``dim_of(argument)`` translate the tracer's sizes to dims; ``expert``
-    (for the body of an experts loop) provides ``offsets`` and ``rows`` of the grouped ops.
+    ``shape_of(node, index)`` and ``dim_of(argument)`` translate the tracer's sizes to dims;
+    ``expert`` (for the body of an experts loop) provides ``offsets`` and ``rows`` of the grouped
+    ops.
     """
 
     def __init__(
@@ -138,7 +139,8 @@ class Importer:
         if isinstance(argument, ExpertSlice):
             if argument.rank != 1 or self.offsets is None:
                 raise CaptureError(
-                    f"a weight of type {argument.stack.type} is used in a way that has no grouped form"
+                    f"a weight of type {argument.stack.type} is used in a way that has no "
+                    "grouped form"
                 )
             spread: Value = self.b(
                 "moe.expert_rows",

@@ -1,10 +1,10 @@
 """Blocks that users write: a loop over a list of experts, with the routing in the block itself.
 
-The block runs for real on random tokens under a recorder. Among the recorded values one looks for the
-tokens, indices and weights with which ``sum_k w[t, k] * expert[idx[t, k]](x[t])`` gives a recorded value;
-the loop is then replaced by that sum, and the rest of the block (router before, shared parts after) is
-imported as straight-line code. Two recordings at other sizes must agree, and the result is compared with
-the block itself at several sizes before it is used.
+The block runs for real on random tokens under a recorder. Among the recorded values one looks for
+the tokens, indices and weights with which ``sum_k w[t, k] * expert[idx[t, k]](x[t])`` gives a
+recorded value; the loop is then replaced by that sum, and the rest of the block (router before,
+shared parts after) is imported as straight-line code. Two recordings at other sizes must agree, and
+the result is compared with the block itself at several sizes before it is used.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from moec.capture.experts import (
 from moec.capture.explained import Match, refuse_unexplained
 from moec.capture.importer import Importer
 from moec.capture.recorder import IntegerPair, Recorder, Sizes, merge
-from moec.errors import CaptureError
+from moec.errors import CaptureError, NotRunError
 from moec.ir.builder import Builder
 from moec.ir.graph import Value
 from moec.ir.types import Type, dtype_name
@@ -84,7 +84,8 @@ class _Loop(nn.Module):
 
     def forward(self, x: torch.Tensor, idx: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor | None = None
-        for e, expert in enumerate(self.members):
+        members: Any = self.members
+        for e, expert in enumerate(members):
             token, place = torch.where(idx == e)
             if token.numel():
                 y = expert(x[token]) * w[token, place, None]
@@ -123,7 +124,9 @@ class _Run:
 def capture_loop(
     module: nn.Module, path: str, dtype: torch.dtype | None, rank: int
 ) -> CapturedBlock:
-    """The IR of a block with its own loop over a list of experts; :class:`CaptureError` says why if there is none."""
+    """The IR of a block with its own loop over a list of experts; :class:`CaptureError` says why if
+    there is none.
+    """
     found = expert_list(module)
     if found is None:
         raise CaptureError(f"{type(module).__name__} holds no list of equal experts")
@@ -168,7 +171,7 @@ def _run(
     except (
         Exception
     ) as error:  # the user's code may raise anything on inputs that it was not written for
-        raise CaptureError(
+        raise NotRunError(
             f"{type(module).__name__} did not run on tokens of shape {tuple(x.shape)}: {error}"
         ) from error
     finally:
@@ -228,7 +231,9 @@ def _merged(
 
 
 def _matches(run: _Run, members: Sequence[nn.Module]) -> Iterator[Match]:
-    """Every choice of tokens, indices and weights whose weighted sum of expert outputs is a recorded value."""
+    """Every choice of tokens, indices and weights whose weighted sum of expert outputs is a
+    recorded value.
+    """
     experts = len(members)
     indices = [n for n in run.nodes(False) if _are_indices(n.meta["val"], experts, run.tokens)]
     for x in run.nodes(True):

@@ -1,8 +1,8 @@
 """Recording what a Python function does to tensors: a dispatch mode that writes an FX graph.
 
-Only ops that depend on the marked tensors are written; everything else (indices, masks, loop bounds) is
-computed for real and becomes a constant. Two recordings at different sizes are then merged: an integer
-that is the same in both is a constant, one that scales with the sizes is a dim.
+Only ops that depend on the marked tensors are written; everything else (indices, masks, loop
+bounds) is computed for real and becomes a constant. Two recordings at different sizes are then
+merged: an integer that is the same in both is a constant, one that scales with the sizes is a dim.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ _OUT_OF_PLACE = {
 }
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes every op that depends on a marked tensor as a node of ``graph``."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.graph = fx.Graph()
         self.nodes: dict[int, fx.Node] = {}
         self.alive: list[torch.Tensor] = []
@@ -202,13 +202,16 @@ class Sizes:
     pairs: Mapping[str, tuple[int, int]]
 
     def dim(self, first: int, second: int) -> Dim:
-        """The dim that has these two values: a constant, or a multiple of a product of up to two symbols."""
+        """The dim that has these two values: a constant, or a multiple of a product of up to two
+        symbols.
+        """
         if first == second:
             return first
         found = [m for m in self._monomials(first, second) if m is not None]
         if len(found) != 1:
             raise CaptureError(
-                f"a size was {first} and {second} in two recordings: no multiple of {', '.join(self.pairs)}"
+                f"a size was {first} and {second} in two recordings: no multiple of "
+                f"{', '.join(self.pairs)}"
             )
         return found[0]
 
@@ -234,8 +237,9 @@ def merge(
 ) -> fx.Graph:
     """One FX graph from two recordings, with dims for sizes that differ.
 
-    ``outputs`` are the result tensors; ``same_name(name, which)`` gives inputs that correspond the same
-    name. Each node has its type in ``meta["shape"]`` and ``meta["val"]`` (of the first recording).
+    ``outputs`` are the result tensors; ``same_name(name, which)`` gives inputs that correspond the
+    same name. Each node has its type in ``meta["shape"]`` and ``meta["val"]`` (of the first
+    recording).
     """
     return _Merge(first, second, sizes, same_name).run(outputs)
 
@@ -289,10 +293,11 @@ class _Merge:
     def make(self, a: fx.Node, b: fx.Node) -> fx.Node:
         if a.target is not b.target:
             raise CaptureError(
-                f"{a.target} in one recording is {b.target} in another: the code depends on sizes or on the expert"
+                f"{a.target} in one recording is {b.target} in another: the code depends on "
+                "sizes or on the expert"
             )
         args, kwargs = self.both(a.args, b.args), self.both(a.kwargs, b.kwargs)
-        node = self.graph.create_node("call_function", a.target, args, kwargs)  # type: ignore[arg-type]
+        node = self.graph.create_node("call_function", a.target, args, kwargs)
         node.meta.update(a.meta)
         node.meta["shape"] = self.shape(a.meta["val"], b.meta["val"]) if "val" in a.meta else None
         return node

@@ -15,7 +15,7 @@ from moec.capture.check import SIZES, compare, compare_experts, unchanged
 from moec.capture.experts import ExpertsBody, hidden_sizes, named_weights, read_experts
 from moec.capture.flatten import flatten_tokens
 from moec.capture.loops import capture_loop, has_expert_list
-from moec.errors import CaptureError, MoecError
+from moec.errors import CaptureError, MoecError, NotRunError
 from moec.ir.builder import Builder
 from moec.ir.dims import dim
 from moec.ir.graph import Graph, Value
@@ -28,11 +28,12 @@ from moec.manager import PassManager
 class FoundRegion:
     """A region of a model: a MoE block, or the experts inside one whose router could not be read.
 
-    ``graph`` is the imported forward IR (``None`` if the module stays as it is, then ``reason`` says why);
-    ``weights`` are the parameter paths, relative to the module, of the graph's inputs after the data;
-    ``results`` says of each output whether it has the token axes of the input ("lead") or is as computed;
-    ``tree`` is the structure of the module's result.
-    ``kind`` is "block" (called with tokens), "experts" (tokens, indices, weights) or "loop".
+    ``graph`` is the imported forward IR (``None`` if the module stays as it is, then ``reason``
+    says why); ``weights`` are the parameter paths, relative to the module, of the graph's inputs
+    after the data; ``results`` says of each output whether it has the token axes of the input
+    ("lead") or is as computed; ``tree`` is the structure of the module's result. ``ran`` says
+    whether the module's own code ran when it was tried. ``kind`` is "block" (called with tokens),
+    "experts" (tokens, indices, weights) or "loop".
     """
 
     name: str
@@ -43,6 +44,7 @@ class FoundRegion:
     reason: str = ""
     tree: Any = None
     results: tuple[tuple[Any, ...], ...] = ((),)
+    ran: bool = True
 
     @property
     def fingerprint(self) -> str:
@@ -52,7 +54,9 @@ class FoundRegion:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A place in the module tree that looks like a region; ``experts`` is the path of the experts below it."""
+    """A place in the module tree that looks like a region; ``experts`` is the path of the experts
+    below it.
+    """
 
     name: str
     module: nn.Module
@@ -67,8 +71,8 @@ class Candidate:
 def find_candidates(model: nn.Module) -> Iterator[Candidate]:
     """Modules that look like MoE regions, outermost first, none inside another.
 
-    A block has a child that takes three tensors and holds stacked or listed experts; a loop block holds a
-    list of experts itself.
+    A block has a child that takes three tensors and holds stacked or listed experts; a loop block
+    holds a list of experts itself.
     """
     taken: set[nn.Module] = set()
     for name, module in model.named_modules():
@@ -81,7 +85,8 @@ def find_candidates(model: nn.Module) -> Iterator[Candidate]:
 
 
 def _surely_experts(module: nn.Module) -> bool:
-    """Whether a module has the experts contract, by more than its shape if one stacked weight is all it has.
+    """Whether a module has the experts contract, by more than its shape if one stacked weight is
+    all it has.
 
     Tables of position embeddings are of rank 3 too, in modules that take three tensors.
     """
@@ -103,7 +108,9 @@ def _is_loop(module: nn.Module) -> bool:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module has the experts contract: ``forward(x, idx, w)`` and weights of several experts."""
+    """Whether a module has the experts contract: ``forward(x, idx, w)`` and weights of several
+    experts.
+    """
     if not any(p.dim() == 3 for p in module.parameters(recurse=False)):
         return False
     parameters = list(inspect.signature(inspect.unwrap(type(module).forward)).parameters.values())[
@@ -116,7 +123,8 @@ def is_experts(module: nn.Module) -> bool:
 def find_regions(model: nn.Module) -> list[FoundRegion]:
     """Every region of a model with its imported IR, or the reason why it stays as it is.
 
-    Structurally equal blocks are captured each; compare ``fingerprint`` to compile each structure once.
+    Structurally equal blocks are captured each; compare ``fingerprint`` to compile each structure
+    once.
     """
     return [capture(candidate) for candidate in find_candidates(model)]
 
@@ -151,7 +159,8 @@ def capture_whole(
             captured = _captured(candidate, dtype, rank)
             return _checked(_finished(name, module, kind, captured), dtype, rank)
     except MoecError as error:
-        return FoundRegion(name, module, kind, None, reason=str(error))
+        ran = not isinstance(error, NotRunError)
+        return FoundRegion(name, module, kind, None, reason=str(error), ran=ran)
 
 
 def _captured(candidate: Candidate, dtype: torch.dtype | None, rank: int) -> CapturedBlock:
@@ -174,14 +183,15 @@ def _captured(candidate: Candidate, dtype: torch.dtype | None, rank: int) -> Cap
     with opaque_experts(experts):
         example = next((x for x in examples if _runs(module, x)), None)
     if example is None:
-        raise CaptureError(
-            f"{type(module).__name__} did not run on tokens of shape {tuple(examples[0].shape)} alone"
+        raise NotRunError(
+            f"{type(module).__name__} did not run on tokens of shape "
+            f"{tuple(examples[0].shape)} alone"
         )
     return capture_block(module, body, candidate.experts, example, name)
 
 
 def _runs(module: nn.Module, x: torch.Tensor) -> bool:
-    """Whether a block takes tokens of this width; the experts' own may be another (a latent one)."""
+    """Whether a block takes tokens of this width; that of its experts may be another."""
     try:
         with torch.no_grad():
             module(x)
@@ -194,7 +204,7 @@ def _checked(found: FoundRegion, dtype: torch.dtype | None, rank: int) -> FoundR
     """The region, if it computes what its module computes."""
     if found.graph is not None:
         parameter = next(found.module.parameters())
-        hidden = int(found.graph.inputs[0].type.shape[-1])  # type: ignore[arg-type]
+        hidden = int(found.graph.inputs[0].type.shape[-1])
         compare(found.module, found.graph, found.weights, hidden, dtype or parameter.dtype, rank)
     return found
 
@@ -205,7 +215,9 @@ def capture_experts(
     choices: int = 2,
     weight_dtype: torch.dtype = torch.float32,
 ) -> FoundRegion:
-    """Capture an experts module alone: inputs are tokens ``[T, H]``, indices and weights ``[T, K]``."""
+    """Capture an experts module alone: inputs are tokens ``[T, H]``, indices and weights ``[T,
+    K]``.
+    """
     name, module = candidate.name, candidate.module
     try:
         with unchanged(module):
@@ -251,7 +263,9 @@ def experts_graph(
     weight_dtype: str = "f32",
     dtype: str | None = None,
 ) -> tuple[Graph, tuple[str, ...]]:
-    """The IR of an experts module called with ``[T, H]``, ``[T, K]`` and ``[T, K]``; and its weights' paths."""
+    """The IR of an experts module called with ``[T, H]``, ``[T, K]`` and ``[T, K]``; and its
+    weights' paths.
+    """
     tensors = dict(named_weights(experts))
     builder = Builder({"T": (0, 2**31 - 1)})
     tokens = dim("T")
@@ -271,7 +285,8 @@ def experts_graph(
             )
         return weights[path]
 
-    result = body.inline(builder, *data, weight)
+    x, idx, w = data
+    result = body.inline(builder, x, idx, w, weight)
     graph = builder.graph(type(experts).__name__, [*data, *weights.values()], [result])
     return verify(PassManager("simplify, cse, dce").run(graph)), tuple(weights)
 

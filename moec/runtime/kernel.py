@@ -1,7 +1,8 @@
 """Launching compiled kernels with little work on the host.
 
-Triton's own launch binds, specialises and hashes every argument. An emitted kernel has few forms, so the
-compiled one is remembered under the few facts that Triton specialises on, and launched directly.
+Triton's own launch binds, specialises and hashes every argument. An emitted kernel has few forms,
+so the compiled one is remembered under the few facts that Triton specialises on, and launched
+directly.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch
 
 
 class Kernel:
-    """A ``triton.jit`` function whose launches are remembered; used in its place: ``kernel[grid](...)``.
+    """A ``triton.jit`` function whose launches are remembered; used in its place:
+    ``kernel[grid](...)``.
 
     Arguments that vary are positional and come first; constants are keywords or defaults.
     """
@@ -22,16 +24,22 @@ class Kernel:
         self.function = function
         self.__doc__ = function.__doc__
         self._compiled: dict[Any, tuple[Any, tuple[Any, ...]] | None] = {}
-        self._interpreted = not hasattr(function, "device_caches")
+        self._remembers = hasattr(function, "device_caches") and torch.cuda.is_available()
 
     def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
-        if self._interpreted:
+        if not self._remembers:
             launch: Callable[..., None] = self.function[tuple(grid)]
             return launch
         return lambda *arguments, **options: self._launch(grid, arguments, options)
 
-    def _launch(self, grid: Sequence[int], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        key = (tuple(map(_specialisation, arguments)), *options.items(), torch.cuda.current_device())
+    def _launch(
+        self, grid: Sequence[int], arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
+        key = (
+            tuple(map(_specialisation, arguments)),
+            *options.items(),
+            torch.cuda.current_device(),
+        )
         known = self._compiled.get(key)
         if known is None:
             self._first(grid, arguments, options, key)
@@ -39,7 +47,9 @@ class Kernel:
         compiled, constants = known
         compiled[(*grid, 1, 1)[:3]](*arguments, *constants)
 
-    def _first(self, grid: Sequence[int], arguments: tuple[Any, ...], options: dict[str, Any], key: Any) -> None:
+    def _first(
+        self, grid: Sequence[int], arguments: tuple[Any, ...], options: dict[str, Any], key: Any
+    ) -> None:
         """Launch through Triton, which compiles, and remember what it compiled."""
         compiled = self.function[tuple(grid)](*arguments, **options)
         parameters = list(self.function.signature.parameters.values())[len(arguments) :]
@@ -49,7 +59,9 @@ class Kernel:
 
 
 def _specialisation(argument: Any) -> Any:
-    """What Triton's code may depend on: alignment of addresses, and whether a number is 1 or a multiple of 16."""
+    """What Triton's code may depend on: alignment of addresses, and whether a number is 1 or a
+    multiple of 16.
+    """
     if isinstance(argument, torch.Tensor):
         return argument.data_ptr() % 16 == 0
     if isinstance(argument, int):

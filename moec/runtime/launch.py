@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from moec.runtime.interpreter import correct_bfloat16
+from moec.runtime.kernel import Kernel as Kernel
 
 correct_bfloat16()
 
@@ -34,6 +35,18 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def row_grid(rows: int, experts: int, block: int, columns: int) -> tuple[int]:
+    """The grid of a kernel with a program a tile: row tiles at most, times column tiles."""
+    return (row_tile_bound(rows, experts, block) * columns,)
+
+
+def persistent_rows(
+    rows: int, experts: int, block: int, columns: int, device: torch.device
+) -> tuple[int]:
+    """The grid of a kernel whose programs take tile after tile; see :func:`row_grid`."""
+    return persistent(row_tile_bound(rows, experts, block) * columns, device)
+
+
 def persistent(pieces: int, device: torch.device) -> tuple[int]:
     """The grid of a kernel whose programs take piece after piece of work."""
     return (min(processors(device), pieces),)
@@ -51,8 +64,8 @@ def ragged(tensor: torch.Tensor, inner: tuple[int, ...], block: tuple[int, ...])
     """A descriptor of rows whose copies stop at the end of an expert.
 
     Row ``r`` of the expert that owns ``[start, start + size)`` is addressed as ``(2^30, start +
-    size, 2^30 - size + r)``: addresses wrap at ``2^64``, so this is the row's own, and ``r >= size``
-    lies outside the third dimension's extent. Reads there give zeros, writes do nothing.
+    size, 2^30 - size + r)``: addresses wrap at ``2^64``, so this is the row's own, and ``r >=
+    size`` lies outside the third dimension's extent. Reads there give zeros, writes do nothing.
     """
     strides = _strides((1, *inner))
     shape = (0x7FFF0000, 0x7FFF0000, 2**30, *inner)
@@ -76,7 +89,7 @@ def _descriptor(
 
     if tensor.device.type != "cuda":
         return TensorDescriptor(tensor, [*shape], [*strides], [*block])
-    if tensor.data_ptr() % 16:  # the copy engine starts at multiples; only an input can be elsewhere
+    if tensor.data_ptr() % 16:  # where the copy engine cannot start; only an input can lie there
         return TensorDescriptor(tensor.clone(), [*shape], [*strides], [*block])
     key = tensor.data_ptr(), tensor.dtype, shape, block
     found = _DESCRIPTORS.get(key)

@@ -78,9 +78,11 @@ def test_expression(case: tuple[str, int, dict[str, Any]], dtype: str, tmp_path:
     exact = [d.double() if d.is_floating_point() else d for d in data]
     wanted = opdef(kind).eval(*exact, **attrs).double()
     (actual,) = run(built(fused, tmp_path), data)
-    tight = dtype == "f64" and kind != "t.cast"
-    limit = {"rtol": 1e-11, "atol": 1e-14} if tight else {"rtol": 3e-5, "atol": 2e-7}
-    torch.testing.assert_close(actual.double(), wanted.to(actual.dtype).double(), equal_nan=True, **limit)
+    rtol, atol = (1e-11, 1e-14) if dtype == "f64" else (3e-5, 2e-7)
+    if kind == "t.cast":  # a kernel rounds only what it stores
+        rtol, atol = 1e-3, 1e-5
+    wanted = wanted.to(actual.dtype).double()
+    torch.testing.assert_close(actual.double(), wanted, rtol=rtol, atol=atol, equal_nan=True)
 
 
 def test_whole_numbers(tmp_path: Path) -> None:

@@ -13,7 +13,17 @@ from moec.ir import Graph
 from moec.runtime.artifact import Artifact
 from tests.graphs import ACTIVATIONS, MODELS, Block, Options, build
 
-from .emitted import SMALL, SMALL_TMA, built, check, cotangents, error, lowered, run
+from .emitted import (
+    SMALL,
+    SMALL_TMA,
+    built,
+    check,
+    cotangents,
+    error,
+    lowered,
+    run,
+    send_all_to_one,
+)
 
 FAMILIES = {
     "olmoe": Options(norm="none"),
@@ -98,7 +108,8 @@ def test_all_experts(choices: int, tmp_path: Path) -> None:
 def test_empty_experts_have_zero_gradients(tmp_path: Path) -> None:
     block = sized("olmoe", "f32", 16, 8)
     graph, module = compiled(block, SMALL, tmp_path)
-    data = [*block.arguments(9, "one"), *cotangents(graph, 9)]
+    data = [*block.arguments(9), *cotangents(graph, 9)]
+    send_all_to_one(block, data)
     results = run(module, data)
     weights = [r for r in results if r.dim() == 3]
     assert weights and all(bool((w[2:] == 0).all()) for w in weights)

@@ -54,9 +54,7 @@ def check_order(index: torch.Tensor, experts: int, results: list[torch.Tensor]) 
 
 
 @pytest.mark.parametrize("experts, choices", [(8, 2), (5, 3), (130, 6), (1, 1)])
-def test_dispatch_with_pairs_without_an_expert(
-    experts: int, choices: int, tmp_path: Path
-) -> None:
+def test_dispatch_with_pairs_without_an_expert(experts: int, choices: int, tmp_path: Path) -> None:
     module = built(dispatch_graph(experts, choices), tmp_path)
     for tokens in (0, 1, 64, 150):
         index = torch.randint(0, experts + 1, (tokens, choices), dtype=torch.int32)

@@ -1,0 +1,195 @@
+"""The rest of the table of ATen ops: reductions, indexing, norms and products."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from moec.capture.aten import number
+from moec.capture.importer import ExpertSlice, Importer, handles
+from moec.errors import CaptureError
+from moec.ir.graph import Value
+from moec.ir.types import FLOATS
+
+aten = torch.ops.aten
+Args = Sequence[Any]
+Kwargs = Mapping[str, Any]
+
+
+@handles(aten.sum.dim_IntList, aten.mean.dim, aten.amax.default)
+def reduce(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    kinds: dict[Any, str] = {aten.mean.dim: "t.mean", aten.amax.default: "t.amax"}
+    kind = kinds.get(node.target, "t.sum")
+    x = i.value(args[0])
+    dims = args[1] if len(args) > 1 and args[1] else range(x.type.rank)
+    dims = tuple(int(d) for d in (dims if isinstance(dims, list | tuple | range) else [dims]))
+    keepdim = bool(args[2]) if len(args) > 2 else False
+    wanted = i.dtype(node)
+    x = i.cast(x, wanted) if wanted in FLOATS else x
+    return i.cast(i.b(kind, x, dims=dims, keepdim=keepdim, hint=i.hint(node)), wanted)
+
+
+@handles(aten.native_layer_norm.default)
+def native_layer_norm(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> tuple[Value, ...]:
+    return (_layer_norm(i, node, i.value(args[0]), args[1], args[2:4], float(args[4])),)
+
+
+@handles(aten.layer_norm.default)
+def layer_norm(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    x, shape, *rest = args
+    eps = float(rest[2]) if len(rest) > 2 else 1e-5
+    return _layer_norm(i, node, i.value(x), shape, rest[:2], eps)
+
+
+def _layer_norm(
+    i: Importer, node: fx.Node, x: Value, shape: Any, affine: Sequence[Any], eps: float
+) -> Value:
+    """Normalise over the last axis, in float32 at least, as PyTorch's own kernels do."""
+    if len(shape) != 1:
+        raise CaptureError("a layer norm over several axes")
+    dtype = x.type.dtype
+    wide = i.cast(x, "f64" if dtype == "f64" else "f32")
+    centred = i.b("t.sub", wide, i.b("t.mean", wide, dims=(-1,), keepdim=True))
+    variance = i.b("t.mean", i.b("t.mul", centred, centred), dims=(-1,), keepdim=True)
+    y = i.b("t.mul", centred, i.b("t.rsqrt", i.b("t.add", variance, other=eps)))
+    for kind, term in zip(("t.mul", "t.add"), affine, strict=False):
+        y = y if term is None else i.b(kind, y, i.cast(i.value(term), wide.type.dtype))
+    result: Value = i.cast(y, dtype)
+    return result
+
+
+@handles(aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
+def softmax(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    return i.b(
+        "t.softmax", i.cast(i.value(args[0]), i.dtype(node)), dim=int(args[1]), hint=i.hint(node)
+    )
+
+
+@handles(aten.cumsum.default)
+def cumsum(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    return i.b("t.cumsum", i.value(args[0]), dim=int(args[1]), hint=i.hint(node))
+
+
+@handles(aten.topk.default)
+def topk(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
+    defaults: tuple[Any, ...] = (None, None, -1, True, True)
+    _, k, dim, largest, ordered = (*args, *defaults[len(args) :])
+    attrs: dict[str, Any] = {
+        "dim": int(dim),
+        "largest": bool(kwargs.get("largest", largest)),
+        "sorted": bool(kwargs.get("sorted", ordered)),
+    }
+    attrs = {n: v for n, v in attrs.items() if v != {"dim": -1, "largest": True, "sorted": True}[n]}
+    return i.b("t.topk", i.value(args[0]), k=int(k), hint=i.hints(node, 2), **attrs)
+
+
+@handles(aten.max.dim)
+def largest(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> tuple[Value, Value]:
+    x, axis, keepdim = i.value(args[0]), int(args[1]), bool(args[2]) if len(args) > 2 else False
+    index = _argmax(i, node, x, axis)
+    value = i.b("t.gather", x, index, dim=axis, hint=i.hint(node))
+    return (value, index) if keepdim else (_without(i, value, axis), _without(i, index, axis))
+
+
+@handles(aten.argmax.default)
+def argmax(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    axis = args[1] if len(args) > 1 else kwargs.get("dim")
+    if axis is None:
+        raise CaptureError("argmax over all axes")
+    index = _argmax(i, node, i.value(args[0]), int(axis))
+    keepdim = bool(args[2]) if len(args) > 2 else bool(kwargs.get("keepdim", False))
+    return index if keepdim else _without(i, index, int(axis))
+
+
+def _argmax(i: Importer, node: fx.Node, x: Value, axis: int) -> Value:
+    """The first place of the largest value, or of the first NaN, with the axis kept.
+
+    Top-k with k = 1 will not do: it takes another one of equal values (rows of zeros have them).
+    """
+    top = i.b("t.amax", x, dims=(axis,), keepdim=True)
+    found = i.b("t.logical_or", i.b("t.eq", x, top), i.b("t.ne", x, x))
+    so_far = i.b("t.cumsum", i.cast(found, "i64"), dim=axis)
+    before = i.cast(i.b("t.eq", so_far, other=0.0), "i64")
+    index: Value = i.b("t.sum", before, dims=(axis,), keepdim=True, hint=i.hint(node))
+    return index
+
+
+def _without(i: Importer, value: Value, axis: int) -> Value:
+    shape = list(value.type.shape)
+    del shape[axis]
+    reshaped: Value = i.b("t.reshape", value, shape=tuple(shape), hint=value.hint)
+    return reshaped
+
+
+@handles(aten.log_sigmoid.default)
+def log_sigmoid(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    return i.b("t.neg", i.b("t.softplus", i.b("t.neg", i.value(args[0]))), hint=i.hint(node))
+
+
+@handles(aten.gather.default)
+def gather(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    return i.b("t.gather", i.value(args[0]), i.value(args[2]), dim=int(args[1]), hint=i.hint(node))
+
+
+@handles(aten.scatter.value, aten.scatter.src, aten.scatter_add.default)
+def scatter(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    x, dim, index, source = i.value(args[0]), int(args[1]), i.value(args[2]), args[3]
+    if node.target is aten.scatter_add.default:
+        return i.b("t.scatter_add", x, index, i.value(source), dim=dim, hint=i.hint(node))
+    if isinstance(source, Value):
+        return i.b("t.scatter", x, index, i.cast(source, x.type.dtype), dim=dim, hint=i.hint(node))
+    return i.b("t.scatter", x, index, dim=dim, value=number(source), hint=i.hint(node))
+
+
+@handles(aten.one_hot.default)
+def one_hot(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    return i.b("t.one_hot", i.value(args[0]), classes=int(args[1]), hint=i.hint(node))
+
+
+# products
+
+
+@handles(aten.linear.default)
+def linear(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    x, w = i.value(args[0]), args[1]
+    if isinstance(w, ExpertSlice):
+        return _grouped(
+            i, node, x, ExpertSlice(w.stack), args[2] if len(args) > 2 else None, transposed=False
+        )
+    biases = [i.value(a) for a in args[2:] if a is not None]
+    return i.b("t.linear", x, w, *biases, hint=i.hint(node))
+
+
+def _grouped(
+    i: Importer, node: fx.Node, x: Value, w: ExpertSlice, bias: Any, *, transposed: bool
+) -> Value:
+    if i.offsets is None or w.rank != 2:
+        raise CaptureError(f"a product with a weight of type {w.stack.type}")
+    y: Value = i.b(
+        "moe.grouped_mm", x, w.stack, i.offsets, transposed=transposed, hint=i.hint(node)
+    )
+    return y if bias is None else i.b("t.add", y, i.value(bias), hint=i.hint(node))
+
+
+@handles(aten.mm.default, aten.matmul.default, aten.bmm.default)
+def matmul(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    x, y = args[0], args[1]
+    if isinstance(y, ExpertSlice):
+        return _grouped(i, node, i.value(x), y, None, transposed=True)
+    if isinstance(x, ExpertSlice):
+        raise CaptureError("an expert's weight as the left factor of a product")
+    return i.b("t.matmul", x, y, hint=i.hint(node))
+
+
+@handles(aten.addmm.default)
+def addmm(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    if kwargs.get("alpha", 1) != 1 or kwargs.get("beta", 1) != 1:
+        raise CaptureError(f"addmm with {dict(kwargs)}")
+    bias, x, w = args[:3]
+    if isinstance(w, ExpertSlice):
+        return _grouped(i, node, i.value(x), w, bias, transposed=True)
+    product = i.b("t.matmul", i.value(x), i.value(w))
+    return i.b("t.add", product, i.value(bias), hint=i.hint(node))
