@@ -242,8 +242,9 @@ def show(record: dict[str, dict[str, list[float]]]) -> None:
         print(f"T {case:12} errors of y, dx, drouter, dgate_up, ddown: {row}", flush=True)
     for case, (one, in_row, both, both_row, flops) in record.get("times", {}).items():
         print(
-            f"T {case:8} forward {one:7.3f} ms, in a row {in_row:7.3f} ({flops / in_row:.0f} TFLOP/s); "
-            f"with backward {both:7.3f}, in a row {both_row:7.3f} ({3 * flops / both_row:.0f})",
+            f"T {case:8} forward {one:7.3f} ms, in a row {in_row:7.3f} "
+            f"({flops / in_row:.0f} TFLOP/s); with backward {both:7.3f}, "
+            f"in a row {both_row:7.3f} ({3 * flops / both_row:.0f})",
             flush=True,
         )
 

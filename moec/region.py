@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
+from moec.capture.check import autocast_dtype
 from moec.capture.regions import Candidate, FoundRegion, capture_experts, capture_whole
 from moec.compiled import as_original, region_of
 from moec.errors import CallError
@@ -204,11 +205,7 @@ class Region:
 
     def _mode(self, module: nn.Module, data: Sequence[torch.Tensor]) -> _Mode:
         x = data[0]
-        autocast = (
-            torch.get_autocast_dtype(x.device.type)
-            if torch.is_autocast_enabled(x.device.type)
-            else None
-        )
+        autocast = autocast_dtype(x.device.type)
         if self.kind == "experts":
             return _Mode(module.training, x.dtype, 2, autocast, data[1].shape[-1], data[2].dtype)
         return _Mode(module.training, x.dtype, x.dim(), autocast)
@@ -376,7 +373,7 @@ def _torch_dtype(value: Value) -> torch.dtype:
 
 def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """Emitted code has its casts written out."""
-    if torch.is_autocast_enabled(device_type):
+    if autocast_dtype(device_type) is not None:
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 

@@ -12,7 +12,7 @@ from moec.guards import Guard
 from moec.structure import names_read, structure_key
 
 
-def helper(module: Any, x: torch.Tensor) -> torch.Tensor:
+def helper(module: Any, x: torch.Tensor) -> Any:
     """Reads an attribute of the module that calls it."""
     return x * module.factor
 
@@ -34,7 +34,7 @@ class Part(nn.Module):
     def doubled(self) -> Any:
         return self.limit * 2
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         y = helper(self, self.linear(x)).clamp(max=self.doubled) + self.pair[0]
         return y * self.table["a"]
 
@@ -152,7 +152,8 @@ def test_guard_notices(change: Any) -> None:
 def test_guard_notices_a_setting_below() -> None:
     layers = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 4))
     guard = Guard(layers)
-    layers[0].p = 0.0  # type: ignore[union-attr]
+    dropout: Any = layers[0]
+    dropout.p = 0.0
     assert not guard.holds()
 
 

@@ -74,7 +74,8 @@ class DescriptorGemm:
         """The columns that the epilogue takes at a time: few where it also reads matrices."""
         outputs = self.product.body.outputs
         wide = any(SIZES[v.type.dtype] > 2 for v in outputs if v.type.rank == 2)
-        return min(self.tile.columns, 64 if self.product.reads or wide else 128)
+        few = 32 if self.product.reads > 2 else 64  # measured: what does not spill
+        return min(self.tile.columns, few if self.product.reads or wide else 128)
 
     # the epilogue
     def _write_tile(self) -> None:
@@ -191,7 +192,7 @@ class DescriptorGemm:
     def _argument(self, q: Parameter, rows: RowBody) -> str:
         """What the kernel passes for a parameter of the epilogue."""
         if isinstance(q.value, str):
-            return q.value
+            return self.text.parameter(q.value) if q.value == "gathered" else q.value
         if self._of_rows(q.value):
             return rows.term(q.value).text
         return self.text.parameter(q.value, q.name)
@@ -256,7 +257,7 @@ class DescriptorGemm:
         outer = dict(zip(p.body.inputs, op.operands, strict=True))
         tiles = context.row_tiles(writer, outer[p.offsets], p.rows, self.tile.rows)
         made = {"tiles": tiles}
-        made["rows"] = self._rows(writer, context, outer)
+        made["rows"] = made["gathered"] = self._rows(writer, context, outer)
         for value in op.results:
             context.allocate(writer, value)
         partial = self.sums.allocate(writer, context) if self.sums is not None else {}
@@ -289,21 +290,24 @@ class DescriptorGemm:
 
     def _arguments(self, context: Context, made: dict[str, str]) -> list[str]:
         """The launch's arguments, matrices as descriptors."""
-        p, named = self.product, arguments(self.text, self.op, context, made)
-        lines = []
-        for q, name in zip(self.text.parameters, named, strict=True):
-            if q.value == "rows":
-                lines.append(f"launch.matrix({name}, {(self.tile.rows, self.tile.depth)})")
-            elif q.value is p.weights:
-                shape, block = self._weight_blocks()
-                lines.append(f"launch.matrix({name}, {block}, shape={shape})")
-            elif not isinstance(q.value, str) and q.value in self.body.accesses:
-                a = self.body.accesses[q.value]
-                block = (self.tile.rows, *a.block)
-                lines.append(f"launch.ragged({name}, {a.inner}, {block})")
-            else:
-                lines.append(name)
-        return lines
+        named = arguments(self.text, self.op, context, made)
+        return [
+            self._passed(q.value, name) for q, name in zip(self.text.parameters, named, strict=True)
+        ]
+
+    def _passed(self, value: Value | str, name: str) -> str:
+        p, tile = self.product, self.tile
+        if value == "rows":
+            return f"launch.matrix({name}, {(tile.rows, tile.depth)})"
+        if value == "gathered":
+            return f"launch.ragged({name}, {(p.columns,)}, {(tile.rows, self.chunk)})"
+        if value is p.weights:
+            shape, block = self._weight_blocks()
+            return f"launch.matrix({name}, {block}, shape={shape})"
+        if isinstance(value, str) or value not in self.body.accesses:
+            return name
+        access = self.body.accesses[value]
+        return f"launch.ragged({name}, {access.inner}, {(tile.rows, *access.block)})"
 
     def _weight_blocks(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shape under which the weights are read, and the block of it."""

@@ -50,8 +50,8 @@ class TileBody(RowBody):
     def write(self, op: Op) -> None:
         """Write an op; what is a number a row is computed once, outside."""
         if op.kind == "moe.gather":
-            raise Unsupported("a gather after the product")
-        if not self._is_outside(op):
+            self._read_gathered(op)
+        elif not self._is_outside(op):
             super().write(op)
 
     def _is_outside(self, op: Op | None) -> bool:
@@ -66,6 +66,16 @@ class TileBody(RowBody):
         if value not in self.env and self._is_outside(producers(self.graph).get(value)):
             self.env[value] = Term(self.text.parameter(value), ("r",))
         return super().term(value)
+
+    def _read_gathered(self, op: Op) -> None:
+        """The tile of rows that the product gathers, where inner and outer widths are equal."""
+        same = op is self.product.gather and op.result.type.shape[1] == self.domain.columns
+        if not same:
+            raise Unsupported("another gather after the product")
+        name = self.text.parameter("gathered", f"{op.operands[0].hint}_rows")
+        load = f"{self.text.use('load_rows')}({name}, {self.place()}, BM, BC)"
+        held = self.text.held(op.result.type, load)
+        self.env[op.result] = self.text.let(op.result.hint, held, TILE)
 
     # loads
     def load_row(self, value: Value, name: str) -> Term:

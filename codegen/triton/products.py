@@ -49,13 +49,13 @@ class RowProduct:
         return self.prologue[0] if single else None
 
     @property
-    def reads(self) -> bool:
-        """Whether the epilogue reads matrices besides the product."""
+    def reads(self) -> int:
+        """How many tiles the epilogue reads besides the product's."""
         made = {v for op in self.body.ops for v in op.results}
-        sizes = [(self.rows, k * self.columns) for k in range(1, 9)]
-        return any(
-            v not in made and v.type.shape in sizes for op in self.epilogue for v in op.operands
-        )
+        sizes: dict[tuple[Dim, ...], int] = {(self.rows, k * self.columns): k for k in range(1, 9)}
+        read = {v: sizes.get(v.type.shape, 0) for op in self.epilogue for v in op.operands}
+        gathers = sum(op.kind == "moe.gather" for op in self.epilogue)
+        return gathers + sum(count for v, count in read.items() if v not in made)
 
     @property
     def dots(self) -> list[Op]:

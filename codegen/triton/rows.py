@@ -204,9 +204,9 @@ def _row_scale(body: RowBody, op: Op) -> None:
 def _row_dot(body: RowBody, op: Op) -> None:
     """The sum over this tile's columns; the host adds the tiles up."""
     a, b = (body.term(v) for v in op.operands)
-    if not (a.axes == b.axes == TILE):
+    if {*a.axes, *b.axes} != set(TILE):
         raise Unsupported("an inner product of something that is no tile")
-    product = f"{a.text} * {b.text}"
+    product = f"{a.on(TILE)} * {b.on(TILE)}"
     if body.domain.cut:
         product = (
             f"tl.where(({body.domain.column} < {body.domain.columns})[None, :], {product}, 0.0)"

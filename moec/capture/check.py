@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -119,10 +120,18 @@ def _compare_call(
 def _tolerance(value: torch.Tensor) -> float:
     """What rounding may do: under autocast the products are taken in its dtype."""
     device = value.device.type
-    autocast = (
-        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+    dtypes = (value.dtype, autocast_dtype(device) or value.dtype)
+    return max(TOLERANCE.get(dtype, 1e-4) for dtype in dtypes)
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype of autocast on a type of device, ``None`` where it is off or does not exist."""
+    available = torch.amp.is_autocast_available(device)
+    return (
+        torch.get_autocast_dtype(device)
+        if available and torch.is_autocast_enabled(device)
+        else None
     )
-    return max(TOLERANCE.get(dtype, 1e-4) for dtype in (value.dtype, autocast))
 
 
 def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -142,7 +151,8 @@ def unchanged(module: nn.Module) -> Iterator[None]:
     """
     states = [_State(name, child) for name, child in module.named_modules()]
     device = next(module.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with forked, _without_hooks(module):
         try:
             yield
         finally:
@@ -152,6 +162,22 @@ def unchanged(module: nn.Module) -> Iterator[None]:
             f"forward changes {', '.join(changed[:3])} of the module, which a compiled call would "
             "not; return the value instead"
         )
+
+
+@contextlib.contextmanager
+def _without_hooks(module: nn.Module) -> Iterator[None]:
+    """Keep trial runs from a user's hooks, which count or record real ones."""
+    saved = [(vars(m), name, vars(m)[name]) for m in module.modules() for name in _HOOKS]
+    for own, name, _ in saved:
+        own[name] = OrderedDict()
+    try:
+        yield
+    finally:
+        for own, name, hooks in saved:
+            own[name] = hooks
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class _State:

@@ -63,7 +63,7 @@ def _specialisation(argument: Any) -> Any:
     multiple of 16.
     """
     if isinstance(argument, torch.Tensor):
-        return argument.data_ptr() % 16 == 0
+        return argument.dtype, argument.data_ptr() % 16 == 0
     if isinstance(argument, int):
         return argument % 16 == 0, argument == 1
     return None

@@ -61,6 +61,18 @@ def test_bfloat16(name: str, options: str, tmp_path: Path) -> None:
         check(block, graph, module, tokens, routing)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("options", [SMALL, SMALL_TMA], ids=["pointer", "tma"])
+def test_equal_widths(name: str, options: str, tmp_path: Path) -> None:
+    """Where hidden and inner sizes are equal, more fits into the products' kernels."""
+    block = sized(name, "bf16", 24, 24)
+    graph, module = compiled(block, options, tmp_path)
+    assert "# no kernel" not in module.path.read_text()
+    templates = {op.attrs["template"] for op in graph.ops if "template" in op.attrs}
+    assert templates == {"tma" if "descriptors" in options else "pointer"}
+    check(block, graph, module, 19, "random")
+
+
 @pytest.mark.parametrize("dtype", ["f16", "f64"])
 def test_other_dtypes(dtype: str, tmp_path: Path) -> None:
     block = sized("gpt_oss", dtype, 20, 12)
