@@ -52,6 +52,7 @@ class Region:
         self.found: dict[_Mode, FoundRegion] = {}
         self.artifacts: list[Artifact] = []
         self.inner: Region | None = None
+        self.unserved = ""
         self.number = number(self)
         self._types = _types_below(candidate.module)
         self._guard = Guard(candidate.module)
@@ -67,7 +68,8 @@ class Region:
     @property
     def status(self) -> str:
         """What became of the region."""
-        if self.first is not None and self.first.graph is not None:
+        served = bool(self.artifacts) or not self.unserved
+        if self.first is not None and self.first.graph is not None and served:
             return "compiled"
         inner = (
             self.inner is not None
@@ -79,7 +81,8 @@ class Region:
     @property
     def reason(self) -> str:
         """Why the region is not compiled as a whole; empty if it is."""
-        return "" if self.first is None else self.first.reason
+        reason = "" if self.first is None else self.first.reason
+        return reason or ("" if self.artifacts else self.unserved)
 
     @property
     def target(self) -> str:
@@ -187,12 +190,27 @@ class Region:
     def call(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Serve a call, or give ``NotImplemented`` if the module's own code must run."""
         data = _tensor_arguments(self.kind, args, self._in_order(kwargs))
-        if data is None or self._is_changed(module) or _has_hooks(module, self):
+        if data is None:
+            self._note_form(len(args) + len(kwargs))
+            return NotImplemented
+        if self._is_changed(module) or _has_hooks(module, self):
             return NotImplemented
         found = self.capture(self._mode(module, data))
         if found.graph is None:
             return NotImplemented
         return self._run(found, module, data)
+
+    def _note_form(self, count: int) -> None:
+        """Remember, and say once, that a call had arguments which the captured form does not take."""
+        if self.unserved or self.kind == "experts":
+            return
+        self.unserved = f"it is called with {count} arguments, not with one tensor of tokens alone"
+        if self.inner is None:
+            kind = type(self.candidate.module).__name__
+            self.session.warn(
+                f"moec: {self.name or 'the model'} ({kind}) runs its own code: {self.unserved}",
+                f"{kind} {self.unserved}",
+            )
 
     def _in_order(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         """Named arguments in the order of the module's own parameters."""

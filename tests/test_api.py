@@ -150,6 +150,27 @@ def test_tokens_of_another_rank_run_as_they_did() -> None:
     assert regions(compiled)[0].status == "compiled"
 
 
+class Scaled(Block):
+    """Takes more than tokens."""
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> Any:
+        return super().forward(x) * scale
+
+
+def test_calls_with_more_than_tokens_run_as_they_did() -> None:
+    block = Scaled()
+    compiled = moec.compile(block)
+    assert regions(compiled)[0].status == "compiled"
+    x = torch.randn(1, 3, HIDDEN)
+    with pytest.warns(UserWarning, match="runs its own code: it is called with 2 arguments"):
+        torch.testing.assert_close(compiled(x, 0.5), block(x, 0.5))
+    torch.testing.assert_close(compiled(x, scale=2.0), block(x, scale=2.0))
+    assert regions(compiled)[0].status == "left as it was"
+    assert "called with 2 arguments" in str(moec.explain(compiled))
+    torch.testing.assert_close(compiled(x), block(x))
+    assert regions(compiled)[0].status == "compiled"
+
+
 # Strictness.
 
 

@@ -26,6 +26,7 @@ triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile"
 )
+SHARED_BYTES = 232448  # of a Hopper processor, for one program
 SERIAL = re.compile(r"C75\d\d")  # products that the assembler had to serialise
 
 
@@ -141,6 +142,7 @@ def compile_all(noted: Recorder, folder: Path) -> dict[str, tuple[str, str]]:
                 target=GPUTarget("cuda", 90, 32),
                 options={**options, "enable_fp_fusion": True},
             )
+            assert compiled.metadata.shared <= SHARED_BYTES, kernel.__name__
             ptx = compiled.asm["ptx"]
             found[kernel.__name__] = ptx, assemble(ptx, folder)
     return found

@@ -7,6 +7,7 @@ flattened loop, so that the stores of a tile drain under the loads of the next.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 
 from moec.codegen.triton.context import Context, arguments, only_if, write
 from moec.codegen.triton.descriptor_tile import PLACE, TileBody
@@ -22,7 +23,7 @@ from moec.codegen.triton.kernel import (
 from moec.codegen.triton.products import RowProduct, analyse, is_of_rows
 from moec.codegen.triton.rows import TILE, Domain, Parts, RowBody
 from moec.codegen.triton.sums import RowSums
-from moec.codegen.triton.tiles import GROUP, Tile, row_tile, tile_of, times
+from moec.codegen.triton.tiles import GROUP, SHARED_BYTES, Tile, row_tile, tile_of, times
 from moec.codegen.writer import Writer
 from moec.ir.dims import python_source
 from moec.ir.graph import Op, Value
@@ -45,17 +46,11 @@ class DescriptorGemm:
         _check(p)
         self.tile = tile_of(self.op.attrs.get("tile"), row_tile(p, "tma"))
         self.text = KernelText(compute_dtype(p.body))
-        self.chunk = self._chunk()
-        self.domain = Domain(p.rows, p.columns, p.columns % self.chunk != 0, "columns")
-        self.body = TileBody(
-            KernelText(self.text.dtype, fresh_names((*PLACE, "expert"))),
-            p.body,
-            self.domain,
-            product=p,
-            chunk=self.chunk,
-        )
         self.sums = RowSums(p, self.name, self.tiles_n) if p.dots else None
-        self._write_tile()
+        few = 32 if p.reads > 2 else 64  # measured: what does not spill
+        self._write_tile(min(self.tile.columns, few if p.reads else 128))
+        while self._shared_bytes() > SHARED_BYTES and self.chunk > 16:
+            self._write_tile(self.chunk // 2)
         self._write()
 
     @property
@@ -70,17 +65,20 @@ class DescriptorGemm:
         used = self.text.used | self.body.text.used | extra | {"pick_tile", "list_row_tiles"}
         return used | ({"spread_rows"} if self.product.gather is not None else set())
 
-    def _chunk(self) -> int:
-        """The columns that the epilogue takes at a time: few where it also reads matrices."""
-        outputs = self.product.body.outputs
-        wide = any(SIZES[v.type.dtype] > 2 for v in outputs if v.type.rank == 2)
-        few = 32 if self.product.reads > 2 else 64  # measured: what does not spill
-        return min(self.tile.columns, few if self.product.reads or wide else 128)
+    def _shared_bytes(self) -> int:
+        """The shared memory of a program: the stages of the product, the blocks of the epilogue."""
+        t, size = self.tile, SIZES[self.product.weights.type.dtype]
+        stage = (t.rows + self.product.parts * t.columns) * t.depth * size
+        blocks = [(v, prod(a.block)) for v, a in self.body.accesses.items()]
+        return t.stages * stage + sum(t.rows * n * SIZES[v.type.dtype] for v, n in blocks)
 
     # the epilogue
-    def _write_tile(self) -> None:
+    def _write_tile(self, chunk: int) -> None:
         """The device function: the body's ops on BM rows and BC columns."""
-        p, body = self.product, self.body
+        p, self.chunk = self.product, chunk
+        self.domain = Domain(p.rows, p.columns, p.columns % chunk != 0, "columns")
+        text = KernelText(self.text.dtype, fresh_names((*PLACE, "expert")))
+        self.body = body = TileBody(text, p.body, self.domain, product=p, chunk=chunk)
         body.text.constants.update(BM=self.tile.rows, BC=self.chunk)
         names = self._part_hints()
         terms = tuple(Term(body.text.parameter(f"part {i}", n), TILE) for i, n in enumerate(names))

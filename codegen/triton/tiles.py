@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from moec.codegen.triton.products import RowProduct
 from moec.ir.types import SIZES
 
+SHARED_BYTES = 232448 - 4096  # of a Hopper processor, less what barriers and the like take
 GROUP = 8  # row tiles that share the columns of weights they read
 
 

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten
 
 from moec.capture.block import _LEAF, MAX_TOKENS, CapturedBlock, block_name, weight_hint
+from moec.capture.branches import refuse_size_branches
 from moec.capture.experts import (
     ExpertsBody,
     hidden_sizes,
@@ -130,6 +131,7 @@ def capture_loop(
     found = expert_list(module)
     if found is None:
         raise CaptureError(f"{type(module).__name__} holds no list of equal experts")
+    refuse_size_branches(module)
     name, members = found
     registry = module.get_submodule(name)
     body = read_experts(_Loop(members, registry), f"{path}.{name}" if path else name)
