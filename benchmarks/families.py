@@ -6,11 +6,11 @@ Run from the project's root:
     python -m benchmarks.families --only olmoe
 
 Each tiny model of tests/models.py runs eager and compiled in bf16, and eager in float64 on the same
-bf16 values. Errors are relative, in norm: of the logits, of the loss, and of all gradients together;
-medians over nine inputs, since a token whose experts nearly tie goes to another one by the least
-rounding, in eager as in compiled bf16. The lengths are 1, 2, 7, 33 and 257; one compilation serves
-them all. Exit status 1: an error above 1.5 times that of eager bf16, another token, or a target
-that is not triton.
+bf16 values. Errors are relative, in norm: of the logits, of the loss, and of all gradients
+together; medians over nine inputs, since a token whose experts nearly tie goes to another one by
+the least rounding, in eager as in compiled bf16. The lengths are 1, 2, 7, 33 and 257; one
+compilation serves them all. Exit status 1: an error above 1.5 times that of eager bf16, another
+token, or a target that is not triton.
 """
 
 import argparse

@@ -201,7 +201,9 @@ class Region:
         return self._run(found, module, data)
 
     def _note_form(self, count: int) -> None:
-        """Remember, and say once, that a call had arguments which the captured form does not take."""
+        """Remember, and say once, that a call had arguments which the captured form does not
+        take.
+        """
         if self.unserved or self.kind == "experts":
             return
         self.unserved = f"it is called with {count} arguments, not with one tensor of tokens alone"

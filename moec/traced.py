@@ -69,7 +69,7 @@ def _prepare(
 def call_traced(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """As ``Region.call``, in terms that torch.compile and torch.export can trace."""
     data = [*args, *kwargs.values()]
-    region = module._moec_region
+    region: Any = module._moec_region
     wanted = 3 if region.kind == "experts" else 1
     if len(data) != wanted or not all(isinstance(v, torch.Tensor) for v in data):
         return NotImplemented

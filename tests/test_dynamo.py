@@ -12,7 +12,6 @@ from torch import nn
 import moec
 from moec.dynamo import backend
 from moec.errors import CompileError
-
 from tests.models import build, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Dynamo warns about its own internals

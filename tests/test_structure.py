@@ -55,7 +55,8 @@ class Inherited(Part):
     """Code of its own on top."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) * self.number
+        scaled: torch.Tensor = super().forward(x) * self.number
+        return scaled
 
 
 TABLE = {"a": 1}

@@ -77,7 +77,7 @@ class DescriptorGemm:
         """The device function: the body's ops on BM rows and BC columns."""
         p, self.chunk = self.product, chunk
         self.domain = Domain(p.rows, p.columns, p.columns % chunk != 0, "columns")
-        text = KernelText(self.text.dtype, fresh_names((*PLACE, "expert")))
+        text = KernelText(self.text.dtype, fresh_names((*PLACE, "expert", "acc")))
         self.body = body = TileBody(text, p.body, self.domain, product=p, chunk=chunk)
         body.text.constants.update(BM=self.tile.rows, BC=self.chunk)
         names = self._part_hints()

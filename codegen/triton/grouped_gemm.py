@@ -82,7 +82,7 @@ class PointerGemm:
         t.line("column = n * BN + tl.arange(0, BN)")
         if self.domain.cut:
             columns = self.product.columns
-            t.line(f"live = inside[:, None] & (column < {columns})[None, :]  # nor are all columns")
+            t.line(f"live = inside[:, None] & (column < {columns})[None, :]  # so may columns")
         layouts = {op.attrs.get("layout") for op in self.product.epilogue if op.kind in _BOTH}
         if self.wide or "interleave" in layouts:
             t.line("wide = n * 2 * BN + tl.arange(0, 2 * BN)  # both parts alternate")
@@ -99,7 +99,7 @@ class PointerGemm:
         right = self._right()
         accumulate = "tl.float64" if p.weights.type.dtype == "f64" else "tl.float32"
         columns = "2 * BN" if self.wide else "BN"
-        names = [t.names.fresh(h) for h in self._hints()]
+        names = [h if h == "acc" else t.names.fresh(h) for h in self._hints()]
         for name in names:
             t.line(f"{name} = tl.zeros((BM, {columns}), {accumulate})")
         with t.block(f"for k in range(0, {p.depth}, BK):"):

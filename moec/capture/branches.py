@@ -19,7 +19,8 @@ _CHECKED = (0, 1)  # the comparison with the block itself runs at these sizes
 def refuse_size_branches(module: nn.Module) -> None:
     """Raise :class:`CaptureError` if a method compares a number of tokens with anything but 0 or 1.
 
-    Read off the source of the module's classes and of those below it, torch's own aside: ``min`` and
+    Read off the source of the module's classes and of those below it, torch's own aside: ``min``
+    and
     ``max`` of a size count as comparisons; the size of the last axis, the width, does not.
     """
     for cls in {type(m) for m in module.modules()}:

@@ -193,7 +193,9 @@ def evaluate(value: Any, binding: Mapping[str, int]) -> int:
 
 
 def apply(value: Any, binding: Mapping[str, Any]) -> Any:
-    """A dim computed on sizes that may themselves be symbolic (``torch.SymInt``), by plain arithmetic."""
+    """A dim computed on sizes that may themselves be symbolic (``torch.SymInt``), by plain
+    arithmetic.
+    """
     if isinstance(value, int):
         return value
     if value.is_Integer:

@@ -39,10 +39,12 @@ class Artifact:
     def __call__(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The outputs; differentiable if this is a training artifact."""
         contiguous = [t if t.is_contiguous() else t.contiguous() for t in inputs]
-        if self.backward is None:
-            return self.forward(*contiguous)[0]
-        outputs: tuple[torch.Tensor, ...] = _Differentiable.apply(self, *contiguous)
-        return outputs
+        with torch.cuda.device_of(inputs[0]):  # kernels go to the current device; a no-op on the CPU
+            if self.backward is None:
+                return self.forward(*contiguous)[0]
+            outputs: tuple[torch.Tensor, ...]
+            outputs = _Differentiable.apply(self, *contiguous)  # type: ignore[no-untyped-call]
+            return outputs
 
     def try_out(self, inputs: Sequence[torch.Tensor]) -> None:
         """Run forward and backward on one token, so that every kernel is compiled and launched
@@ -102,7 +104,7 @@ class _Differentiable(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         artifact: Artifact = ctx.artifact
         floats = [
