@@ -39,7 +39,8 @@ class Artifact:
     def __call__(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The outputs; differentiable if this is a training artifact."""
         contiguous = [t if t.is_contiguous() else t.contiguous() for t in inputs]
-        with torch.cuda.device_of(inputs[0]):  # kernels go to the current device; a no-op on the CPU
+        # kernels go to the current device; on the CPU this does nothing
+        with torch.cuda.device_of(inputs[0]):  # type: ignore[no-untyped-call]
             if self.backward is None:
                 return self.forward(*contiguous)[0]
             outputs: tuple[torch.Tensor, ...]
