@@ -90,7 +90,7 @@ def test_options_of_all_types() -> None:
 
     definition = PassDef("options", options, frozenset())
     assert definition.options == {"on": False, "size": 1.5, "name": ""}
-    assert str(PassCall(definition, {"on": True, "size": 2.0})) == "options{on=True,size=2.0}"
+    assert str(PassCall(definition, {"on": True, "size": 2.0})) == "options{on=true,size=2.0}"
 
 
 def test_history_keeps_every_step() -> None:
