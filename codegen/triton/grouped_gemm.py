@@ -107,7 +107,7 @@ class PointerGemm:
             for name, (at, mask) in zip(names, right, strict=True):
                 step = "k" if not p.transposed else f"k * {p.columns * p.parts}"
                 t.line(f"right = tl.load({at} + {step}{mask})")
-                t.line(f"{name} = tl.dot(left, right, {name}{_precision(p)})")
+                t.line(f"{name} = tl.dot(left, right, {name}{precision(p.weights.type.dtype)})")
         return names
 
     def _hints(self) -> list[str]:
@@ -275,5 +275,7 @@ def _scaled(text: str, by: int) -> str:
     return text if by == 1 else f"({text} * {by})"
 
 
-def _precision(p: RowProduct) -> str:
-    return ', input_precision="ieee"' if p.weights.type.dtype == "f32" else ""
+def precision(dtype: str) -> str:
+    """Further arguments of ``tl.dot`` for a dtype: neither operands nor the sum are rounded."""
+    exact = {"f32": ', input_precision="ieee"', "f64": ", out_dtype=tl.float64"}
+    return exact.get(dtype, "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from moec.codegen.triton.context import Context, arguments, only_if, write
+from moec.codegen.triton.grouped_gemm import precision
 from moec.codegen.triton.kernel import KernelText, Unsupported, compute_dtype, documentation
 from moec.codegen.triton.tiles import GROUP, Tile, outer_tile, tile_of
 from moec.codegen.writer import Writer
@@ -92,8 +93,7 @@ class PointerOuter:
             for lines in sides:
                 for line in lines:
                     t.line(line)
-            precision = ', input_precision="ieee"' if self._dtype == "f32" else ""
-            t.line(f"acc = tl.dot(tl.trans(left), right, acc{precision})")
+            t.line(f"acc = tl.dot(tl.trans(left), right, acc{precision(self._dtype)})")
         t.line("# store")
         conditions = [f"({a} < {s}){i}" for a, s, i, c in self._edges() if c]
         mask = f", mask={' & '.join(conditions)}" if conditions else ""
