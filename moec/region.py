@@ -269,13 +269,12 @@ class Region:
         Bit ``i`` of ``data_grad`` says whether the ``i``-th tensor of the call requires a gradient.
         """
         module = self.candidate.module
-        if _has_hooks(module, self):
+        if self._is_changed(module) or _has_hooks(module, self):
             return None
-        mode = (
-            _Mode(training, dtype, 2, None, choices, weight_dtype)
-            if self.kind == "experts"
-            else _Mode(training, dtype, rank, None)
-        )
+        autocast = autocast_dtype(next(module.parameters()).device.type)
+        mode = _Mode(training, dtype, rank, autocast)
+        if self.kind == "experts":
+            mode = _Mode(training, dtype, 2, autocast, choices, weight_dtype)
         found = self.capture(mode)
         if found.graph is None:
             return None

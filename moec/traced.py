@@ -73,6 +73,8 @@ def call_traced(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
     wanted = 3 if region.kind == "experts" else 1
     if len(data) != wanted or not all(isinstance(v, torch.Tensor) for v in data):
         return NotImplemented
+    if len(kwargs) > 1:  # their order would have to be looked up, which tracers cannot do
+        return NotImplemented
     x = data[0]
     choices = data[1].shape[-1] if wanted == 3 else 0
     weight_dtype = data[2].dtype if wanted == 3 else x.dtype

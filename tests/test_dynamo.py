@@ -65,6 +65,19 @@ def test_a_compiled_model_is_one_graph_for_every_length() -> None:
     assert {region.status for region in moec.regions(compiled)} == {"compiled"}
 
 
+def test_autocast_inside_torch_compile_is_the_callers() -> None:
+    reference, model = build("olmoe"), build("olmoe")
+    compiled = moec.compile(model)
+    call: Any = torch.compile(compiled, backend="aot_eager", fullgraph=True, dynamic=True)
+    arguments = tokens(2, 9, labels=False)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, found = reference(**arguments).logits, call(**arguments).logits
+    assert found.dtype == expected.dtype
+    error = (found.float() - expected.float()).norm() / expected.float().norm()
+    assert error < 0.05
+    assert {region.status for region in moec.regions(compiled)} == {"compiled"}
+
+
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
 def test_the_backend_replaces_grouped_products(family: str) -> None:
     reference = build(family)

@@ -45,7 +45,11 @@ def _define(
     body: Callable[[Sequence[torch.Tensor]], Any],
     fake: Callable[[Sequence[torch.Tensor]], Any],
 ) -> Any:
-    op = torch.library.custom_op(f"moec::{name}", body, mutates_args=(), schema=_SCHEMA)
+    def run(inputs: Sequence[torch.Tensor]) -> Any:
+        with torch.autocast(inputs[0].device.type, enabled=False):  # the casts are written out
+            return body(inputs)
+
+    op = torch.library.custom_op(f"moec::{name}", run, mutates_args=(), schema=_SCHEMA)
     op.register_fake(fake)
     return op
 
