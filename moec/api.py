@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from moec.capture.regions import Candidate, find_candidates, join
@@ -221,4 +220,4 @@ def advice(region: Region) -> str:
     )
 
 
-__all__ = ["OPTIONS", "Explanation", "compile", "explain", "regions", "torch"]
+__all__ = ["OPTIONS", "Explanation", "compile", "explain", "regions"]

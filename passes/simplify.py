@@ -8,7 +8,6 @@ from moec.ir.builder import Builder
 from moec.ir.dims import canon
 from moec.ir.graph import Graph, Op, Value, users
 from moec.ir.opdef import opdef
-from moec.ir.types import FLOATS, SIZES
 from moec.manager import register
 from moec.passes.dce import dce
 from moec.rewrite import Definitions, fixpoint, transform
@@ -277,11 +276,3 @@ def _replace_slices(graph: Graph, value: Value, layout: str, members: dict[Value
         return results[members[op.result]]
 
     return transform(graph, rule, "simplify")
-
-
-def exactly_held(source: str, target: str) -> bool:
-    """Whether every number of ``source`` is a number of ``target``."""
-    return source == target or (source, target) in _EXACT
-
-
-__all__ = ["FLOATS", "SIZES", "exactly_held", "simplify"]

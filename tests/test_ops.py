@@ -17,7 +17,7 @@ from moec.ir import Builder, Graph, Type, Value, dim, parse, verify
 from moec.ir.opdef import all_ops
 from moec.ir.types import DTYPES
 from moec.ops import routing
-from moec.ops.moe import row_tile_bound
+from moec.runtime.launch import row_tile_bound
 
 T = dim("T")
 A = 2 * T

@@ -52,11 +52,6 @@ class Parameter:
     value: Value | str
 
 
-def is_power_of_two(n: int) -> bool:
-    """Whether a size needs no padding to be a tile's."""
-    return n > 0 and n & (n - 1) == 0
-
-
 def fresh_names(free: Sequence[str] = ()) -> PythonNames:
     """Names for a kernel's values: none that the templates or the library use, save ``free``."""
     return PythonNames((_LOCALS | source.names() | {"launch"}) - set(free))

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from moec.capture.importer import HANDLERS, ExpertSlice, Importer, handles
+from moec.capture.importer import ExpertSlice, Importer, handles
 from moec.errors import CaptureError
-from moec.ir.dims import canon
 from moec.ir.graph import Value
 from moec.ir.types import Type, dtype_name
 
@@ -365,11 +364,3 @@ def full_like(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
         else number(args[2] if "new_full" in name else args[1])
     )
     return i.b("t.full", value=fill, dtype=i.dtype(node), shape=i.shape_of(node), hint=i.hint(node))
-
-
-def supported() -> list[str]:
-    """The names of the ATen ops that have an IR form."""
-    return sorted(str(t) for t in HANDLERS)
-
-
-__all__ = ["canon", "supported"]

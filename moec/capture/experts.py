@@ -20,7 +20,6 @@ from moec.capture.importer import ExpertSlice, Importer
 from moec.capture.recorder import ConstantPair, IntegerPair, Recorder, Sizes, merge
 from moec.errors import CaptureError
 from moec.ir.builder import Builder
-from moec.ir.dims import dim
 from moec.ir.graph import Value
 
 aten = torch.ops.aten
@@ -421,4 +420,4 @@ def _keys(module: nn.Module, parts: list[str]) -> list[str]:
     return list(owner._modules)
 
 
-__all__ = ["ExpertsBody", "count_experts", "dim", "hidden_sizes", "named_weights", "read_experts"]
+__all__ = ["ExpertsBody", "count_experts", "hidden_sizes", "named_weights", "read_experts"]

@@ -139,28 +139,6 @@ def walk(graph: Graph) -> Iterator[Op]:
             yield from walk(op.body)
 
 
-def replace_values(graph: Graph, mapping: Mapping[Value, Value]) -> Graph:
-    """``graph`` with uses (operands and returned values) replaced; the defining ops stay."""
-
-    def new(value: Value) -> Value:
-        while value in mapping:
-            value = mapping[value]
-        return value
-
-    ops = tuple(
-        op
-        if not any(v in mapping for v in op.operands)
-        else replace(op, operands=tuple(map(new, op.operands)))
-        for op in graph.ops
-    )
-    return replace(
-        graph,
-        ops=ops,
-        outputs=tuple(map(new, graph.outputs)),
-        gradients=tuple(None if g is None else new(g) for g in graph.gradients),
-    )
-
-
 def forward_ops(graph: Graph) -> set[Op]:
     """The ops that the outputs need: the forward pass of a joint graph."""
     live: set[Value] = set(graph.outputs)

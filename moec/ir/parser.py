@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 from moec.errors import DimError, IRError, MoecError, ParseError
@@ -342,8 +342,3 @@ class _Parser:
             return parse_dim(" ".join(words))
         except MoecError as error:
             self.fail(str(error), start)
-
-
-def rename(graph: Graph, name: str) -> Graph:
-    """The same graph under another name."""
-    return replace(graph, name=name)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moec.ir.dims import Dim, canon, evaluate
+from moec.ir.dims import Dim, canon
 from moec.ir.graph import Op, Value
 from moec.ir.opdef import defop
 from moec.ir.types import DTYPES, Type
@@ -423,13 +423,3 @@ class GroupSum:
 
     def eval(x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         return routing.group_sum(x, offsets)
-
-
-def row_tile_bound(pairs: int, experts: int, tile: int) -> int:
-    """The most tiles of ``tile`` rows that ``pairs`` rows of ``experts`` ragged groups can need
-    (tight).
-    """
-    return (pairs + min(experts, pairs) * (tile - 1)) // tile if pairs else 0
-
-
-__all__ = ["evaluate", "row_tile_bound"]
