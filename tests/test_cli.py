@@ -422,7 +422,10 @@ def test_explain_names_the_regions() -> None:
 @pytest.mark.parametrize("target", ["triton", "aten"])
 def test_emit_writes_a_python_module(target: str) -> None:
     succeed("emit", "block.moe", "--target", target, "-o", "kernels.py")
-    compile(Path("kernels.py").read_text(), "kernels.py", "exec")
+    text = Path("kernels.py").read_text()
+    compile(text, "kernels.py", "exec")
+    assert "def forward(" in text
+    assert ("@triton.jit" in text) == (target == "triton")
 
 
 def test_emit_asks_which_of_several_graphs() -> None:
