@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 from torch import nn
 
 from moec.capture.regions import Candidate, find_candidates, join
-from moec.compiled import install, region_of
+from moec.compiled import install, model_scope_of, region_of
 from moec.errors import CompileError
 from moec.manager import parse_pipeline
+from moec.model_scope import DEFAULT_BACKEND, ModelScope, check_backend
 from moec.region import Region
 from moec.session import Session
 from moec.share import share
@@ -25,7 +26,9 @@ OPTIONS = {
     "cache": "folder of the emitted modules (default: the user's cache folder)",
     "dump": "folder to which the IR after each pass is written, as module.path/mode/07-pass.moe",
     "passes": "pipeline text in place of the default one",
+    "model_backend": "scope model: the torch.compile backend of what is not MoE (inductor)",
 }
+SCOPES = ("region", "model")
 
 
 def compile(
@@ -49,7 +52,10 @@ def compile(
         dynamic: must be True: artifacts serve every number of tokens.
         memory_budget: not available yet; must be None.
         target: "triton", "aten", or None for the best one of the device.
-        scope: "region": each MoE block by itself.
+        scope: "region": each MoE block by itself, the rest runs as it was. "model": the whole
+            forward is one graph of torch.compile with the blocks as ops in it, where it can be
+            captured, and as "region" where not (``moec.explain`` says which, and why). The first
+            call of each form then takes as long as torch.compile takes.
         strict: raise :class:`MoecError` where the default is to warn and leave code as it was.
         options: see ``moec.api.OPTIONS``.
 
@@ -57,7 +63,9 @@ def compile(
         CompileError: for a model or an option that cannot be taken.
     """
     _check_arguments(model, dynamic, memory_budget, target, scope)
-    session = _session(target, strict, _checked_options(options))
+    settings = _checked_options(options)
+    backend = _model_backend(settings, scope)
+    session = _session(target, strict, settings)
     compiled = share(model)
     candidates = list(find_candidates(compiled))
     for candidate in candidates:
@@ -67,7 +75,19 @@ def compile(
             f"moec: found no MoE block in {type(model).__name__}; the model is returned unchanged. "
             "See docs/tour.md for what is looked for."
         )
+    if backend is not None and region_of(compiled) is None:
+        install(compiled, ModelScope(session, type(model).__name__, backend))
     return compiled
+
+
+def _model_backend(settings: dict[str, Any], scope: str) -> str | None:
+    """The backend for scope "model", taken out of the options; ``None`` in region scope."""
+    given = settings.pop("model_backend", None)
+    if scope == "model":
+        return check_backend(DEFAULT_BACKEND if given is None else given)
+    if given is not None:
+        raise CompileError("option 'model_backend' is for scope='model'; add that, or leave it out")
+    return None
 
 
 def _install(session: Session, candidate: Candidate) -> None:
@@ -89,7 +109,7 @@ def _check_arguments(
             f"moec.compile takes an nn.Module, got {type(model).__name__}; "
             "for a function use torch.compile(backend='moec')"
         )
-    if any(region_of(m) is not None for m in model.modules()):
+    if any(region_of(m) or model_scope_of(m) for m in model.modules()):
         raise CompileError(
             "this model is compiled already; compile the original again, or use the compiled one"
         )
@@ -105,9 +125,10 @@ def _check_arguments(
         )
     if target is not None and target not in TARGETS:
         raise CompileError(f"unknown target {target!r}; targets: {', '.join(TARGETS)}")
-    if scope != "region":
+    if scope not in SCOPES:
         raise CompileError(
-            f"unknown scope {scope!r}; this version has scope='region' (each MoE block by itself)"
+            f"unknown scope {scope!r}; scopes: 'region' (each MoE block by itself), 'model' (the "
+            "whole forward as one graph where it can be captured)"
         )
 
 
@@ -190,7 +211,18 @@ def _explain_text(model: nn.Module, found: Sequence[Region]) -> str:
     head = f"{type(model).__name__}: {len(found)} MoE regions: " + ", ".join(
         f"{n} {s}" for s, n in counts.items()
     )
-    return "\n".join([head, *(line for region in found for line in _region_lines(region))])
+    lines = [head, *_scope_lines(model)]
+    return "\n".join([*lines, *(line for region in found for line in _region_lines(region))])
+
+
+def _scope_lines(model: nn.Module) -> list[str]:
+    scope = model_scope_of(model)
+    if scope is None:
+        return []
+    if scope.reason:
+        return [f"  scope: region, the whole graph could not be captured: {scope.reason}"]
+    state = f"{scope.served} calls" if scope.served else "at the first call"
+    return [f"  scope: model, one graph through {scope.backend} ({state})"]
 
 
 def _region_lines(region: Region) -> list[str]:

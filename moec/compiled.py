@@ -14,6 +14,7 @@ from torch import nn
 from moec.traced import call_traced
 
 if TYPE_CHECKING:
+    from moec.model_scope import ModelScope
     from moec.region import Region
 
 
@@ -63,7 +64,7 @@ class CompiledMixin:
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def install(module: nn.Module, region: Region) -> None:
+def install(module: nn.Module, region: Region | ModelScope) -> None:
     """Make ``module`` ask ``region`` first; its class keeps its name and stays a subclass of the
     original.
     """
@@ -102,4 +103,11 @@ def as_original(module: nn.Module) -> Iterator[None]:
 
 def region_of(module: nn.Module) -> Region | None:
     """The region that a module asks, if any."""
-    return module.__dict__.get("_moec_region")
+    asked = module.__dict__.get("_moec_region")
+    return None if asked is None or asked.kind == "model" else asked
+
+
+def model_scope_of(module: nn.Module) -> ModelScope | None:
+    """The model scope that a whole model asks, if it was compiled with one."""
+    asked = module.__dict__.get("_moec_region")
+    return asked if asked is not None and asked.kind == "model" else None

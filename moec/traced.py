@@ -68,8 +68,10 @@ def _prepare(
 
 def call_traced(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """As ``Region.call``, in terms that torch.compile and torch.export can trace."""
-    data = [*args, *kwargs.values()]
     region: Any = module._moec_region
+    if region.kind == "model":  # the tracer is about to see the whole
+        return NotImplemented
+    data = [*args, *kwargs.values()]
     wanted = 3 if region.kind == "experts" else 1
     if len(data) != wanted or not all(isinstance(v, torch.Tensor) for v in data):
         return NotImplemented

@@ -1,0 +1,108 @@
+"""Model scope: the whole model as one graph, with the compiled regions as ops in it.
+
+Dynamo captures the forward; what is not MoE goes to the backend of the caller's choice. Where the
+whole cannot be captured, the model's own code runs around the compiled regions, as in region scope.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.exc import TorchDynamoException
+
+from moec.errors import CompileError
+from moec.session import Session
+
+DEFAULT_BACKEND = "inductor"
+
+
+class ModelScope:
+    """What a whole model asks at each call; takes the place of a region on its root module.
+
+    ``reason`` says why the model runs in region scope after all; it is empty as long as the whole
+    graph serves it. ``served`` counts the calls that the whole graph answered.
+    """
+
+    kind = "model"
+
+    def __init__(self, session: Session, name: str, backend: str) -> None:
+        self.session, self.name, self.backend = session, name, backend
+        self.reason, self.served = "", 0
+        self._compiled: Any = None
+
+    def bound_to(self, module: nn.Module) -> ModelScope:
+        """The same for a copy of the model: it is captured again, over the copy's weights."""
+        return ModelScope(self.session, self.name, self.backend)
+
+    def call(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The result from the whole graph, or ``NotImplemented`` if there is none."""
+        if self.reason:
+            return NotImplemented
+        try:
+            with _quiet_recompilation():
+                result = self._whole(module)(module, *args, **kwargs)
+        except TorchDynamoException as error:
+            return self._in_region_scope(module, args, kwargs, error)
+        self.served += 1
+        return result
+
+    def _whole(self, module: nn.Module) -> Any:
+        if self._compiled is None:
+            self._compiled = torch.compile(
+                original(module).forward, fullgraph=True, dynamic=True, backend=self.backend
+            )
+        return self._compiled
+
+    def _in_region_scope(
+        self,
+        module: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        error: TorchDynamoException,
+    ) -> Any:
+        """The model's own code around the regions, from now on; a call that it refuses too says
+        nothing about the capture.
+        """
+        result = original(module).forward(module, *args, **kwargs)
+        self.reason = first_line(error)
+        self.session.warn(
+            f"moec: {self.name} runs in region scope, its whole graph could not be captured: "
+            f"{self.reason}"
+        )
+        return result
+
+
+def original(module: Any) -> Any:
+    """The class that a module had before it was compiled."""
+    return type(module)._moec_original
+
+
+def first_line(error: Exception) -> str:
+    """What an error of the tracer says, without its advice for torch's developers."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)
+
+
+@contextlib.contextmanager
+def _quiet_recompilation() -> Iterator[None]:
+    """More graphs than Dynamo's default allows: batch 1 and length 1 have graphs of their own."""
+    with torch._dynamo.config.patch(recompile_limit=16, accumulated_recompile_limit=256):
+        yield
+
+
+def check_backend(backend: Any) -> str:
+    """The name of a backend that torch.compile knows."""
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
+        raise CompileError(
+            f"option 'model_backend': torch.compile knows no backend {backend!r}; "
+            f"it knows {', '.join(sorted(known))}"
+        )
+    return str(backend)
+
+
+__all__ = ["DEFAULT_BACKEND", "ModelScope", "check_backend"]
