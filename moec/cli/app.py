@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moec.cli import graphs, lists, models
+from moec.cli.bisect import bisect
 from moec.cli.console import DEBUG_FLAG, Commands
 from moec.reproducer import version_of
 
@@ -63,6 +64,7 @@ for _command in (
     graphs.opt,
     graphs.run,
     graphs.emit,
+    bisect,
     lists.passes,
     lists.ops,
 ):
