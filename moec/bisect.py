@@ -22,6 +22,8 @@ from moec.ir.verify import verify
 from moec.manager import PassCall, Step
 from moec.observers import Check
 
+# What the interpreter's verdict says.
+CHANGED = "changed the meaning"
 # What is wrong with what a pass did, in words; nothing if all is well.
 StepTest = Callable[[Step], str]
 
@@ -94,6 +96,11 @@ def attempt(
         return step, test(step)
     except MoecError as error:
         return None, str(error)
+
+
+def kind_of(problem: str) -> str:
+    """What kind of failure words describe: the meaning changed, or an error (its first words)."""
+    return CHANGED if CHANGED in problem else " ".join(problem.split()[:4])
 
 
 def _rewrite(call: PassCall, graph: Graph, test: StepTest) -> Rewrite | None:
@@ -239,8 +246,10 @@ __all__ = [
     "GuiltyKernel",
     "GuiltyPass",
     "Rewrite",
+    "attempt",
     "emitted_problem",
     "find_kernels",
     "find_pass",
+    "kind_of",
     "same_meaning",
 ]

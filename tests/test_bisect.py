@@ -15,12 +15,16 @@ from moec.cli.app import app
 from moec.codegen import blocked, module
 from moec.codegen.names import PythonNames
 from moec.codegen.writer import Writer
+from moec.errors import PassError
 from moec.ir.builder import Builder
 from moec.ir.graph import Graph, Op
+from moec.ir.parser import parse
 from moec.ir.text import show
+from moec.manager import PassManager
+from moec.reduce import reduce
 from moec.rewrite import transform
 
-from .graphs import Options, build
+from .graphs import Options, build, random_block
 
 
 def _sigmoid_for_silu(graph: Graph) -> Graph:
@@ -110,3 +114,43 @@ def test_a_command_that_fails_from_the_start_is_refused(file: str) -> None:
     result = moec("bisect", file, "--cmd", "false")
     assert result.exit_code == 1
     assert "before any pass" in result.stderr
+
+
+def test_reduce_leaves_one_op_and_a_test_that_fails(file: str) -> None:
+    result = moec(
+        "reduce", file, "-p", "simplify, wrong-whole", "-o", "small.moe", "--test", "t.py"
+    )
+    assert result.exit_code == 0, result.output
+    text = Path("small.moe").read_text()
+    assert text.startswith("// run: wrong-whole\n")
+    assert [op.kind for op in parse(text).ops] == ["t.silu"]
+    namespace: dict[str, Any] = {}
+    exec(compile(Path("t.py").read_text(), "t.py", "exec"), namespace)
+    with pytest.raises(PassError, match="changed the meaning"):
+        namespace["test_block"]()
+
+
+def test_reduce_by_a_command(file: str) -> None:
+    result = moec("reduce", file, "--cmd", "sh -c '! grep -q t.silu {}'")
+    assert result.exit_code == 0, result.output
+    assert [op.kind for op in parse(result.stdout).ops] == ["t.silu"]
+
+
+def test_reduce_says_that_nothing_fails(file: str) -> None:
+    result = moec("reduce", file, "-p", "cse")
+    assert result.exit_code == 1
+    assert "nothing fails" in result.stderr
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_reduced_joint_graphs_still_fail(seed: int) -> None:
+    graph = PassManager("grad").run(random_block(seed).graph)
+    there = [op.kind for op in graph.ops]
+    wanted = there[len(there) // 2]
+
+    def fails(one: Graph) -> bool:
+        return any(op.kind == wanted for op in one.ops)
+
+    small = reduce(graph, fails)
+    assert [op.kind for op in small.ops] == [wanted]
+    assert parse(show(small)) == small

@@ -10,6 +10,7 @@ import typer
 from moec.cli import graphs, lists, models
 from moec.cli.bisect import bisect
 from moec.cli.console import DEBUG_FLAG, Commands
+from moec.cli.reduce import reduce
 from moec.reproducer import version_of
 
 HELP = """A compiler for Mixture-of-Experts models in PyTorch: look at what it does to a model.
@@ -65,6 +66,7 @@ for _command in (
     graphs.run,
     graphs.emit,
     bisect,
+    reduce,
     lists.passes,
     lists.ops,
 ):

@@ -109,13 +109,14 @@ def _one(
 
 
 def _command_test(command: str, graph: Graph) -> search.StepTest:
-    problem = _command_problem(command, graph)
+    problem = command_problem(command, graph)
     if problem:
         raise PassError(f"the command fails on @{graph.name} before any pass: {problem}")
-    return lambda step: _command_problem(command, step.after) if step.changed else ""
+    return lambda step: command_problem(command, step.after) if step.changed else ""
 
 
-def _command_problem(command: str, graph: Graph) -> str:
+def command_problem(command: str, graph: Graph) -> str:
+    """What is wrong if a command fails on a graph's file; nothing if it succeeds."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{graph.name}.moe"
         path.write_text(show(graph), encoding="utf-8")
