@@ -10,6 +10,7 @@ import typer
 from moec.cli import graphs, lists, models
 from moec.cli.bisect import bisect
 from moec.cli.console import DEBUG_FLAG, Commands
+from moec.cli.diff import diff
 from moec.cli.reduce import reduce
 from moec.reproducer import version_of
 
@@ -67,6 +68,7 @@ for _command in (
     graphs.emit,
     bisect,
     reduce,
+    diff,
     lists.passes,
     lists.ops,
 ):
