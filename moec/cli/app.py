@@ -12,6 +12,7 @@ from moec.cli.bisect import bisect
 from moec.cli.console import DEBUG_FLAG, Commands
 from moec.cli.diff import diff
 from moec.cli.reduce import reduce
+from moec.cli.show import show
 from moec.reproducer import version_of
 
 HELP = """A compiler for Mixture-of-Experts models in PyTorch: look at what it does to a model.
@@ -69,6 +70,7 @@ for _command in (
     bisect,
     reduce,
     diff,
+    show,
     lists.passes,
     lists.ops,
 ):

@@ -44,7 +44,7 @@ def explain(model: Model) -> None:
     """
     from moec.api import explain as explain_model
 
-    built = _build(model)
+    built = load_model(model)
     with working("looking for regions"):
         explanation = explain_model(built)
     typer.echo(str(explanation))
@@ -74,7 +74,7 @@ def trace(
     """
     from moec.capture.regions import find_regions
 
-    built = _build(model)
+    built = load_model(model)
     with working("looking for regions"):
         found = find_regions(built)
     groups = distinct(found)
@@ -87,7 +87,8 @@ def trace(
         say(f"wrote {output}: {len(groups)} distinct of {len(found)} regions")
 
 
-def _build(spec: str) -> torch.nn.Module:
+def load_model(spec: str) -> torch.nn.Module:
+    """The model that a MODEL argument names, with a line about what it is on stderr."""
     from moec.capture.model_spec import load
 
     with working(f"building {spec}"):
