@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from moec.call_form import CallForm, graph_inputs
+from moec.capture.check_gradients import compare_gradients
 from moec.capture.reference import own_results
+from moec.capture.trial import Trial
 from moec.errors import CaptureError
 from moec.interp import run
 from moec.ir.graph import Graph
@@ -31,6 +34,7 @@ def compare(
     hidden: int,
     dtype: torch.dtype,
     rank: int,
+    trial: Trial = Trial(),  # noqa: B008 (immutable)
 ) -> None:
     """Raise :class:`CaptureError` unless interpreting ``graph`` gives what ``module`` gives, at
     several sizes and scales.
@@ -48,9 +52,12 @@ def compare(
         for leading in SIZES[rank]:
             for scale in SCALES:
                 x = (torch.randn(*leading, hidden, generator=generator) * scale).to(device, dtype)
-                _compare_once(module, graph, inputs, x)
+                _compare_call(module, graph, trial.data(x, generator), inputs, trial.form)
         row = torch.randn(hidden, generator=generator).to(device, dtype)
-        _compare_once(module, graph, inputs, row.expand(*EQUAL[rank], hidden).contiguous())
+        rows = row.expand(*EQUAL[rank], hidden).contiguous()
+        _compare_call(module, graph, trial.data(rows, generator), inputs, trial.form)
+        x = torch.randn(*SIZES[rank][1], hidden, generator=generator).to(device, dtype)
+    compare_gradients(module, graph, weights, trial.data(x, generator), trial.form)
 
 
 def compare_experts(module: nn.Module, graph: Graph, weights: Sequence[str], experts: int) -> None:
@@ -68,7 +75,9 @@ def compare_experts(module: nn.Module, graph: Graph, weights: Sequence[str], exp
         for (tokens,) in (*SIZES[2], EQUAL[2]):
             for scale in SCALES:
                 data = _routed(graph, tokens, experts, scale, generator, device)
-                _compare_call(module, graph, data, inputs)
+                _compare_call(module, graph, data, inputs, None)
+        data = _routed(graph, *SIZES[2][1], experts, 1.0, generator, device)
+    compare_gradients(module, graph, weights, data, None)
 
 
 def _routed(
@@ -92,20 +101,24 @@ def _routed(
     ]
 
 
-def _compare_once(
-    module: nn.Module, graph: Graph, inputs: list[torch.Tensor], x: torch.Tensor
-) -> None:
-    _compare_call(module, graph, [x], inputs)
-
-
 def _compare_call(
-    module: nn.Module, graph: Graph, data: list[torch.Tensor], inputs: list[torch.Tensor]
+    module: nn.Module,
+    graph: Graph,
+    data: list[torch.Tensor],
+    inputs: list[torch.Tensor],
+    form: CallForm | None,
 ) -> None:
+    """``form`` is that of a block's call; experts have none."""
     x = data[0]
-    expected = own_results(module, data)
-    flat = x.reshape(-1, x.shape[-1]) if graph.inputs[0].type.rank == 2 else x
+    expected = own_results(module, data, form)
+    if form is not None:
+        data = graph_inputs(form, [v.type.rank for v in graph.inputs], data)
     with torch.autocast(x.device.type, enabled=False):
-        found = run(graph, [flat, *data[1:], *inputs])
+        found = run(graph, [*data, *inputs])
+    if len(found) != len(expected):
+        raise CaptureError(
+            f"{type(module).__name__} returned {len(expected)} tensors, its captured form {len(found)}"
+        )
     for ours, theirs in zip(found, expected, strict=True):
         if theirs.is_floating_point() and not theirs.isfinite().all():
             continue  # weights that nobody has set yet: nothing to compare

@@ -4,35 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
+from moec.call_form import CallForm
 from moec.errors import CaptureError
 
 
-def own_results(module: nn.Module, data: Sequence[Any]) -> list[torch.Tensor]:
-    """The tensors that a module returns for ``data``.
+def own_results(
+    module: nn.Module, data: Sequence[Any], form: CallForm | None = None
+) -> list[torch.Tensor]:
+    """The tensors that a module returns for ``data``, given by place or as ``form`` says.
 
     Libraries put faster implementations before an experts module's own loop, which do not take
     every dtype (grouped products do not take float64). Where such a one fails, the loop under it
     runs: it is what the body was read from. Raises :class:`CaptureError` if that fails, too.
     """
+    def call() -> Any:
+        return module(*data) if form is None else form.call(module, data)
+
     try:
-        result = module(*data)
+        result = call()
     except Exception as error:  # a library's kernels raise errors of many kinds
-        result = _by_plain_loop(module, data, error)
+        result = _by_plain_loop(module, call, data, error)
     return [t for t in tree_flatten(result)[0] if isinstance(t, torch.Tensor)]
 
 
-def _by_plain_loop(module: nn.Module, data: Sequence[Any], first: Exception) -> Any:
+def _by_plain_loop(
+    module: nn.Module, call: Callable[[], Any], data: Sequence[Any], first: Exception
+) -> Any:
     try:
         with plain_loops(module) as count:
             if count:
-                return module(*data)
+                return call()
     except Exception as error:  # see above
         raise CaptureError(_failure(module, data, error)) from error
     raise CaptureError(_failure(module, data, first)) from first
