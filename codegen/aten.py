@@ -174,6 +174,7 @@ TABLE: dict[str, Expression] = {
     "t.neg": lambda op, a: f"-{a[0]}",
     "t.silu": _call("F.silu"),
     "t.log_sigmoid": _call("F.logsigmoid"),
+    "t.backward": _grouped("backward"),
     "t.take": lambda op, a: f"{a[0]}[{a[1]}.long()]",
     "t.maximum": _extreme("maximum"),
     "t.minimum": _extreme("minimum"),

@@ -86,9 +86,7 @@ class Call:
             yield CallForm(self.names[0], tuple(tensors), self.plain)
 
 
-def read_call(
-    cls: type[nn.Module], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Call | str:
+def read_call(cls: type[nn.Module], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | str:
     """Sort a call's arguments by the parameters of a class's forward.
 
     The tokens are the first floating-point tensor of rank 2 or more, the first tensor if none
@@ -120,17 +118,21 @@ def read_call(
     return Call((first, *rest), ordered, without_defaults(cls, plain))
 
 
-def without_defaults(
-    cls: type[nn.Module], plain: Mapping[str, Any]
-) -> tuple[tuple[str, Any], ...]:
+def without_defaults(cls: type[nn.Module], plain: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     """The plain values that are not what the parameter is without them."""
     _, defaults = parameters(cls)
     return tuple((n, v) for n, v in plain.items() if not _same(defaults.get(n, _MISSING), v))
 
 
+def parameters(cls: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The parameters of a module class's forward that can be given by place and by name, in order;
+    and all defaults.
+    """
+    return _parameters(cls)
+
+
 @functools.cache
-def parameters(cls: type[nn.Module]) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """The parameters that can be given by place and by name, in order; and all defaults."""
+def _parameters(cls: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
     own = getattr(cls, "_moec_original", cls)
     parameters = list(inspect.signature(inspect.unwrap(own.forward)).parameters.values())[1:]
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]

@@ -248,6 +248,7 @@ class Region:
                 return None
             if (found := self.capture(mode, values)).graph is not None:
                 return found
+        self.unserved = self.unserved or self.found[modes[0]].reason
         return None
 
     def _is_one_too_many(self, mode: _Mode) -> bool:

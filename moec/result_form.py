@@ -35,4 +35,6 @@ class ResultForm:
         return _pytree.tree_unflatten(leaves, self.tree)
 
 
-__all__ = ["ResultForm"]
+ONE_TENSOR = ResultForm()
+
+__all__ = ["ONE_TENSOR", "ResultForm"]

@@ -52,9 +52,7 @@ def _prepare(
 
     owner = _REGIONS[region]
     further = tuple(TensorForm(n, getattr(torch, d), where, rest) for n, d, where, rest in tensors)
-    form = CallForm(
-        tokens, further, without_defaults(type(owner.candidate.module), dict(plain))
-    )
+    form = CallForm(tokens, further, without_defaults(type(owner.candidate.module), dict(plain)))
     prepared = owner.prepare(
         training,
         getattr(torch, dtype),

@@ -136,9 +136,7 @@ _PREFIX = "block."
 
 def _export(block: nn.Module, data: Sequence[torch.Tensor], form: CallForm) -> Any:
     lead = data[0].shape[:-1]
-    opened = [
-        t.reshape(f.open_shape(lead)) for f, t in zip(form.tensors, data[1:], strict=True)
-    ]
+    opened = [t.reshape(f.open_shape(lead)) for f, t in zip(form.tensors, data[1:], strict=True)]
     axes = [len(lead), *(_open_axes(f, len(lead)) for f in form.tensors)]
     dynamic = [{i: ExportDim.DYNAMIC for i in range(n)} for n in axes]
     logger = logging.getLogger("torch.export")

@@ -76,7 +76,7 @@ def compare_experts(module: nn.Module, graph: Graph, weights: Sequence[str], exp
             for scale in SCALES:
                 data = _routed(graph, tokens, experts, scale, generator, device)
                 _compare_call(module, graph, data, inputs, None)
-        data = _routed(graph, *SIZES[2][1], experts, 1.0, generator, device)
+        data = _routed(graph, SIZES[2][1][0], experts, 1.0, generator, device)
     compare_gradients(module, graph, weights, data, None)
 
 
@@ -117,7 +117,8 @@ def _compare_call(
         found = run(graph, [*data, *inputs])
     if len(found) != len(expected):
         raise CaptureError(
-            f"{type(module).__name__} returned {len(expected)} tensors, its captured form {len(found)}"
+            f"{type(module).__name__} returned {len(expected)} tensors, its captured form "
+            f"{len(found)}"
         )
     for ours, theirs in zip(found, expected, strict=True):
         if theirs.is_floating_point() and not theirs.isfinite().all():

@@ -77,10 +77,11 @@ def _gradients(
     results: list[torch.Tensor], wanted: list[torch.Tensor], seeds: list[torch.Tensor]
 ) -> dict[int, torch.Tensor]:
     """The gradients by autograd, zero where nothing flows, by the identity of the tensor."""
-    reached = [(r, s) for r, s in zip(results, seeds, strict=True) if r.requires_grad]
+    pairs = zip(results, seeds, strict=True)
+    reached = [(r, s) for r, s in pairs if r.requires_grad]
     if not reached:
         return {id(t): torch.zeros_like(t) for t in wanted}
-    found = torch.autograd.grad(
+    found: Sequence[torch.Tensor | None] = torch.autograd.grad(
         [r for r, _ in reached], wanted, [s for _, s in reached], allow_unused=True
     )
     return {

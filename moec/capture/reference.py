@@ -24,6 +24,7 @@ def own_results(
     every dtype (grouped products do not take float64). Where such a one fails, the loop under it
     runs: it is what the body was read from. Raises :class:`CaptureError` if that fails, too.
     """
+
     def call() -> Any:
         return module(*data) if form is None else form.call(module, data)
 

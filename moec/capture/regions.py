@@ -23,7 +23,7 @@ from moec.ir.graph import Graph, Value
 from moec.ir.types import Type, dtype_name
 from moec.ir.verify import verify
 from moec.manager import PassManager
-from moec.result_form import ResultForm
+from moec.result_form import ONE_TENSOR, ResultForm
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class FoundRegion:
 
     ``graph`` is the imported forward IR (``None`` if the module stays as it is, then ``reason``
     says why); ``weights`` are the parameter paths, relative to the module, of the graph's inputs
-    after the data; ``form`` is the form of the calls that it serves, ``result`` that of the module's
-    result. ``ran`` says whether the module's own code ran when it was tried. ``kind`` is "block" (called with tokens),
-    "experts" (tokens, indices, weights) or "loop".
+    after the data; ``form`` is the form of the calls that it serves, ``result`` that of the
+    module's result. ``ran`` says whether the module's own code ran when it was tried. ``kind`` is
+    "block" (called with tokens), "experts" (tokens, indices, weights) or "loop".
     """
 
     name: str
@@ -43,7 +43,7 @@ class FoundRegion:
     graph: Graph | None
     weights: tuple[str, ...] = ()
     reason: str = ""
-    result: ResultForm = ResultForm()
+    result: ResultForm = ONE_TENSOR
     form: CallForm = TOKENS_ALONE
     ran: bool = True
 
@@ -186,8 +186,8 @@ def _captured(
     if candidate.experts is None:
         if not trial.form.is_tokens_alone:
             raise CaptureError(
-                f"{type(module).__name__} has a loop over a list of experts and is called with more "
-                "than tokens"
+                f"{type(module).__name__} has a loop over a list of experts and is called with "
+                "more than tokens"
             )
         return capture_loop(module, name, dtype, rank)
     body = read_experts(module.get_submodule(candidate.experts), join(name, candidate.experts))
@@ -218,9 +218,7 @@ def _runs(module: nn.Module, trial: Trial, data: list[torch.Tensor]) -> bool:
     return True
 
 
-def _checked(
-    found: FoundRegion, dtype: torch.dtype | None, rank: int, trial: Trial
-) -> FoundRegion:
+def _checked(found: FoundRegion, dtype: torch.dtype | None, rank: int, trial: Trial) -> FoundRegion:
     """The region, if it computes what its module computes."""
     if found.graph is not None:
         parameter = next(found.module.parameters())
