@@ -136,7 +136,8 @@ def _forms(named: Mapping[str, Any], x: torch.Tensor) -> tuple[Any, ...] | None:
         if tensor.dim() < lead or tensor.shape[:lead] != x.shape[:lead]:
             return None
         kind = str(tensor.dtype).split(".")[-1]
-        found.append((name, kind, "tokens", tuple(tensor.shape[lead:])))
+        rest = tuple(len(range(s)) for s in tensor.shape[lead:])  # numbers, not symbols
+        found.append((name, kind, "tokens", rest))
     return tuple(found)
 
 

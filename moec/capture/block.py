@@ -143,7 +143,8 @@ def _export(block: nn.Module, data: Sequence[torch.Tensor], form: CallForm) -> A
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        # A call may come while a model is traced: that trace gets no guards of this one.
+        with warnings.catch_warnings(), torch._guards.tracing(None):
             warnings.simplefilter("ignore")  # the tracer warns about its own internals
             exported = torch.export.export(
                 _Adapter(block, form),
