@@ -24,6 +24,15 @@ def has_smaller_floats(graph: Graph) -> bool:
     return any(_is_smaller(v) for op in graph.ops for v in op.results)
 
 
+def has_smaller_rows(graph: Graph) -> bool:
+    """Whether a graph on float64 tokens computes something on the experts' rows in a smaller
+    dtype.
+    """
+    rows = {op.results[0].type.shape[0] for op in graph.ops if op.kind == "moe.dispatch"}
+    made = (v for op in graph.ops for v in op.results if v.type.shape[:1] and _is_smaller(v))
+    return has_smaller_floats(graph) and any(v.type.shape[0] in rows for v in made)
+
+
 def _is_smaller(value: Value) -> bool:
     return value.type.dtype in FLOATS and value.type.dtype != "f64"
 
@@ -77,4 +86,4 @@ _EXACT: dict[str, Vjp] = {
     "t.mean": _mean,
 }
 
-__all__ = ["gradient_rule", "has_smaller_floats"]
+__all__ = ["gradient_rule", "has_smaller_floats", "has_smaller_rows"]

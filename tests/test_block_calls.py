@@ -39,7 +39,9 @@ class Stateful(Block):
         self.mix = nn.Linear(6, HIDDEN, bias=False)
         self.next = nn.Linear(HIDDEN, 6)
 
-    def forward(self, x: torch.Tensor, state: torch.Tensor | None = None, *, with_extra=False) -> Any:
+    def forward(
+        self, x: torch.Tensor, state: torch.Tensor | None = None, *, with_extra: bool = False
+    ) -> Any:
         routed = x if state is None else x + self.mix(state)
         weights, chosen = self.route(routed)
         out = self.experts(x.reshape(-1, HIDDEN), chosen, weights).view(x.shape)
@@ -176,11 +178,10 @@ def test_a_block_that_changes_its_tokens_in_place_still_does() -> None:
 def test_further_tensors_under_torch_compile() -> None:
     block = Hashed()
     compiled = moec.compile(block)
-    traced = torch.compile(compiled, backend="eager", fullgraph=True, dynamic=True)
+    options: dict[str, Any] = {"backend": "eager", "fullgraph": True, "dynamic": True}
+    traced: Any = torch.compile(compiled, **options)
     stateful = Stateful()
-    traced_state = torch.compile(
-        moec.compile(stateful), backend="eager", fullgraph=True, dynamic=True
-    )
+    traced_state: Any = torch.compile(moec.compile(stateful), **options)
     for size in ((2, 3), (4, 7), (3, 5)):
         x, ids, state = torch.randn(*size, HIDDEN), _ids(*size), torch.randn(*size, 6)
         torch.testing.assert_close(traced(x, ids), block(x, ids))

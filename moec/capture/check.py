@@ -15,6 +15,7 @@ from moec.capture.check_gradients import compare_gradients
 from moec.capture.reference import own_results
 from moec.capture.trial import Trial
 from moec.errors import CaptureError
+from moec.exact_gradients import has_smaller_rows
 from moec.interp import run
 from moec.ir.graph import Graph
 from moec.ir.types import DTYPES
@@ -24,6 +25,7 @@ SIZES = {3: ((1, 1), (2, 3), (1, 33), (3, 17)), 2: ((1,), (6,), (33,), (51,))}
 # exceeded.
 EQUAL = {3: (1, 257), 2: (257,)}
 SCALES = (1.0, 30.0)  # limits such as clamps show only far from zero
+ROUNDED_ROWS = 1e-6  # a float64 result of rows that were rounded to float32
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
 
@@ -124,18 +126,23 @@ def _compare_call(
         if theirs.is_floating_point() and not theirs.isfinite().all():
             continue  # weights that nobody has set yet: nothing to compare
         error = _relative(ours, theirs)
-        if not error <= _tolerance(theirs):
+        if not error <= _tolerance(theirs, graph):
             raise CaptureError(
                 f"the captured form differs from {type(module).__name__} on tokens of shape "
                 f"{tuple(x.shape)} by {error:.1e}"
             )
 
 
-def _tolerance(value: torch.Tensor) -> float:
-    """What rounding may do: under autocast the products are taken in its dtype."""
+def _tolerance(value: torch.Tensor, graph: Graph) -> float:
+    """What rounding may do: under autocast the products are taken in its dtype.
+
+    Kernels round an element one way in the middle of a tensor and another at its end, so float32
+    arithmetic on rows, of which the graph has all and the module one expert's, differs in a bit.
+    """
     device = value.device.type
     dtypes = (value.dtype, autocast_dtype(device) or value.dtype)
-    return max(TOLERANCE.get(dtype, 1e-4) for dtype in dtypes)
+    allowed = max(TOLERANCE.get(dtype, 1e-4) for dtype in dtypes)
+    return max(allowed, ROUNDED_ROWS) if has_smaller_rows(graph) else allowed
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
