@@ -169,10 +169,13 @@ TABLE: dict[str, Expression] = {
         f"t.{n}": _infix(s)
         for n, s in {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}.items()
     },
-    **{f"t.{n}": _reduction(n) for n in ("sum", "mean", "amax")},
+    **{f"t.{n}": _reduction(n) for n in ("sum", "mean", "amax", "logsumexp")},
     **{f"t.{n}": _index(n) for n in ("gather", "scatter", "scatter_add")},
     "t.neg": lambda op, a: f"-{a[0]}",
     "t.silu": _call("F.silu"),
+    "t.log_sigmoid": _call("F.logsigmoid"),
+    "t.backward": _grouped("backward"),
+    "t.take": lambda op, a: f"{a[0]}[{a[1]}.long()]",
     "t.maximum": _extreme("maximum"),
     "t.minimum": _extreme("minimum"),
     "t.gelu": lambda op, a: f"F.gelu({a[0]}, approximate={op.attrs.get('approximate', 'none')!r})",

@@ -6,17 +6,18 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from moec.errors import IRError
+from moec.exact_gradients import gradient_rule
 from moec.ir.builder import Builder
 from moec.ir.graph import Graph, Op, Value
-from moec.ir.opdef import opdef
 
 
-def differentiate(graph: Graph, wanted: Collection[Value]) -> Graph:
+def differentiate(graph: Graph, wanted: Collection[Value], exact: bool = False) -> Graph:
     """The joint graph: the forward ops, then one ``vjp`` an op in reverse.
 
     ``wanted`` are the inputs whose gradients are needed (selective differentiation: nothing is
     computed or kept for the others). Each float output gets a cotangent input ``d_<name>`` of its
-    type.
+    type. ``exact``: what a float64 graph computes in a smaller dtype gets the gradients that
+    autograd has, to the bit.
     """
     if graph.cotangents:
         raise IRError(f"@{graph.name} has gradients already")
@@ -29,7 +30,7 @@ def differentiate(graph: Graph, wanted: Collection[Value]) -> Graph:
     for value, cotangent in zip(floats, cotangents, strict=True):
         _accumulate(builder, gradients, value, cotangent)
     for op in reversed(graph.ops):
-        _differentiate_op(builder, op, needed, gradients)
+        _differentiate_op(builder, op, needed, gradients, exact)
     results = [
         _gradient_of_input(builder, v, gradients) if v in wanted and v.type.is_float else None
         for v in graph.inputs
@@ -47,18 +48,18 @@ def _needed(graph: Graph, wanted: Collection[Value]) -> set[Value]:
 
 
 def _differentiate_op(
-    b: Builder, op: Op, needed: set[Value], gradients: dict[Value, Value]
+    b: Builder, op: Op, needed: set[Value], gradients: dict[Value, Value], exact: bool
 ) -> None:
     cotangents = [gradients.get(r) for r in op.results]
     wanted = [v in needed and v.type.is_float for v in op.operands]
     if not any(c is not None for c in cotangents) or not any(wanted):
         return
-    declaration = opdef(op.kind)
-    if declaration.vjp is None:
+    vjp = gradient_rule(op, exact)
+    if vjp is None:
         raise IRError(f"{op.loc or op.kind}: {op.kind} has no gradient")
     b.loc = op.loc
     mark = len(b.ops)
-    found = declaration.vjp(b, op, *cotangents)
+    found = vjp(b, op, *cotangents)
     for value, want, gradient in zip(op.operands, wanted, found, strict=True):
         if want and gradient is not None:
             _accumulate(b, gradients, value, gradient)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 RAISE = "simplify, cse, dce, raise-router, simplify, dce"  # what the model means
+CLEAN = "simplify, cse, dce"  # without it: float64 models whose routers work in float32
 GRAD = "grad, simplify, cse, dce, adjoint, simplify, cse, dce"  # training only: one joint graph
 KEEP = "recompute, dce"  # what lives between forward and backward
 # fewer, larger kernels
 FUSE = "fuse-routing, fuse-gemm, fuse-outer, fuse-combine, fuse-pointwise, dce"
 
 
-def pipeline(target: str, training: bool, descriptors: bool = False) -> str:
+def pipeline(target: str, training: bool, descriptors: bool = False, exact: bool = False) -> str:
     """The passes for a target ("triton" or "aten"), joined by commas.
 
     The ``aten`` target calls library products, so it needs no kernels: only work on the same rows
     is fused, to run block by block in the cache. ``descriptors``: the GPU has a copy engine for
-    tiles.
+    tiles. ``exact``: the router's operations stay the module's own, and their gradients round as
+    autograd's.
     """
-    stages = [RAISE]
+    stages = [CLEAN if exact else RAISE]
     if training:
-        stages += [GRAD, KEEP]
+        stages += [GRAD.replace("grad", "grad{exact=true}", 1) if exact else GRAD, KEEP]
     if target == "aten":
         stages.append("fuse-rows, dce")
     else:

@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree
 
+from moec.call_form import MAX_FORMS, TOKENS_ALONE, Call, CallForm, graph_inputs, read_call
 from moec.capture.check import autocast_dtype
 from moec.capture.regions import Candidate, FoundRegion, capture_experts, capture_whole
+from moec.capture.trial import Trial
 from moec.compiled import as_original, region_of
 from moec.errors import CallError
 from moec.guards import Guard
 from moec.ir.graph import Graph, Value
 from moec.manager import Step
+from moec.result_form import ResultForm
 from moec.runtime.artifact import Artifact
 from moec.session import Session
 from moec.structure import structure_key
@@ -36,6 +38,7 @@ class _Mode:
     autocast: torch.dtype | None
     choices: int = 0
     weight_dtype: torch.dtype | None = None
+    form: CallForm = TOKENS_ALONE
 
 
 class Region:
@@ -50,6 +53,7 @@ class Region:
         self.session, self.candidate, self.kind = session, candidate, kind
         self.name = candidate.name
         self.found: dict[_Mode, FoundRegion] = {}
+        self.traced: dict[str, tuple[CallForm, ResultForm]] = {}
         self.artifacts: list[Artifact] = []
         self.inner: Region | None = None
         self.unserved = ""
@@ -81,8 +85,9 @@ class Region:
     @property
     def reason(self) -> str:
         """Why the region is not compiled as a whole; empty if it is."""
-        reason = "" if self.first is None else self.first.reason
-        return reason or ("" if self.artifacts else self.unserved)
+        if self.status == "compiled":
+            return ""
+        return self.unserved or ("" if self.first is None else self.first.reason)
 
     @property
     def target(self) -> str:
@@ -104,21 +109,26 @@ class Region:
         return captured + [(str(s.call), s.after) for s in steps if s.changed]
 
     # capture
-    def capture(self, mode: _Mode) -> FoundRegion:
-        """The region's IR in a mode; structurally equal modules are captured once a session."""
+    def capture(self, mode: _Mode, values: Mapping[str, torch.Tensor] | None = None) -> FoundRegion:
+        """The region's IR in a mode; structurally equal modules are captured once a session.
+
+        ``values`` are integers that further tensors of a call may hold, by parameter.
+        """
         if mode not in self.found:
-            self._refuse_dtype(self._capture(mode), mode)
+            self._refuse_dtype(self._capture(mode, values), mode)
             self._report(self.found[mode])
         return self.found[mode]
 
-    def _capture(self, mode: _Mode) -> FoundRegion:
+    def _capture(
+        self, mode: _Mode, values: Mapping[str, torch.Tensor] | None = None
+    ) -> FoundRegion:
         if mode not in self.found:
             module = self.candidate.module
             with as_original(module):
                 key = (structure_key(module), mode, self.kind)
                 if key not in self.session.captures:
                     with _capture_autocast(mode, module):
-                        self.session.captures[key] = self._read(mode)
+                        self.session.captures[key] = self._read(mode, values or {})
             self.found[mode] = replace(self.session.captures[key], name=self.name, module=module)
         return self.found[mode]
 
@@ -156,12 +166,13 @@ class Region:
             new.inner = region_of(module.get_submodule(self.candidate.experts))
         return new
 
-    def _read(self, mode: _Mode) -> FoundRegion:
+    def _read(self, mode: _Mode, values: Mapping[str, torch.Tensor]) -> FoundRegion:
         if self.kind == "experts":
             return capture_experts(
                 self.candidate, mode.dtype, mode.choices, mode.weight_dtype or torch.float32
             )
-        return capture_whole(self.candidate, mode.dtype, mode.rank)
+        trial = Trial(mode.form, values)
+        return capture_whole(self.candidate, mode.dtype, mode.rank, trial)
 
     def _refuse_dtype(self, found: FoundRegion, mode: _Mode) -> None:
         """Refuse tokens of a dtype with which the module's own code does not run either."""
@@ -189,24 +200,66 @@ class Region:
     # calls
     def call(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Serve a call, or give ``NotImplemented`` if the module's own code must run."""
-        data = _tensor_arguments(self.kind, args, self._in_order(kwargs))
-        if data is None:
-            self._note_form(len(args) + len(kwargs))
+        if self.kind == "experts":
+            return self._call_experts(module, [*args, *self._in_order(kwargs).values()])
+        call = read_call(type(self.candidate.module), args, kwargs)
+        if isinstance(call, str):
+            self._note_form(call)
             return NotImplemented
         if self._is_changed(module) or _has_hooks(module, self):
             return NotImplemented
-        found = self.capture(self._mode(module, data))
-        if found.graph is None:
+        found = self._found_for(module, call)
+        if found is None:
             return NotImplemented
-        return self._run(found, module, data)
+        return self._run(found, module, call.tensors)
 
-    def _note_form(self, count: int) -> None:
-        """Remember, and say once, that a call had arguments which the captured form does not
-        take.
+    def _call_experts(self, module: nn.Module, data: Sequence[Any]) -> Any:
+        if len(data) != 3 or not all(isinstance(v, torch.Tensor) for v in data):
+            return NotImplemented
+        if data[0].dim() != 2:  # bodies are read for tokens [T, H]
+            return NotImplemented
+        if self._is_changed(module) or _has_hooks(module, self):
+            return NotImplemented
+        x, idx, w = data
+        autocast = autocast_dtype(x.device.type)
+        mode = _Mode(module.training, x.dtype, 2, autocast, idx.shape[-1], w.dtype)
+        found = self.capture(mode)
+        return NotImplemented if found.graph is None else self._run(found, module, data)
+
+    def _found_for(self, module: nn.Module, call: Call) -> FoundRegion | None:
+        """The capture that serves a call, if there is one: of its forms, one known before goes
+        first.
         """
-        if self.unserved or self.kind == "experts":
+        x = call.tensors[0]
+        autocast = autocast_dtype(x.device.type)
+        known = _Mode(module.training, x.dtype, x.dim(), autocast)
+        modes = [replace(known, form=form) for form in call.forms()]
+        for mode in modes:
+            if mode in self.found and self.found[mode].graph is not None:
+                return self.found[mode]
+        values = {
+            n: t.detach()
+            for n, t in zip(call.names, call.tensors, strict=True)
+            if not t.is_floating_point()
+        }
+        for mode in modes:
+            if self._is_one_too_many(mode):
+                self._note_form("other values of its arguments come with every call")
+                return None
+            if (found := self.capture(mode, values)).graph is not None:
+                return found
+        self.unserved = self.unserved or self.found[modes[0]].reason
+        return None
+
+    def _is_one_too_many(self, mode: _Mode) -> bool:
+        same = [m for m in self.found if replace(m, form=mode.form) == mode]
+        return mode not in self.found and len(same) >= MAX_FORMS
+
+    def _note_form(self, reason: str) -> None:
+        """Remember, and say once, that a call had arguments which no captured form takes."""
+        if self.unserved:
             return
-        self.unserved = f"it is called with {count} arguments, not with one tensor of tokens alone"
+        self.unserved = reason
         if self.inner is None:
             kind = type(self.candidate.module).__name__
             self.session.warn(
@@ -222,13 +275,6 @@ class Region:
         own = inspect.unwrap(cls._moec_original.forward)
         known = [n for n in inspect.signature(own).parameters if n in kwargs]
         return {n: kwargs[n] for n in known} if len(known) == len(kwargs) else kwargs
-
-    def _mode(self, module: nn.Module, data: Sequence[torch.Tensor]) -> _Mode:
-        x = data[0]
-        autocast = autocast_dtype(x.device.type)
-        if self.kind == "experts":
-            return _Mode(module.training, x.dtype, 2, autocast, data[1].shape[-1], data[2].dtype)
-        return _Mode(module.training, x.dtype, x.dim(), autocast)
 
     def _run(self, found: FoundRegion, module: nn.Module, data: Sequence[torch.Tensor]) -> Any:
         graph = found.graph
@@ -247,11 +293,7 @@ class Region:
             self.artifacts.append(artifact)
         with _no_autocast(data[0].device.type):
             outputs = artifact(inputs)
-        shaped = [
-            o.reshape(_result_shape(t, data[0], o))
-            for o, t in zip(outputs, found.results, strict=True)
-        ]
-        return _pytree.tree_unflatten(shaped, found.tree) if found.tree is not None else shaped[0]
+        return found.result.build(outputs, data[0].shape[:-1])
 
     def prepare(
         self,
@@ -262,6 +304,7 @@ class Region:
         weight_dtype: torch.dtype,
         grad: bool,
         data_grad: int,
+        form: CallForm = TOKENS_ALONE,
     ) -> tuple[FoundRegion, Artifact] | None:
         """The capture and the artifact for a call that a tracer describes; ``None`` if the module's
         own code must run.
@@ -272,7 +315,7 @@ class Region:
         if self._is_changed(module) or _has_hooks(module, self):
             return None
         autocast = autocast_dtype(next(module.parameters()).device.type)
-        mode = _Mode(training, dtype, rank, autocast)
+        mode = _Mode(training, dtype, rank, autocast, form=form)
         if self.kind == "experts":
             mode = _Mode(training, dtype, 2, autocast, choices, weight_dtype)
         found = self.capture(mode)
@@ -299,10 +342,9 @@ class Region:
     def _data(
         self, graph: Graph, found: FoundRegion, data: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
-        return [
-            t.reshape(-1, *t.shape[t.dim() - v.type.rank + 1 :]) if t.dim() > v.type.rank else t
-            for t, v in zip(data, graph.inputs, strict=False)
-        ]
+        if self.kind == "experts":
+            return list(data)
+        return graph_inputs(found.form, [v.type.rank for v in graph.inputs], data)
 
     def _weights(self, found: FoundRegion, module: nn.Module) -> list[torch.Tensor]:
         if found.weights not in self._tensors:
@@ -340,24 +382,6 @@ def _has_hooks(module: nn.Module, region: Region) -> bool:
         for m in module.modules()
         if m is not module
     )
-
-
-def _tensor_arguments(
-    kind: str, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> list[torch.Tensor] | None:
-    """The tensors of a call in order, if it has the form that was captured."""
-    values = [*args, *kwargs.values()]
-    wanted = 3 if kind == "experts" else 1
-    if len(values) != wanted or not all(isinstance(v, torch.Tensor) for v in values):
-        return None
-    return values
-
-
-def _result_shape(
-    declared: tuple[Any, ...], x: torch.Tensor, value: torch.Tensor
-) -> tuple[int, ...]:
-    """The shape of a result in the module's own form: "lead" stands for the axes of the tokens."""
-    return (*x.shape[:-1], value.shape[-1]) if declared else tuple(value.shape)
 
 
 def check_inputs(name: str, graph: Graph, inputs: Sequence[torch.Tensor]) -> None:

@@ -14,6 +14,7 @@ import torch
 from moec.cache import cache_directory
 from moec.capture.regions import FoundRegion
 from moec.errors import CompileError
+from moec.exact_gradients import has_smaller_floats
 from moec.ir.graph import Graph
 from moec.ir.parser import parse
 from moec.ir.text import show
@@ -145,12 +146,14 @@ class Session:
     def _pipeline(
         self, graph: Graph, wanted: tuple[bool, ...] | None, target: str, device: torch.device
     ) -> str:
-        text = self.passes or pipeline(target, wanted is not None, has_descriptors(device))
+        exact = has_smaller_floats(graph)
+        text = self.passes or pipeline(target, wanted is not None, has_descriptors(device), exact)
         if wanted is None:
             return text
         names = "+".join(
             v.hint for v, w in zip(graph.inputs, wanted, strict=True) if w and v.type.is_float
         )
+        text = text.replace("grad{exact=true},", f"grad{{exact=true,wanted={names}}},", 1)
         return text.replace("grad,", f"grad{{wanted={names}}},", 1)
 
 

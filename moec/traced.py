@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree
+
+from moec.call_form import CallForm, TensorForm, graph_inputs, parameters, without_defaults
 
 if TYPE_CHECKING:
     from moec.region import Region
@@ -27,6 +28,12 @@ def number(region: Region) -> int:
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def _names(region: int) -> tuple[str, ...]:
+    """The parameters of the module's forward."""
+    return parameters(type(_REGIONS[region].candidate.module))[0]
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def _prepare(
     region: int,
     training: bool,
@@ -36,11 +43,16 @@ def _prepare(
     weight_dtype: str,
     grad: bool,
     data_grad: int,
+    tokens: str,
+    tensors: tuple[tuple[str, str, str, tuple[int, ...]], ...],
+    plain: tuple[tuple[str, Any], ...],
 ) -> tuple[Any, ...] | None:
     """Compile for a call's mode while the tracer waits; constants that describe the op."""
     from moec.runtime.library import op_name
 
     owner = _REGIONS[region]
+    further = tuple(TensorForm(n, getattr(torch, d), where, rest) for n, d, where, rest in tensors)
+    form = CallForm(tokens, further, without_defaults(type(owner.candidate.module), dict(plain)))
     prepared = owner.prepare(
         training,
         getattr(torch, dtype),
@@ -49,21 +61,18 @@ def _prepare(
         getattr(torch, weight_dtype),
         grad,
         data_grad,
+        form,
     )
     if prepared is None:
         return None
     found, artifact = prepared
-    flatten = tuple(
+    name = op_name(artifact)
+    owner.traced[name] = found.form, found.result
+    ranks = tuple(
         v.type.rank
         for v in artifact.graph.inputs[: len(artifact.graph.inputs) - len(found.weights)]
     )
-    return (
-        op_name(artifact),
-        found.weights,
-        flatten,
-        tuple(bool(r) for r in found.results),
-        len(artifact.graph.outputs),
-    )
+    return name, found.weights, ranks, len(artifact.graph.outputs)
 
 
 def call_traced(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -71,40 +80,67 @@ def call_traced(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
     region: Any = module._moec_region
     if region.kind == "model":  # the tracer is about to see the whole
         return NotImplemented
-    data = [*args, *kwargs.values()]
-    wanted = 3 if region.kind == "experts" else 1
-    if len(data) != wanted or not all(isinstance(v, torch.Tensor) for v in data):
+    given = dict(zip(_names(region.number), args, strict=False))
+    given.update(kwargs)
+    if len(given) != len(args) + len(kwargs):
         return NotImplemented
-    if len(kwargs) > 1:  # their order would have to be looked up, which tracers cannot do
+    named = {n: v for n, v in given.items() if isinstance(v, torch.Tensor)}
+    plain = {n: v for n, v in given.items() if n not in named}
+    if region.kind == "experts":
+        named = {n: named[n] for n in _names(region.number) if n in named}
+    if not _can_be_traced(region.kind, named, plain):
         return NotImplemented
+    data = list(named.values())
     x = data[0]
-    choices = data[1].shape[-1] if wanted == 3 else 0
-    weight_dtype = data[2].dtype if wanted == 3 else x.dtype
-    grads = sum(1 << i for i, t in enumerate(data) if t.requires_grad)
+    further = _forms(named, x) if region.kind == "block" else ()
+    if further is None:
+        return NotImplemented
+    first = list(named)[0]  # noqa: RUF015 (next(iter()) is not traced)
     prepared = _prepare(
         region.number,
         module.training,
         str(x.dtype).split(".")[-1],
         x.dim(),
-        choices,
-        str(weight_dtype).split(".")[-1],
+        data[1].shape[-1] if region.kind == "experts" else 0,
+        str(data[2].dtype if region.kind == "experts" else x.dtype).split(".")[-1],
         torch.is_grad_enabled(),
-        grads,
+        sum(1 << i for i, t in enumerate(data) if t.requires_grad),
+        "" if first == _names(region.number)[0] else first,
+        further,
+        tuple(plain.items()),
     )
     if prepared is None:
         return NotImplemented
-    name, weights, ranks, lead, count = prepared
-    inputs = [
-        t.reshape(-1, t.shape[-1]) if t.dim() > r else t for t, r in zip(data, ranks, strict=True)
-    ]
-    inputs += [_attribute(module, path) for path in weights]
+    name, weights, ranks, count = prepared
+    form, result = region.traced[name]
+    inputs = data if region.kind == "experts" else graph_inputs(form, ranks, data)
+    inputs = [*inputs, *(_attribute(module, path) for path in weights)]
     outputs = getattr(torch.ops.moec, name)(inputs)[:count]
-    shaped = [
-        o.reshape(*x.shape[:-1], o.shape[-1]) if like else o
-        for o, like in zip(outputs, lead, strict=True)
-    ]
-    tree = region.first.tree
-    return _pytree.tree_unflatten(shaped, tree) if tree is not None else shaped[0]
+    return result.build(outputs, x.shape[:-1])
+
+
+def _can_be_traced(kind: str, named: Mapping[str, Any], plain: Mapping[str, Any]) -> bool:
+    """Whether a call has the form of what is captured and no number that a tracer may vary."""
+    if kind == "experts":
+        return len(named) == 3 and not plain
+    tokens = list(named.values())[:1]
+    first = bool(tokens) and tokens[0].is_floating_point() and tokens[0].dim() > 1
+    return first and all(v is None or isinstance(v, bool | str) for v in plain.values())
+
+
+def _forms(named: Mapping[str, Any], x: torch.Tensor) -> tuple[Any, ...] | None:
+    """What ``TensorForm`` holds for each tensor but the first; ``None`` if one has none of the
+    tokens' axes.
+    """
+    lead = x.dim() - 1
+    found = []
+    for name, tensor in list(named.items())[1:]:
+        if tensor.dim() < lead or tensor.shape[:lead] != x.shape[:lead]:
+            return None
+        kind = str(tensor.dtype).split(".")[-1]
+        rest = tuple(len(range(s)) for s in tensor.shape[lead:])  # numbers, not symbols
+        found.append((name, kind, "tokens", rest))
+    return tuple(found)
 
 
 def _attribute(module: nn.Module, path: str) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from moec.exact_gradients import has_smaller_floats
 from moec.ir.builder import Builder
 from moec.ir.dims import canon
 from moec.ir.graph import Graph, Op, Value, users
@@ -164,7 +165,12 @@ def _apply_rules(graph: Graph) -> Graph:
 def splits_first(graph: Graph) -> Graph:
     """The split of pointwise work, or of a bias's rows, that nothing else reads becomes the same
     work on the parts: there it fits behind the product that it follows.
+
+    The gradient of what was spread over the parts is then summed part by part: not where it has to
+    round as autograd's (see :mod:`moec.exact_gradients`).
     """
+    if has_smaller_floats(graph):
+        return graph
     readers = users(dce(graph))
     definitions = Definitions(graph)
     returned = set(graph.returned)

@@ -153,6 +153,9 @@ EXPRESSIONS: dict[str, Expression] = {
     "t.reciprocal": _format("1.0 / {0}"),
     "t.erf": _format("tl.erf({0})"),
     "t.sigmoid": _format("tl.sigmoid({0})"),
+    "t.log_sigmoid": _format(
+        "tl.where({0} < 0, {0}, 0.0 * {0}) - log1p(tl.exp(-tl.abs({0})))",
+    ),
     "t.tanh": _format("tanh({0})"),
     "t.relu": _format("tl.where({0} < 0, 0.0, {0})"),
     "t.silu": _format("{0} * tl.sigmoid({0})"),

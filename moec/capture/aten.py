@@ -33,6 +33,7 @@ _UNARY: dict[Any, str] = {
     aten.relu.default: "relu",
     aten.silu.default: "silu",
     aten.floor.default: "floor",
+    aten.log_sigmoid.default: "log_sigmoid",
 }
 _BINARY = {
     aten.add: "add",
@@ -137,18 +138,47 @@ def softplus(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
     return i.b("t.softplus", i.value(args[0]), hint=i.hint(node), **options)
 
 
-@handles(aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.hardtanh.default)
+@handles(
+    aten.clamp.default,
+    aten.clamp.Tensor,
+    aten.clamp_min.default,
+    aten.clamp_min.Tensor,
+    aten.clamp_max.default,
+    aten.clamp_max.Tensor,
+    aten.hardtanh.default,
+)
 def clamp(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
-    bounds = {
+    bounds: dict[str, Any] = {
         "min": args[1] if len(args) > 1 else kwargs.get("min"),
         "max": args[2] if len(args) > 2 else kwargs.get("max"),
     }
-    if node.target is aten.clamp_max.default:
+    if node.target in (aten.clamp_max.default, aten.clamp_max.Tensor):
         bounds = {"min": None, "max": args[1]}
     if node.target is aten.hardtanh.default and len(args) == 1:
         bounds = {"min": -1.0, "max": 1.0}
+    if any(isinstance(v, Value) for v in bounds.values()):
+        return _clamp_by_tensors(i, node, i.value(args[0]), bounds)
     numbers: dict[str, Any] = {k: number(v) for k, v in bounds.items() if v is not None}
     return i.b("t.clamp", i.value(args[0]), hint=i.hint(node), **numbers)
+
+
+def _clamp_by_tensors(i: Importer, node: fx.Node, x: Value, bounds: Mapping[str, Any]) -> Value:
+    """The bound where the value is beyond it or the bound is NaN; by choice, since of a value equal
+    to its bound the value gets all of the gradient.
+    """
+    for name, beyond in (("min", "t.lt"), ("max", "t.gt")):
+        if bounds[name] is None:
+            continue
+        bound = bounds[name]
+        bound = i.cast(bound, x.type.dtype) if isinstance(bound, Value) else _constant(i, x, bound)
+        chosen = i.b("t.logical_or", i.b(beyond, x, bound), i.b("t.ne", bound, bound))
+        x = i.b("t.where", chosen, bound, x, hint=i.hint(node))
+    return x
+
+
+def _constant(i: Importer, like: Value, value: Any) -> Value:
+    full: Value = i.b.full(Type(like.type.dtype, ()), number(value))
+    return full
 
 
 @handles(
@@ -277,7 +307,7 @@ def slice_(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
         args[0], ExpertSlice
     )
     size = x.type.shape[axis]
-    if (start in (0, None)) and (stop is None or _beyond(stop, size)) and step == 1:
+    if _is_start(start, size) and (stop is None or _beyond(stop, size)) and step == 1:
         return args[0]
     if not isinstance(size, int):
         raise CaptureError("a slice of a token axis")
@@ -286,6 +316,11 @@ def slice_(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
         "t.slice", x, dim=axis, start=low, stop=max(low, high), step=int(step), hint=i.hint(node)
     )
     return ExpertSlice(made) if isinstance(args[0], ExpertSlice) else made
+
+
+def _is_start(start: Any, size: Any) -> bool:
+    """Whether a slice begins at the first element: ``[-size:]`` does, too."""
+    return start in (0, None) or (not isinstance(start, int) and bool(start + size == 0))
 
 
 def _beyond(stop: Any, size: Any) -> bool:
@@ -328,7 +363,7 @@ def split(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> tuple[Any, 
     return tuple(ExpertSlice(p) if shift else p for p in parts)
 
 
-@handles(aten.cat.default)
+@handles(aten.cat.default, aten.concat.default)
 def concat(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
     dtype = i.dtype(node)
     dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
@@ -353,12 +388,14 @@ def full(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
     aten.new_zeros.default,
     aten.new_ones.default,
     aten.new_full.default,
+    aten.empty_like.default,
+    aten.new_empty.default,
 )
 def full_like(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
     name = str(node.target)
     fill = (
         0.0
-        if "zeros" in name
+        if "zeros" in name or "empty" in name
         else 1.0
         if "ones" in name
         else number(args[2] if "new_full" in name else args[1])

@@ -124,9 +124,12 @@ def _without(i: Importer, value: Value, axis: int) -> Value:
     return reshaped
 
 
-@handles(aten.log_sigmoid.default)
-def log_sigmoid(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
-    return i.b("t.neg", i.b("t.softplus", i.b("t.neg", i.value(args[0]))), hint=i.hint(node))
+@handles(aten.logsumexp.default)
+def logsumexp(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    dims = args[1] if isinstance(args[1], list | tuple) else [args[1]]
+    keepdim = bool(args[2]) if len(args) > 2 else bool(kwargs.get("keepdim", False))
+    dims = tuple(int(d) for d in dims)
+    return i.b("t.logsumexp", i.value(args[0]), dims=dims, keepdim=keepdim, hint=i.hint(node))
 
 
 @handles(aten.gather.default)
@@ -142,6 +145,31 @@ def scatter(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
     if isinstance(source, Value):
         return i.b("t.scatter", x, index, i.cast(source, x.type.dtype), dim=dim, hint=i.hint(node))
     return i.b("t.scatter", x, index, dim=dim, value=number(source), hint=i.hint(node))
+
+
+@handles(aten.embedding.default)
+def embedding(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    return i.b("t.take", i.value(args[0]), i.value(args[1]), hint=i.hint(node))
+
+
+@handles(aten.index_select.default)
+def index_select(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    table = i.value(args[0])
+    if int(args[1]) % table.type.rank != 0:
+        raise CaptureError("index_select along another axis than the first")
+    return i.b("t.take", table, i.value(args[2]), hint=i.hint(node))
+
+
+@handles(aten.index.Tensor)
+def index(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    """Rows of a table: one integer tensor as index of the first axis."""
+    indices = [a for a in args[1] if a is not None]
+    if len(args[1]) != 1 or len(indices) != 1:
+        raise CaptureError("indexing by several tensors, or of another axis than the first")
+    rows = i.value(indices[0])
+    if rows.type.dtype not in ("i32", "i64"):
+        raise CaptureError("indexing by a mask: how many are chosen depends on data")
+    return i.b("t.take", i.value(args[0]), rows, hint=i.hint(node))
 
 
 @handles(aten.one_hot.default)

@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 from torch.export import Dim as ExportDim
 
+from moec.call_form import CallForm, TensorForm, parameters
 from moec.capture.experts import ExpertsBody
 from moec.capture.importer import Importer
 from moec.errors import CaptureError
@@ -47,12 +48,14 @@ def _experts_fake(x: torch.Tensor, idx: torch.Tensor, w: torch.Tensor) -> torch.
 class CapturedBlock:
     """A block's IR. ``weights`` are the parameter paths of the graph's inputs after the tokens.
 
-    ``tree`` is the structure of the module's result.
+    ``tree`` is the structure of the module's result, ``constants`` its leaves that are no tensors,
+    by place.
     """
 
     graph: Graph
     weights: tuple[str, ...]
     tree: Any
+    constants: tuple[tuple[int, Any], ...] = ()
 
 
 @contextlib.contextmanager
@@ -78,31 +81,76 @@ def opaque_experts(experts: nn.Module) -> Iterator[None]:
 
 
 def capture_block(
-    block: nn.Module, body: ExpertsBody, experts_path: str, tokens: torch.Tensor, path: str
+    block: nn.Module,
+    body: ExpertsBody,
+    experts_path: str,
+    data: Sequence[torch.Tensor],
+    form: CallForm,
+    path: str,
 ) -> CapturedBlock:
-    """The IR of a block that is called with tokens ``[..., H]`` alone.
+    """The IR of a block that is called with tokens ``[..., H]`` and what ``form`` says.
 
-    ``tokens`` is an example on the block's device in the call's dtype; its leading axes become
-    dims. Raises :class:`CaptureError` where the block does something that has no IR form.
+    ``data`` are examples on the block's device in the call's dtypes; the tokens' leading axes
+    become dims. Raises :class:`CaptureError` where the block does something that has no IR form.
     """
-    names = ("B", "S") if tokens.dim() == 3 else ("T",)
+    names = ("B", "S") if data[0].dim() == 3 else ("T",)
     experts = block.get_submodule(experts_path)
     with opaque_experts(experts):
-        exported = _export(block, tokens, len(names))
+        exported = _export(block, data, form)
     importer = _ExportImporter(exported, names, body, experts_path, path)
+    importer.leading = [len(names), *(_open_axes(t, len(names)) for t in form.tensors)]
+    importer.hints = [form.tokens or _first_parameter(block), *(t.name for t in form.tensors)]
     return importer.run(block)
 
 
-def _export(block: nn.Module, tokens: torch.Tensor, leading: int) -> Any:
-    dynamic = {i: ExportDim.DYNAMIC for i in range(leading)}
+def _first_parameter(block: nn.Module) -> str:
+    names, _ = parameters(type(block))
+    return names[0] if names else "x"
+
+
+def _open_axes(tensor: TensorForm, leading: int) -> int:
+    """How many of an exported tensor's first axes are the tokens' leading ones."""
+    return len(tensor.open_shape(range(leading))) - len(tensor.rest)
+
+
+class _Adapter(nn.Module):
+    """A block called with a list of tensors, each with the tokens' leading axes where it has
+    any.
+    """
+
+    def __init__(self, block: nn.Module, form: CallForm) -> None:
+        super().__init__()
+        self.block, self.form = block, form
+
+    def forward(self, data: list[torch.Tensor]) -> Any:
+        lead = data[0].shape[:-1]
+        shaped = [
+            t.reshape(-1, *f.rest) if f.leading == "flat" and len(lead) > 1 else t
+            for f, t in zip(self.form.tensors, data[1:], strict=True)
+        ]
+        return self.form.call(self.block, [data[0], *shaped])
+
+
+_PREFIX = "block."
+
+
+def _export(block: nn.Module, data: Sequence[torch.Tensor], form: CallForm) -> Any:
+    lead = data[0].shape[:-1]
+    opened = [t.reshape(f.open_shape(lead)) for f, t in zip(form.tensors, data[1:], strict=True)]
+    axes = [len(lead), *(_open_axes(f, len(lead)) for f in form.tensors)]
+    dynamic = [{i: ExportDim.DYNAMIC for i in range(n)} for n in axes]
     logger = logging.getLogger("torch.export")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        # A call may come while a model is traced: that trace gets no guards of this one.
+        with warnings.catch_warnings(), torch._guards.tracing(None):
             warnings.simplefilter("ignore")  # the tracer warns about its own internals
             exported = torch.export.export(
-                block, (tokens,), dynamic_shapes=(dynamic,), strict=False
+                _Adapter(block, form),
+                ([data[0], *opened],),
+                dynamic_shapes=(dynamic,),
+                strict=False,
             )
             return exported.run_decompositions({})
     except (
@@ -127,22 +175,27 @@ class _ExportImporter:
         self.builder = Builder({n: (0, MAX_TOKENS) for n in names})
         self.weights: dict[str, Value] = {}
         self.symbols: dict[Any, Dim] = {}
+        self.leading: list[int] = [len(names)]
+        self.hints: list[str] = ["x"]
 
     def run(self, block: nn.Module) -> CapturedBlock:
         graph: fx.Graph = self.exported.graph
         tensors = {**dict(block.named_parameters()), **dict(block.named_buffers())}
         importer = _BlockImporter(self, tensors)
-        tokens = self.bind_inputs(importer, graph, block)
+        data = self.bind_inputs(importer, graph)
         self.check_ranges()
         importer.run(graph)
         output = next(n for n in graph.nodes if n.op == "output")
-        results = [importer.value(importer.env[n]) for n in output.args[0]]
+        leaves: Any = output.args[0]
+        results = [importer.value(importer.env[n]) for n in leaves if isinstance(n, fx.Node)]
+        constants = tuple((i, n) for i, n in enumerate(leaves) if not isinstance(n, fx.Node))
         graph_ = self.builder.graph(
-            block_name(self.path, block), [tokens, *self.weights.values()], results
+            block_name(self.path, block), [*data, *self.weights.values()], results
         )
-        return CapturedBlock(graph_, tuple(self.weights), self.exported.call_spec.out_spec)
+        tree = self.exported.call_spec.out_spec
+        return CapturedBlock(graph_, tuple(self.weights), tree, constants)
 
-    def bind_inputs(self, importer: Importer, graph: fx.Graph, block: nn.Module) -> Value:
+    def bind_inputs(self, importer: Importer, graph: fx.Graph) -> list[Value]:
         signature = self.exported.graph_signature
         paths = {
             **signature.inputs_to_parameters,
@@ -151,26 +204,29 @@ class _ExportImporter:
         }
         if signature.buffers_to_mutate or signature.inputs_to_lifted_tensor_constants:
             raise CaptureError("the block changes a buffer or builds a constant tensor in forward")
-        tokens = None
+        if signature.user_inputs_to_mutate:
+            raise CaptureError("the block changes its input in place")
+        data: list[Value] = []
         for node in graph.nodes:
             if node.op != "placeholder":
                 continue
             if node.name in paths:
-                importer.env[node] = self.weight(paths[node.name], node.meta["val"])
-            elif tokens is None:
-                tokens = self.tokens(node)
-                importer.env[node] = tokens
-        if tokens is None:
-            raise CaptureError("the block takes no tensor")
-        return tokens
+                path = paths[node.name].removeprefix(_PREFIX)
+                importer.env[node] = self.weight(path, node.meta["val"])
+            else:
+                value = self.argument(node, self.leading[len(data)], self.hints[len(data)])
+                importer.env[node] = value
+                data.append(value)
+        return data
 
-    def tokens(self, node: fx.Node) -> Value:
+    def argument(self, node: fx.Node, leading: int, hint: str) -> Value:
+        """A tensor of the call; its first axes are the tokens' leading axes."""
         value = node.meta["val"]
-        for name, size in zip(self.names, value.shape, strict=False):
+        for name, size in zip(self.names[:leading], value.shape, strict=False):
             if isinstance(size, int):
                 raise CaptureError(f"the block works for {name} = {size} only")
             self.symbols[size.node.expr] = dims.dim(name)
-        return Value(Type(dtype_name(value.dtype), tuple(map(self.size, value.shape))), node.name)
+        return Value(Type(dtype_name(value.dtype), tuple(map(self.size, value.shape))), hint)
 
     def weight(self, path: str, tensor: torch.Tensor) -> Value:
         if path not in self.weights:

@@ -145,17 +145,18 @@ class _BodyImporter(Importer):
         if self.added is None:
             raise CaptureError("the loop adds nothing to its result")
         dtype = self.data[0].type.dtype
-        rows, weights = _split_weight(self.b, self.added)
+        rows, weights = _split_weight(self.b, self.added, dtype)
         operands = (rows, *self.plan) if weights is None else (rows, *self.plan, self.data[1])
         result: Value = self.b("moe.combine", *operands, dtype=dtype, hint="routed")
         return result
 
 
-def _split_weight(b: Builder, added: Value) -> tuple[Value, Value | None]:
+def _split_weight(b: Builder, added: Value, dtype: str) -> tuple[Value, Value | None]:
     """``added`` without a last multiplication by the row weights, if it has one."""
     value = added
     op = b.made_by(value)
-    while op is not None and op.kind == "t.cast":
+    # A float64 model is held to float64's rounding: what its code rounds on the way stays rounded.
+    while op is not None and op.kind == "t.cast" and dtype != "f64":
         value = op.operands[0]
         op = b.made_by(value)
     if op is None or op.kind != "t.mul" or len(op.operands) != 2:

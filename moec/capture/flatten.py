@@ -15,6 +15,7 @@ from moec.ir.types import Type
 _LAST_AXIS = {"t.linear", "t.split", "t.merge", "t.one_hot"}
 _BY_AXIS = {
     "t.softmax",
+    "t.logsumexp",
     "t.sum",
     "t.mean",
     "t.amax",
@@ -109,6 +110,8 @@ class _Flatten:
         ):
             return {}
         if op.kind in _LAST_AXIS:
+            return {}
+        if op.kind == "t.take" and not self.is_leading(op.operands[0]):
             return {}
         rank = op.operands[0].type.rank
         if op.kind in _BY_AXIS and all(self.is_leading(v) for v in op.operands):

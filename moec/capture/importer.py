@@ -94,9 +94,8 @@ class Importer:
             return None
         handler = handler_of(node.target)
         if handler is None:
-            raise CaptureError(
-                f"{location_of(node, self.module_path) or 'the model'}: no IR for {node.target}"
-            )
+            place = location_of(node, self.module_path) or "the model"
+            raise CaptureError(f"{place}: {_unknown(node.target)}")
         args = [self.argument(a) for a in node.args]
         kwargs = {k: self.argument(v) for k, v in node.kwargs.items()}
         try:
@@ -160,6 +159,12 @@ class Importer:
             return value
         casted: Value = self.b("t.cast", value, dtype=dtype, hint=value.hint)
         return casted
+
+
+def _unknown(target: Any) -> str:
+    if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
+        return f"{target} draws random numbers, which only the module's own code does in its order"
+    return f"no IR for {target}"
 
 
 def location_of(node: fx.Node, module_path: str) -> Location | None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
 
+from moec.call_form import TOKENS_ALONE, CallForm
 from moec.capture.block import CapturedBlock, capture_block, opaque_experts, weight_hint
 from moec.capture.check import SIZES, compare, compare_experts, unchanged
 from moec.capture.experts import ExpertsBody, hidden_sizes, named_weights, read_experts
 from moec.capture.flatten import flatten_tokens
 from moec.capture.loops import capture_loop, has_expert_list
+from moec.capture.trial import Trial
 from moec.errors import CaptureError, MoecError, NotRunError
 from moec.ir.builder import Builder
 from moec.ir.dims import dim
@@ -22,6 +23,7 @@ from moec.ir.graph import Graph, Value
 from moec.ir.types import Type, dtype_name
 from moec.ir.verify import verify
 from moec.manager import PassManager
+from moec.result_form import ONE_TENSOR, ResultForm
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,9 @@ class FoundRegion:
 
     ``graph`` is the imported forward IR (``None`` if the module stays as it is, then ``reason``
     says why); ``weights`` are the parameter paths, relative to the module, of the graph's inputs
-    after the data; ``results`` says of each output whether it has the token axes of the input
-    ("lead") or is as computed; ``tree`` is the structure of the module's result. ``ran`` says
-    whether the module's own code ran when it was tried. ``kind`` is "block" (called with tokens),
-    "experts" (tokens, indices, weights) or "loop".
+    after the data; ``form`` is the form of the calls that it serves, ``result`` that of the
+    module's result. ``ran`` says whether the module's own code ran when it was tried. ``kind`` is
+    "block" (called with tokens), "experts" (tokens, indices, weights) or "loop".
     """
 
     name: str
@@ -42,8 +43,8 @@ class FoundRegion:
     graph: Graph | None
     weights: tuple[str, ...] = ()
     reason: str = ""
-    tree: Any = None
-    results: tuple[tuple[Any, ...], ...] = ((),)
+    result: ResultForm = ONE_TENSOR
+    form: CallForm = TOKENS_ALONE
     ran: bool = True
 
     @property
@@ -149,21 +150,29 @@ def capture(candidate: Candidate, dtype: torch.dtype | None = None, rank: int = 
 
 
 def capture_whole(
-    candidate: Candidate, dtype: torch.dtype | None = None, rank: int = 3
+    candidate: Candidate,
+    dtype: torch.dtype | None = None,
+    rank: int = 3,
+    trial: Trial = Trial(),  # noqa: B008 (immutable)
 ) -> FoundRegion:
-    """Capture a whole block: experts module and router, or a loop over a list of experts."""
+    """Capture a whole block: experts module and router, or a loop over a list of experts.
+
+    ``trial`` says what it is called with besides tokens.
+    """
     name, module = candidate.name, candidate.module
     kind = "loop" if candidate.experts is None else "block"
     try:
         with unchanged(module):
-            captured = _captured(candidate, dtype, rank)
-            return _checked(_finished(name, module, kind, captured), dtype, rank)
+            captured = _captured(candidate, dtype, rank, trial)
+            return _checked(_finished(name, module, kind, captured, trial), dtype, rank, trial)
     except MoecError as error:
         ran = not isinstance(error, NotRunError)
         return FoundRegion(name, module, kind, None, reason=str(error), ran=ran)
 
 
-def _captured(candidate: Candidate, dtype: torch.dtype | None, rank: int) -> CapturedBlock:
+def _captured(
+    candidate: Candidate, dtype: torch.dtype | None, rank: int, trial: Trial
+) -> CapturedBlock:
     name, module = candidate.name, candidate.module
     if rank not in SIZES:
         ranks = " or ".join(map(str, sorted(SIZES)))
@@ -175,37 +184,47 @@ def _captured(candidate: Candidate, dtype: torch.dtype | None, rank: int) -> Cap
             f"{type(module).__name__} has a forward of its own instance, put there by a library"
         )
     if candidate.experts is None:
+        if not trial.form.is_tokens_alone:
+            raise CaptureError(
+                f"{type(module).__name__} has a loop over a list of experts and is called with "
+                "more than tokens"
+            )
         return capture_loop(module, name, dtype, rank)
     body = read_experts(module.get_submodule(candidate.experts), join(name, candidate.experts))
     experts = module.get_submodule(candidate.experts)
     sizes = dict.fromkeys([body.hidden, *hidden_sizes(module)])
-    examples = [_example(module, hidden, dtype, rank) for hidden in sizes]
+    generator = torch.Generator().manual_seed(0)
+    tokens = [_example(module, hidden, dtype, rank) for hidden in sizes]
+    examples = [trial.data(x, generator) for x in tokens]
     with opaque_experts(experts):
-        example = next((x for x in examples if _runs(module, x)), None)
+        example = next((data for data in examples if _runs(module, trial, data)), None)
     if example is None:
-        raise NotRunError(
-            f"{type(module).__name__} did not run on tokens of shape "
-            f"{tuple(examples[0].shape)} alone"
-        )
-    return capture_block(module, body, candidate.experts, example, name)
+        raise NotRunError(_did_not_run(module, tokens[0], trial))
+    return capture_block(module, body, candidate.experts, example, trial.form, name)
 
 
-def _runs(module: nn.Module, x: torch.Tensor) -> bool:
+def _did_not_run(module: nn.Module, tokens: torch.Tensor, trial: Trial) -> str:
+    alone = " alone" if trial.form.is_tokens_alone else ", with the other arguments of its call"
+    return f"{type(module).__name__} did not run on tokens of shape {tuple(tokens.shape)}{alone}"
+
+
+def _runs(module: nn.Module, trial: Trial, data: list[torch.Tensor]) -> bool:
     """Whether a block takes tokens of this width; that of its experts may be another."""
     try:
         with torch.no_grad():
-            module(x)
+            trial.form.call(module, data)
     except Exception:  # what a user's code raises on wrong sizes is up to that code
         return False
     return True
 
 
-def _checked(found: FoundRegion, dtype: torch.dtype | None, rank: int) -> FoundRegion:
+def _checked(found: FoundRegion, dtype: torch.dtype | None, rank: int, trial: Trial) -> FoundRegion:
     """The region, if it computes what its module computes."""
     if found.graph is not None:
         parameter = next(found.module.parameters())
         hidden = int(found.graph.inputs[0].type.shape[-1])
-        compare(found.module, found.graph, found.weights, hidden, dtype or parameter.dtype, rank)
+        wanted = dtype or parameter.dtype
+        compare(found.module, found.graph, found.weights, hidden, wanted, rank, trial)
     return found
 
 
@@ -245,14 +264,20 @@ def _example(module: nn.Module, hidden: int, dtype: torch.dtype | None, rank: in
     )
 
 
-def _finished(name: str, module: nn.Module, kind: str, captured: CapturedBlock) -> FoundRegion:
+def _finished(
+    name: str, module: nn.Module, kind: str, captured: CapturedBlock, trial: Trial
+) -> FoundRegion:
     graph = PassManager("simplify, cse, dce").run(captured.graph)
     lead = tuple(captured.graph.inputs[0].type.shape[:-1])
-    results = tuple(("lead",) if v.type.shape[: len(lead)] == lead else () for v in graph.outputs)
+    axes = tuple(
+        v.type.rank - len(lead) if v.type.shape[: len(lead)] == lead else None
+        for v in graph.outputs
+    )
+    result = ResultForm(captured.tree, captured.constants, axes)
     flat = flatten_tokens(graph) if "S" in graph.ranges else None
     graph = graph if flat is None else PassManager("simplify, cse, dce").run(flat)
     return FoundRegion(
-        name, module, kind, verify(graph), captured.weights, tree=captured.tree, results=results
+        name, module, kind, verify(graph), captured.weights, result=result, form=trial.form
     )
 
 

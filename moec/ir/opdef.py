@@ -89,6 +89,7 @@ def all_ops() -> dict[str, OpDef]:
 
 def load_dialects() -> None:
     """Import the modules that declare the ops (they need this module, so not at the top)."""
+    import moec.ops.backward
     import moec.ops.indexing
     import moec.ops.kernel
     import moec.ops.moe

@@ -137,6 +137,11 @@ UNARY: dict[str, tuple[Callable[..., torch.Tensor], Gradient | None, str]] = {
     ),
     "erf": (torch.erf, _erf_gradient, "the error function"),
     "sigmoid": (torch.sigmoid, _sigmoid_gradient, "``1 / (1 + exp(-x))``"),
+    "log_sigmoid": (
+        F.logsigmoid,
+        lambda b, op, g: b("t.mul", g, b("t.sigmoid", b("t.neg", _x(op)))),
+        "``log(sigmoid(x))``",
+    ),
     "tanh": (torch.tanh, _tanh_gradient, "the hyperbolic tangent"),
     "relu": (torch.relu, _relu_gradient, "``max(x, 0)``"),
     "silu": (F.silu, _silu_gradient, "``x * sigmoid(x)``"),

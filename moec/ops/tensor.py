@@ -298,6 +298,22 @@ class Amax:
         return (b("t.div", b("t.mul", hit, _expand_reduced(b, op, g)), count),)
 
 
+@defop("t.logsumexp")
+class LogSumExp:
+    """``log(sum(exp(x)))`` over axes, without overflow."""
+
+    def infer(x: Type, *, dims: tuple[int, ...], keepdim: bool = False) -> Type:
+        require(x.is_float, f"needs a float, got {x}")
+        return x.with_shape(*reduced(x.shape, dims, keepdim))
+
+    def eval(x: torch.Tensor, *, dims: tuple[int, ...], keepdim: bool = False) -> torch.Tensor:
+        return torch.logsumexp(x, dim=dims, keepdim=keepdim)
+
+    def vjp(b: Any, op: Op, g: Value) -> tuple[Value]:
+        below = b("t.sub", op.operands[0], _expand_reduced(b, op, op.result))
+        return (b("t.mul", _expand_reduced(b, op, g), b("t.exp", below)),)
+
+
 @defop("t.softmax")
 class Softmax:
     """Softmax along an axis."""

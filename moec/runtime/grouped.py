@@ -14,10 +14,16 @@ from typing import Any
 import torch
 
 from moec.ops import routing
+from moec.ops.backward import backward as _backward
 from moec.ops.routing import combine as _combine
 from moec.ops.routing import dispatch as _dispatch
 
 Weights = torch.Tensor | Sequence[torch.Tensor]
+
+
+def backward(g: torch.Tensor, saved: torch.Tensor, *, of: str, **options: Any) -> torch.Tensor:
+    """See ``t.backward``."""
+    return _backward(g, saved, of, **options)
 
 
 def activate(logits: torch.Tensor, *, fn: str, groups: int = 1) -> torch.Tensor:
