@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +14,7 @@ from moec.capture.check import SIZES, compare, compare_experts, unchanged
 from moec.capture.experts import ExpertsBody, hidden_sizes, named_weights, read_experts
 from moec.capture.flatten import flatten_tokens
 from moec.capture.loops import capture_loop, has_expert_list
+from moec.capture.wrappers import core_of, own_weights
 from moec.errors import CaptureError, MoecError, NotRunError
 from moec.ir.builder import Builder
 from moec.ir.dims import dim
@@ -92,7 +92,7 @@ def _surely_experts(module: nn.Module) -> bool:
     """
     if not is_experts(module):
         return False
-    if sum(p.dim() == 3 for p in module.parameters(recurse=False)) > 1:
+    if sum(p.dim() == 3 for p in own_weights(module)) > 1:
         return True
     try:
         read_experts(module)
@@ -108,16 +108,8 @@ def _is_loop(module: nn.Module) -> bool:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module has the experts contract: ``forward(x, idx, w)`` and weights of several
-    experts.
-    """
-    if not any(p.dim() == 3 for p in module.parameters(recurse=False)):
-        return False
-    parameters = list(inspect.signature(inspect.unwrap(type(module).forward)).parameters.values())[
-        1:
-    ]
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return len(positional) == 3
+    """Whether a module has the experts contract, by itself or around a module that has it."""
+    return core_of(module) is not None
 
 
 def find_regions(model: nn.Module) -> list[FoundRegion]:
