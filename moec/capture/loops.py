@@ -60,14 +60,19 @@ def has_expert_list(module: nn.Module) -> bool:
 
 
 def _are_experts(members: Sequence[nn.Module]) -> bool:
-    simple = not any(
-        isinstance(m, nn.ModuleList | nn.ModuleDict) for member in members for m in member.modules()
-    )
+    simple = not any(_holds_blocks(m) for member in members for m in member.modules())
     return (
         simple
         and any(True for _ in members[0].parameters())
         and len({structure_key(m) for m in members}) == 1
     )
+
+
+def _holds_blocks(module: nn.Module) -> bool:
+    """Whether a module is a list of more than plain layers, such as those of an adapter."""
+    if isinstance(module, nn.ModuleDict):
+        return any(True for member in module.values() for _ in member.children())
+    return isinstance(module, nn.ModuleList)
 
 
 def _has_router(module: nn.Module, experts: str, count: int) -> bool:

@@ -78,10 +78,15 @@ def find_candidates(model: nn.Module) -> Iterator[Candidate]:
     for name, module in model.named_modules():
         if module in taken:
             continue
-        experts = next((n for n, child in module.named_children() if _surely_experts(child)), None)
+        experts = experts_below(module)
         if experts is not None or _surely_experts(module) or _is_loop(module):
             yield Candidate(name, module, experts)
             taken.update(module.modules())
+
+
+def experts_below(module: nn.Module) -> str | None:
+    """The name of the child that is an experts module, if there is one."""
+    return next((n for n, child in module.named_children() if _surely_experts(child)), None)
 
 
 def _surely_experts(module: nn.Module) -> bool:
@@ -289,6 +294,7 @@ __all__ = [
     "capture",
     "capture_experts",
     "capture_whole",
+    "experts_below",
     "find_candidates",
     "find_regions",
 ]
