@@ -282,6 +282,7 @@ _SPECIAL: dict[Any, Callable[[_BodyImporter, fx.Node], Any]] = {
     aten.add.Tensor: _add,
 }
 _SIZES = Sizes({"R": _ROWS})
+_PARAMETRIZED = "parametrizations"  # where torch keeps what computes a module's weights
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList)
 
 
@@ -375,7 +376,8 @@ def count_experts(module: nn.Module) -> int:
     experts.
     """
     for child in module.children():
-        if isinstance(child, nn.ModuleList | nn.ModuleDict) and len(child) > 1:
+        is_list = isinstance(child, nn.ModuleList | nn.ModuleDict)
+        if is_list and len(child) > 1 and child is not vars(module)["_modules"].get(_PARAMETRIZED):
             return len(child)
     sizes = {t.shape[0] for _, t in named_weights(module) if t.dim() == 3}
     if len(sizes) != 1:
