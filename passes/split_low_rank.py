@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+
 from moec.ir.builder import Builder
 from moec.ir.graph import Graph, Op, Value
 from moec.manager import register
@@ -46,7 +47,7 @@ def _terms(b: Builder, value: Value) -> list[Term]:
     if made is None:
         return [Term(value)]
     if made.kind == "t.matmul" and _is_low_rank(*made.operands):
-        return [Term(*made.operands)]
+        return [Term(made.operands[0], made.operands[1])]
     if made.kind not in _LINEAR or any(v.type.rank != 3 for v in made.operands):
         return [Term(value)]
     if any(v.type.elements != value.type.elements for v in made.operands):  # one is spread
@@ -98,11 +99,15 @@ def _uncast(b: Builder, value: Value, dtype: str) -> Value:
 
 
 def _with_dtype(b: Builder, term: Term, dtype: str) -> Term:
-    left, right = (
-        v if v is None or v.type.dtype == dtype else b("t.cast", v, dtype=dtype, hint=v.hint)
-        for v in (term.left, term.right)
-    )
-    return replace(term, left=left, right=right)
+    right = None if term.right is None else _in_dtype(b, term.right, dtype)
+    return replace(term, left=_in_dtype(b, term.left, dtype), right=right)
+
+
+def _in_dtype(b: Builder, value: Value, dtype: str) -> Value:
+    if value.type.dtype == dtype:
+        return value
+    cast: Value = b("t.cast", value, dtype=dtype, hint=value.hint)
+    return cast
 
 
 def _transposed(b: Builder, op: Op, terms: list[Term]) -> list[Term]:
@@ -170,9 +175,7 @@ def _narrow(b: Builder, op: Op, term: Term, transposed: bool) -> Value:
     return _product(b, inner, second, offsets, transposed, "low_rank_rows")
 
 
-def _product(
-    b: Builder, x: Value, w: Value, offsets: Value, transposed: bool, hint: str
-) -> Value:
+def _product(b: Builder, x: Value, w: Value, offsets: Value, transposed: bool, hint: str) -> Value:
     product: Value = b("moe.grouped_mm", x, w, offsets, transposed=transposed, hint=hint)
     return product
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,12 +135,12 @@ def test_training_steps_equal_those_of_peft(family: str) -> None:
         assert relative_error(tensor, wanted[name]) <= 1e-4, name
 
 
-class Largest(TorchDispatchMode):
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Keeps the size of the largest tensor that is created."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.elements, self.op = 0, ""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         known = {_storage(t) for t in tree_flatten((args, kwargs))[0] if _is_tensor(t)}
@@ -147,7 +148,7 @@ class Largest(TorchDispatchMode):
         for tensor in tree_flatten(out)[0]:
             new = _is_tensor(tensor) and _storage(tensor) not in known
             if new and tensor.numel() > self.elements:
-                self.elements, self.op = tensor.numel(), str(func)
+                self.elements = tensor.numel()
         return out
 
 
@@ -166,7 +167,7 @@ def largest_tensor(block: nn.Module, x: torch.Tensor) -> int:
         out = block(x)
         out = out[0] if isinstance(out, tuple) else out
         out.sum().backward()
-    return largest.elements
+    return int(largest.elements)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -227,7 +228,7 @@ def test_adapters_are_switched_scaled_and_deleted(order: str) -> None:
         "both": lambda m: m.base_model.set_adapter(["default", "two"]),
         "one again": lambda m: m.set_adapter("default"),
         "scaled": scale_adapters,
-        "deleted": lambda m: (m.delete_adapter("default"), m.set_adapter("two")),
+        "deleted": lambda m: (m.set_adapter("two"), m.delete_adapter("default")),
     }
     logits = [plain(**tokens(2, 7)).logits]
     for name, change in changes.items():
@@ -240,7 +241,7 @@ def test_adapters_are_switched_scaled_and_deleted(order: str) -> None:
                 stack.enter_context(model.disable_adapter())
             assert_same(*pair, f"{name}, disabled")
         assert_same(*pair, f"{name}, enabled")
-    differ = [not torch.allclose(a, b) for a, b in zip(logits, logits[1:], strict=False)]
+    differ = [not torch.allclose(a, b) for a, b in itertools.pairwise(logits)]
     assert all(differ)
 
 
@@ -277,7 +278,7 @@ def test_saved_adapters_are_those_of_peft(tmp_path: Path) -> None:
     assert relative_error(loaded(**tokens(2, 7)).logits, plain(**tokens(2, 7)).logits) == 0
 
 
-CONFIGURATIONS = {
+CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "attention": ("olmoe", {"target_modules": ["q_proj", "v_proj"], "target_parameters": None}),
     "router": ("olmoe", {"target_parameters": ["mlp.gate.weight", *EXPERTS]}),
     "router with a bias": ("gpt_oss", {"target_parameters": ["mlp.router.weight"]}),
@@ -304,21 +305,6 @@ def test_other_targets(name: str, order: str) -> None:
     assert_equal_gradients(found, wanted)
     assert found.keys() == adapters_of(compiled).keys()
     assert_same(plain, compiled)
-
-
-def test_dropout_leaves_the_experts_compiled() -> None:
-    config = settings(target_modules=["shared_experts.down_proj"], lora_dropout=0.5)
-    config.target_parameters = None
-    plain, compiled = both("deepseek_v3", ORDERS[1], config)
-    assert_same(plain, compiled)
-    for model in (plain, compiled):
-        model.train()
-    results = []
-    for model in (plain, compiled):
-        torch.manual_seed(1)
-        results.append(model(**tokens(2, 7)).logits)
-    assert relative_error(*results) <= 1e-5
-    assert {region.status for region in moec.regions(compiled)} == {"experts only"}
 
 
 class Expert(nn.Module):
@@ -379,9 +365,27 @@ def test_lists_of_experts_with_adapters(order: str, targets: Any) -> None:
         model.zero_grad(set_to_none=True)
     (expected, wanted), (actual, gotten) = results
     assert relative_error(actual, expected) <= 1e-5
-    assert_equal_gradients(gotten, wanted)
     assert gotten.keys() == adapters_of(compiled).keys()
+    # eager has no gradient for an expert without tokens, compiled code has zeros
+    idle = {n: torch.zeros_like(g) for n, g in gotten.items() if n not in wanted}
+    assert_equal_gradients(gotten, {**idle, **wanted})
+    assert len(idle) < len(wanted)
     assert {region.status for region in moec.regions(compiled)} == {"compiled"}
+
+
+def test_dropout_in_training_mode_leaves_a_block_as_it_was() -> None:
+    plain = get_peft_model(listed(), LoraConfig(r=4, target_modules=["up"], lora_dropout=0.5))
+    randomize_adapters(plain)
+    compiled = moec.compile(plain.eval())
+    x = torch.randn(3, 5, 32)
+    assert relative_error(compiled(x), plain(x)) <= 1e-5
+    assert {region.status for region in moec.regions(compiled)} == {"compiled"}
+    results = []
+    with pytest.warns(UserWarning, match=r"lora_dropout.* draws other numbers at each call"):
+        for model in (plain.train(), compiled.train()):
+            torch.manual_seed(1)
+            results.append(model(x))
+    assert relative_error(*results) <= 1e-5
 
 
 class LowRank(nn.Module):
@@ -419,11 +423,14 @@ def test_a_parametrization_after_compilation_runs_as_it_is() -> None:
     compiled = moec.compile(model)
     experts = compiled.model.layers[0].mlp.experts
     lowered = LowRank(*experts.down_proj.shape)
-    for owner in (model, compiled):
-        parametrize.register_parametrization(owner.model.layers[0].mlp.experts, "down_proj", lowered)
+    reference = build("olmoe")
+    for owner in (reference, compiled):
+        parametrize.register_parametrization(
+            owner.model.layers[0].mlp.experts, "down_proj", lowered
+        )
     with pytest.warns(UserWarning, match="got a parametrization after compilation"):
         actual = compiled(**tokens(2, 7)).logits
-    assert relative_error(actual, model(**tokens(2, 7)).logits) <= 1e-5
+    assert relative_error(actual, reference(**tokens(2, 7)).logits) <= 1e-5
 
 
 class Passing(nn.Module):

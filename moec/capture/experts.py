@@ -16,8 +16,8 @@ import torch
 from torch import fx, nn
 
 from moec.capture.importer import ExpertSlice, Importer
-from moec.capture.wrappers import core_of, plain_forward
 from moec.capture.recorder import ConstantPair, IntegerPair, Recorder, Sizes, merge
+from moec.capture.wrappers import core_of, plain_forward
 from moec.errors import CaptureError
 from moec.ir.builder import Builder
 from moec.ir.graph import Value
@@ -208,9 +208,8 @@ def _index(i: _BodyImporter, node: fx.Node) -> Any:
         if not i.is_every_row(indices[0]):  # type: ignore[index]
             raise CaptureError("the loop reads its tokens in an order of its own")
         return i.rows_of(source, node)
-    stacked = isinstance(source, Value) and not i.reads_data(node.args[0])  # type: ignore[arg-type]
-    if stacked and len(indices) == 1 and _is_expert(indices[0]):  # type: ignore[index,arg-type]
-        return ExpertSlice(source)
+    if isinstance(source, Value) and len(indices) == 1 and _is_expert(indices[0]):  # type: ignore[index,arg-type]
+        return None if i.reads_data(node.args[0]) else ExpertSlice(source)  # type: ignore[arg-type]
     return None
 
 
@@ -376,8 +375,9 @@ def count_experts(module: nn.Module) -> int:
     experts.
     """
     for child in module.children():
-        is_list = isinstance(child, nn.ModuleList | nn.ModuleDict)
-        if is_list and len(child) > 1 and child is not vars(module)["_modules"].get(_PARAMETRIZED):
+        if child is vars(module)["_modules"].get(_PARAMETRIZED):
+            continue
+        if isinstance(child, nn.ModuleList | nn.ModuleDict) and len(child) > 1:
             return len(child)
     sizes = {t.shape[0] for _, t in named_weights(module) if t.dim() == 3}
     if len(sizes) != 1:
