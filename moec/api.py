@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from moec.capture.regions import Candidate, find_candidates, join
+from moec.capture.regions import Candidate, find_candidates
 from moec.compiled import install, model_scope_of, region_of
 from moec.errors import CompileError
 from moec.manager import parse_pipeline
@@ -92,11 +92,7 @@ def _model_backend(settings: dict[str, Any], scope: str) -> str | None:
 
 def _install(session: Session, candidate: Candidate) -> None:
     region = Region(session, candidate, "experts" if candidate.is_experts else "block")
-    if candidate.experts is not None:
-        experts = candidate.module.get_submodule(candidate.experts)
-        inner = Candidate(join(candidate.name, candidate.experts), experts, None)
-        region.inner = Region(session, inner, "experts")
-        install(experts, region.inner)
+    region.install_inner()
     install(candidate.module, region)
     region.try_capture()
 

@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from moec.structure import settings_read
+from moec.structure import settings_read, value_key
+
+_CONTAINERS = (dict, list, tuple)
 
 
 class Guard:
@@ -15,14 +17,20 @@ class Guard:
     def __init__(self, module: nn.Module) -> None:
         below = list(module.modules())
         self._children = [(m._modules, list(m._modules.values())) for m in below if m._modules]
-        self._settings = [(vars(m), k, v) for m in below for k, v in settings_read(m)]
+        settings = [(vars(m), k, v) for m in below for k, v in settings_read(m)]
+        self._settings = [s for s in settings if not isinstance(s[2], _CONTAINERS)]
+        # by content: an adapter is switched on and off by changes within
+        contained = (s for s in settings if isinstance(s[2], _CONTAINERS))
+        self._contents = [(own, name, value_key(value)) for own, name, value in contained]
 
     def holds(self) -> bool:
         """Whether nothing was replaced and no setting that the code reads has another value."""
         for modules, members in self._children:
             if list(modules.values()) != members:  # modules compare by identity
                 return False
-        return all(_same(own.get(name), value) for own, name, value in self._settings)
+        if not all(_same(own.get(name), value) for own, name, value in self._settings):
+            return False
+        return all(value_key(own.get(name)) == key for own, name, key in self._contents)
 
 
 def _same(now: Any, then: Any) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-RAISE = "simplify, cse, dce, raise-router, simplify, dce"  # what the model means
-CLEAN = "simplify, cse, dce"  # without it: float64 models whose routers work in float32
+# what the model means
+RAISE = "simplify, cse, dce, raise-router, split-low-rank, simplify, cse, dce"
+# without the router: float64 models whose routers work in float32
+CLEAN = "simplify, cse, dce, split-low-rank, simplify, cse, dce"
 GRAD = "grad, simplify, cse, dce, adjoint, simplify, cse, dce"  # training only: one joint graph
 KEEP = "recompute, dce"  # what lives between forward and backward
 # fewer, larger kernels

@@ -10,12 +10,20 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from moec.call_form import MAX_FORMS, TOKENS_ALONE, Call, CallForm, graph_inputs, read_call
 from moec.capture.check import autocast_dtype
-from moec.capture.regions import Candidate, FoundRegion, capture_experts, capture_whole
+from moec.capture.regions import (
+    Candidate,
+    FoundRegion,
+    capture_experts,
+    capture_whole,
+    experts_below,
+    join,
+)
 from moec.capture.trial import Trial
-from moec.compiled import as_original, region_of
+from moec.compiled import as_original, install, region_of, restore
 from moec.errors import CallError
 from moec.guards import Guard
 from moec.ir.graph import Graph, Value
@@ -159,6 +167,7 @@ class Region:
 
     def bound_to(self, module: nn.Module) -> Region:
         """This region for a copy of its module: same captures and artifacts, the copy's weights."""
+        self._is_changed(self.candidate.module)  # what the copy takes over must be up to date
         new = Region(self.session, replace(self.candidate, module=module), self.kind)
         new.found = {mode: replace(found, module=module) for mode, found in self.found.items()}
         new.artifacts = list(self.artifacts)
@@ -356,19 +365,46 @@ class Region:
         return [getattr(owner, name) for owner, name in self._tensors[found.weights]]
 
     def _is_changed(self, module: nn.Module) -> bool:
-        """Whether a submodule was replaced since compilation (an adapter put around it, say)."""
+        """Whether the module's own code must run since it was changed; else it is read again where
+        it was (an adapter put around a submodule, say, or switched off).
+        """
         if self._guard.holds():
             return False
-        if _types_below(module) == self._types:  # others of the same classes, or other settings
-            self.found.clear()
-            self._tensors.clear()
-            self._guard = Guard(module)
-            return False
-        self.session.warn(
-            f"moec: {self.name}: a submodule was replaced after compilation; its own code runs. "
-            "Compile again to include it."
-        )
-        return True
+        types = _types_below(module)
+        if parametrize.ParametrizationList in set(types) - set(self._types):
+            self.session.warn(
+                f"moec: {self.name}: its weights got a parametrization after compilation; its own "
+                "code runs. Compile again to include it."
+            )
+            return True
+        if types != self._types:
+            self._look_again(module)
+        self.found.clear()
+        self._tensors.clear()
+        self._types, self._guard = types, Guard(module)
+        return False
+
+    def _look_again(self, module: nn.Module) -> None:
+        """Find the experts of a module whose submodules were replaced."""
+        if self.kind == "experts":
+            return
+        with as_original(module):
+            experts = experts_below(module)
+        if self.inner is not None:
+            restore(self.inner.candidate.module)
+        self.candidate, self.inner = replace(self.candidate, experts=experts), None
+        self.install_inner()
+
+    def install_inner(self) -> None:
+        """Make the experts below a region of their own: it serves where the whole block is not
+        compiled.
+        """
+        path = self.candidate.experts
+        if path is not None:
+            experts = self.candidate.module.get_submodule(path)
+            inner = Candidate(join(self.candidate.name, path), experts, None)
+            self.inner = Region(self.session, inner, "experts")
+            install(experts, self.inner)
 
 
 def _types_below(module: nn.Module) -> list[type]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dis
 import functools
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
@@ -18,6 +19,8 @@ _ANY_ATTRIBUTE = {"getattr", "vars", "__dict__"}
 # Packages whose functions read no attributes of a user's module but those in plain sight.
 _TRUSTED = ("torch.", "torch")
 # Methods that play no part in a call.
+_ENTRIES = ("forward", "__call__", "__getattr__", "__getattribute__")  # where a call enters
+_NO_STEP = {"CACHE", "PUSH_NULL", "PRECALL", "RESUME", "EXTENDED_ARG", "NOP"}
 _NOT_CALLED = {"__init__", "__repr__", "extra_repr", "reset_parameters", "__setstate__"}
 
 
@@ -32,7 +35,7 @@ def structure_key(module: nn.Module) -> Hashable:
 
 def _module_key(name: str, module: nn.Module) -> Hashable:
     tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    settings = [(k, _value_key(v)) for k, v in settings_read(module)]
+    settings = [(k, value_key(v)) for k, v in settings_read(module)]
     shapes = tuple((n, tuple(t.shape), t.dtype, t.device) for n, t in tensors)
     return name, type(module), module.training, shapes, tuple(settings)
 
@@ -40,8 +43,7 @@ def _module_key(name: str, module: nn.Module) -> Hashable:
 def settings_read(module: nn.Module) -> list[tuple[str, Any]]:
     """The attributes that a module's code reads, by name; ``training`` among them if it does."""
     cls: Any = getattr(module, "_moec_original", type(module))
-    read = names_read(cls)
-    everything = not read.isdisjoint(_ANY_ATTRIBUTE)
+    read, everything = names_read(cls), reads_by_name(cls)
     return [
         (k, v)
         for k, v in sorted(vars(module).items())
@@ -62,11 +64,14 @@ class _Same:
         return id(self.value)
 
 
-def _value_key(value: Any) -> Hashable:
+def value_key(value: Any) -> Hashable:
+    """Equal keys: equal plain values, containers of such, or one and the same object."""
     if isinstance(value, _PLAIN):
         return type(value), value
     if isinstance(value, tuple | list):
-        return type(value), tuple(map(_value_key, value))
+        return type(value), tuple(map(value_key, value))
+    if isinstance(value, dict):
+        return type(value), tuple((value_key(k), value_key(v)) for k, v in value.items())
     return _Same(value)
 
 
@@ -76,30 +81,73 @@ def names_read(cls: type) -> frozenset[str]:
 
     That is its methods' code, and that of the plain functions outside PyTorch that they mention.
     """
-    bases = (base for base in cls.__mro__ if base not in (nn.Module, object))
-    pending = [function for base in bases for function in _functions_of(base)]
-    seen: set[CodeType] = set()
-    names: set[str] = set()
+    methods = _methods(cls)
+    called = _called([f for own in methods.values() for f in own], {})
+    return frozenset(name for function in called for name in _names_in(function.__code__))
+
+
+@functools.cache
+def reads_by_name(cls: type) -> bool:
+    """Whether code that a call reaches may read an attribute whose name cannot be seen in it."""
+    methods = _methods(cls)
+    entries = [f for name in _ENTRIES for f in methods.get(name, ())]
+    return any(_computes_names(f.__code__) for f in _called(entries, methods))
+
+
+def _called(
+    entries: Sequence[FunctionType], methods: Mapping[str, Sequence[FunctionType]]
+) -> list[FunctionType]:
+    """The functions that a call of ``entries`` may reach, by the names in their code."""
+    pending, seen = list(entries), dict[CodeType, FunctionType]()
     while pending:
         function = pending.pop()
-        if function.__code__ in seen:
-            continue
-        seen.add(function.__code__)
-        found = set(_names_in(function.__code__))
-        names |= found
-        pending += _mentioned(function, found)
-    return frozenset(names)
+        if function.__code__ not in seen:
+            seen[function.__code__] = function
+            names = set(_names_in(function.__code__))
+            pending += _mentioned(function, names)
+            pending += [f for name in names for f in methods.get(name, ())]
+    return list(seen.values())
 
 
-def _functions_of(cls: type) -> Iterator[FunctionType]:
-    """The functions behind the methods and properties of a class, decorators included."""
-    for name, member in vars(cls).items():
-        if name not in _NOT_CALLED:
-            member = member.fget if isinstance(member, property) else member
-            member = getattr(member, "__func__", member)  # a class method or a static one
-            while isinstance(member, FunctionType):
-                yield member
-                member = getattr(member, "__wrapped__", None)
+def _methods(cls: type) -> dict[str, list[FunctionType]]:
+    """The functions behind each method and property of a class and its bases, by name."""
+    found: dict[str, list[FunctionType]] = {}
+    for base in cls.__mro__:
+        for name, member in vars(base).items() if base not in (nn.Module, object) else ():
+            if name not in _NOT_CALLED:
+                found.setdefault(name, []).extend(_functions_behind(member))
+    return found
+
+
+def _functions_behind(member: Any) -> Iterator[FunctionType]:
+    """The function of a method or a property, and those that its decorators took."""
+    member = member.fget if isinstance(member, property) else member
+    member = getattr(member, "__func__", member)  # a class method or a static one
+    while isinstance(member, FunctionType):
+        yield member
+        member = getattr(member, "__wrapped__", None)
+
+
+def _computes_names(code: CodeType) -> bool:
+    """Whether code mentions ``getattr`` with a name that is no constant, or an object's dict."""
+    inside = [c for c in code.co_consts if isinstance(c, CodeType)]
+    if any(map(_computes_names, inside)):
+        return True
+    mentioned = _ANY_ATTRIBUTE.intersection(code.co_names)
+    return bool(mentioned - {"getattr"}) or ("getattr" in mentioned and not _names_plain(code))
+
+
+def _names_plain(code: CodeType) -> bool:
+    """Whether each ``getattr`` is called at once, on a variable, with a constant for a name and at
+    most one plain default.
+    """
+    steps = [i for i in dis.get_instructions(code) if i.opname not in _NO_STEP]
+    names = [i.opname for i in steps]
+    return all(
+        names[n + 1 : n + 3] == ["LOAD_FAST", "LOAD_CONST"] and "CALL" in names[n + 3 : n + 5]
+        for n, step in enumerate(steps)
+        if step.argval == "getattr"
+    )
 
 
 def _mentioned(function: FunctionType, names: set[str]) -> Iterator[FunctionType]:

@@ -15,6 +15,7 @@ from moec.passes import (
     raise_router,
     recompute,
     simplify,
+    split_low_rank,
 )
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "raise_router",
     "recompute",
     "simplify",
+    "split_low_rank",
 ]

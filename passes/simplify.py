@@ -53,6 +53,21 @@ def identity_permute(b: Builder, op: Op, inner: Op | None) -> Value | None:
     return None
 
 
+def permute_of_ones(b: Builder, op: Op, inner: Op | None) -> Value | None:
+    """A permutation of what was reshaped to have axes of size 1 goes without them: an einsum makes
+    such axes.
+    """
+    x, dims = op.operands[0], op.attrs["dims"]
+    kept = [d for d in range(x.type.rank) if x.type.shape[d] != 1]
+    if inner is None or inner.kind != "t.reshape" or len(kept) == x.type.rank:
+        return None
+    order = tuple(kept.index(d) for d in dims if d in kept)
+    plain = b("t.reshape", x, shape=tuple(x.type.shape[d] for d in kept), hint=x.hint)
+    permuted = b("t.permute", plain, dims=order, hint=op.result.hint)
+    value: Value = b("t.reshape", permuted, shape=op.result.type.shape, hint=op.result.hint)
+    return value
+
+
 def exact_cast(b: Builder, op: Op, inner: Op | None) -> Value | None:
     """A cast to the same dtype, or back from a dtype that holds every number of the first."""
     x = op.operands[0]
@@ -126,7 +141,7 @@ def merge_of_sums(b: Builder, op: Op, inner: Op | None) -> Value | None:
 RULES: dict[str, tuple[Simplification, ...]] = {
     "t.reshape": (same_shape, reshape_of_reshape),
     "t.expand": (same_shape,),
-    "t.permute": (identity_permute,),
+    "t.permute": (identity_permute, permute_of_ones),
     "t.cast": (exact_cast,),
     "t.neg": (double_negation,),
     "t.logical_not": (double_negation,),

@@ -212,6 +212,16 @@ def matmul(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
     return i.b("t.matmul", x, y, hint=i.hint(node))
 
 
+@handles(aten.baddbmm.default)
+def baddbmm(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    added, x, y = map(i.value, args[:3])
+    product = i.b("t.matmul", x, y)
+    beta, alpha = (number(kwargs.get(name, 1)) for name in ("beta", "alpha"))
+    scaled = product if alpha == 1 else i.b("t.mul", product, other=alpha)
+    rest = added if beta == 1 else i.b("t.mul", added, other=beta)
+    return i.b("t.add", rest, scaled, hint=i.hint(node))
+
+
 @handles(aten.addmm.default)
 def addmm(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
     if kwargs.get("alpha", 1) != 1 or kwargs.get("beta", 1) != 1:

@@ -7,7 +7,6 @@ the experts' body, so nothing in the result depends on data.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from torch.export import Dim as ExportDim
 from moec.call_form import CallForm, TensorForm, parameters
 from moec.capture.experts import ExpertsBody
 from moec.capture.importer import Importer
+from moec.capture.wrappers import experts_arguments, forward_replaced
 from moec.errors import CaptureError
 from moec.ir import dims
 from moec.ir.builder import Builder
@@ -61,23 +61,14 @@ class CapturedBlock:
 @contextlib.contextmanager
 def opaque_experts(experts: nn.Module) -> Iterator[None]:
     """Within the context, ``experts(x, idx, w)`` is one opaque op."""
-    signature = inspect.signature(inspect.unwrap(type(experts).forward))
 
     def leaf(*args: Any, **kwargs: Any) -> torch.Tensor:
-        bound = signature.bind(experts, *args, **kwargs)
-        x, idx, w = list(bound.arguments.values())[1:4]
+        x, idx, w = experts_arguments(experts, args, kwargs)
         result: torch.Tensor = _LEAF(x, idx, w)
         return result
 
-    saved = experts.__dict__.get("forward")
-    experts.__dict__["forward"] = leaf
-    try:
+    with forward_replaced(experts, leaf):
         yield
-    finally:
-        if saved is None:
-            del experts.__dict__["forward"]
-        else:
-            experts.__dict__["forward"] = saved
 
 
 def capture_block(

@@ -222,8 +222,11 @@ class _State:
             del own[key]
             yield key
         for key, value in self.attributes.items():
-            if own.get(key, _MISSING) is not value or _contents(value) != self.contents[key]:
-                own[key] = _refilled(value, self.contents[key])
+            now, then = own.get(key, _MISSING), self.contents[key]
+            if now is value and _contents(value) == then:
+                continue
+            own[key] = _refilled(value, then)
+            if not _same_members(now, value):
                 yield key
 
     def _buffers(self) -> Iterator[str]:
@@ -245,6 +248,16 @@ def _contents(value: Any) -> Any:
     if isinstance(value, dict):
         return [(id(k), id(v), k, v) for k, v in value.items()]
     return [(id(v), v) for v in value] if isinstance(value, list | set) else None
+
+
+def _same_members(now: Any, then: Any) -> bool:
+    """Whether two values are one, or containers of the same members: tracers put back copies."""
+    if now is then or type(now) is not type(then) or not isinstance(then, dict | list):
+        return now is then
+    if isinstance(then, list):
+        return len(now) == len(then) and all(map(_same_members, now, then))
+    keys = list(now) == list(then)
+    return keys and all(map(_same_members, now.values(), then.values()))
 
 
 def _refilled(value: Any, contents: Any) -> Any:

@@ -8,7 +8,6 @@ body is the same for every expert and every number of tokens.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from torch import fx, nn
 
 from moec.capture.importer import ExpertSlice, Importer
 from moec.capture.recorder import ConstantPair, IntegerPair, Recorder, Sizes, merge
+from moec.capture.wrappers import core_of, plain_forward
 from moec.errors import CaptureError
 from moec.ir.builder import Builder
 from moec.ir.graph import Value
@@ -97,6 +97,7 @@ class _BodyImporter(Importer):
         self.offsets, self.rows = offsets, perm.type.shape[0]
         self.output = next(n for n in body.graph.nodes if n.op == "output")
         self.added: Value | None = None
+        self.on_data: dict[fx.Node, bool] = {}
         self.shape_of = self.shape_in_rows
 
     def shape_in_rows(self, node: fx.Node) -> tuple[Any, ...]:
@@ -118,6 +119,14 @@ class _BodyImporter(Importer):
 
             return substitute(_SIZES.dim(argument.first, argument.second), {"R": self.rows})
         return super().argument(argument)
+
+    def reads_data(self, node: fx.Node) -> bool:
+        """Whether a value depends on the tokens or on the weights of routing, and so has rows."""
+        if node not in self.on_data:
+            inputs = node.all_input_nodes
+            is_data = node.op == "placeholder" and node.name in ("x", "w")
+            self.on_data[node] = is_data or any(map(self.reads_data, inputs))
+        return self.on_data[node]
 
     def is_every_row(self, index: Any) -> bool:
         """Whether a recorded index is all rows in order."""
@@ -201,7 +210,7 @@ def _index(i: _BodyImporter, node: fx.Node) -> Any:
             raise CaptureError("the loop reads its tokens in an order of its own")
         return i.rows_of(source, node)
     if isinstance(source, Value) and len(indices) == 1 and _is_expert(indices[0]):  # type: ignore[index,arg-type]
-        return ExpertSlice(source)
+        return None if i.reads_data(node.args[0]) else ExpertSlice(source)  # type: ignore[arg-type]
     return None
 
 
@@ -219,9 +228,10 @@ def _select(i: _BodyImporter, node: fx.Node) -> Any:
     source, axis, index = node.args[:3]
     if (
         isinstance(source, fx.Node)
-        and source.op == "placeholder"
+        and isinstance(i.env.get(source), Value)
         and axis == 0
         and _is_expert(index)
+        and not i.reads_data(source)
     ):
         return ExpertSlice(i.env[source])
     return None
@@ -272,6 +282,7 @@ _SPECIAL: dict[Any, Callable[[_BodyImporter, fx.Node], Any]] = {
     aten.add.Tensor: _add,
 }
 _SIZES = Sizes({"R": _ROWS})
+_PARAMETRIZED = "parametrizations"  # where torch keeps what computes a module's weights
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList)
 
 
@@ -280,12 +291,13 @@ def read_experts(module: nn.Module, path: str = "") -> ExpertsBody:
 
     The module's forward takes tokens ``[T, H]``, indices ``[T, K]`` and weights ``[T, K]``.
     """
-    forward = inspect.unwrap(type(module).forward)
-    experts = count_experts(module)
+    core = core_of(module) or module
+    experts = count_experts(core)
     reasons = []
-    for hidden in hidden_sizes(module):
+    for hidden in hidden_sizes(core):
         try:
-            return _read(module, forward, experts, hidden, path)
+            with plain_forward(core):
+                return _read(module, experts, hidden, path)
         except CaptureError:
             raise
         except (RuntimeError, IndexError, TypeError, ValueError) as error:
@@ -293,11 +305,9 @@ def read_experts(module: nn.Module, path: str = "") -> ExpertsBody:
     raise CaptureError(f"{type(module).__name__} ran with no hidden size ({'; '.join(reasons)})")
 
 
-def _read(
-    module: nn.Module, forward: Callable[..., Any], experts: int, hidden: int, path: str
-) -> ExpertsBody:
+def _read(module: nn.Module, experts: int, hidden: int, path: str) -> ExpertsBody:
     chosen = (0, experts - 1)
-    pairs = [_record(module, forward, e, n, hidden) for e, n in zip(chosen, _ROWS, strict=True)]
+    pairs = [_record(module, e, n, hidden) for e, n in zip(chosen, _ROWS, strict=True)]
     (first, out1), (second, out2) = pairs
     graph = merge(
         first,
@@ -318,7 +328,7 @@ def _read(
 
 
 def _record(
-    module: nn.Module, forward: Callable[..., Any], expert: int, rows: int, hidden: int
+    module: nn.Module, expert: int, rows: int, hidden: int
 ) -> tuple[Recorder, torch.Tensor]:
     parameter = next(module.parameters())
     generator = torch.Generator().manual_seed(rows)
@@ -331,7 +341,7 @@ def _record(
     for name, tensor in (*named_weights(module), *integer_buffers(module)):
         recorder.mark(name, tensor)
     with torch.no_grad(), recorder, recorder.watching():
-        out = forward(module, x, idx, w)
+        out = module(x, idx, w)
     if recorder.reads:
         raise CaptureError(read_reason(module, recorder.reads[0]))
     if not isinstance(out, torch.Tensor):
@@ -366,6 +376,8 @@ def count_experts(module: nn.Module) -> int:
     experts.
     """
     for child in module.children():
+        if child is vars(module)["_modules"].get(_PARAMETRIZED):
+            continue
         if isinstance(child, nn.ModuleList | nn.ModuleDict) and len(child) > 1:
             return len(child)
     sizes = {t.shape[0] for _, t in named_weights(module) if t.dim() == 3}

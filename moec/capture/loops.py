@@ -60,14 +60,19 @@ def has_expert_list(module: nn.Module) -> bool:
 
 
 def _are_experts(members: Sequence[nn.Module]) -> bool:
-    simple = not any(
-        isinstance(m, nn.ModuleList | nn.ModuleDict) for member in members for m in member.modules()
-    )
+    simple = not any(_holds_blocks(m) for member in members for m in member.modules())
     return (
         simple
         and any(True for _ in members[0].parameters())
         and len({structure_key(m) for m in members}) == 1
     )
+
+
+def _holds_blocks(module: nn.Module) -> bool:
+    """Whether a module is a list of more than plain layers, such as those of an adapter."""
+    if isinstance(module, nn.ModuleDict):
+        return any(True for member in module.values() for _ in member.children())
+    return isinstance(module, nn.ModuleList)
 
 
 def _has_router(module: nn.Module, experts: str, count: int) -> bool:
@@ -212,7 +217,9 @@ def _merged(
 ) -> fx.Graph:
     """The block's graph with the loop as one opaque op, from the first matches that agree."""
     matches = [list(_matches(run, members)) for run in runs]
-    reason = "no tokens, indices and weights of the block explain what its loop computes"
+    reason = _dropout_reason(module) or (
+        "no tokens, indices and weights of the block explain what its loop computes"
+    )
     for pair in product(*matches):
         try:
             for run, match in zip(runs, pair, strict=True):
@@ -230,6 +237,16 @@ def _merged(
             for run, match in zip(runs, pair, strict=True):
                 _undo(run, match)
     raise CaptureError(reason)
+
+
+def _dropout_reason(module: nn.Module) -> str:
+    """That dropout acts in a block, if it does: no two runs are the same then."""
+    for name, child in module.named_modules():
+        if isinstance(child, nn.modules.dropout._DropoutNd) and child.training and child.p > 0:
+            return (
+                f"dropout in {name} draws other numbers at each call; it is compiled in eval mode"
+            )
+    return ""
 
 
 def _matches(run: _Run, members: Sequence[nn.Module]) -> Iterator[Match]:

@@ -92,6 +92,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, torch.Tensor)]
         for tensor in tensors:
             self.alive.append(tensor)  # ids stay unique while the recording lasts
+        if func is aten.set_.source_Tensor and args[0] is args[1]:
+            return args[0]  # torch's parametrizations give a parameter its own storage again
         if func in _SHAPE_ONLY or not any(id(t) in self.nodes for t in tensors):
             return func(*args, **kwargs)
         recorded = self._arguments(args), self._arguments(kwargs)  # before the op may change them

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -16,6 +15,7 @@ from moec.capture.experts import ExpertsBody, hidden_sizes, named_weights, read_
 from moec.capture.flatten import flatten_tokens
 from moec.capture.loops import capture_loop, has_expert_list
 from moec.capture.trial import Trial
+from moec.capture.wrappers import core_of, own_weights
 from moec.errors import CaptureError, MoecError, NotRunError
 from moec.ir.builder import Builder
 from moec.ir.dims import dim
@@ -79,10 +79,15 @@ def find_candidates(model: nn.Module) -> Iterator[Candidate]:
     for name, module in model.named_modules():
         if module in taken:
             continue
-        experts = next((n for n, child in module.named_children() if _surely_experts(child)), None)
+        experts = experts_below(module)
         if experts is not None or _surely_experts(module) or _is_loop(module):
             yield Candidate(name, module, experts)
             taken.update(module.modules())
+
+
+def experts_below(module: nn.Module) -> str | None:
+    """The name of the child that is an experts module, if there is one."""
+    return next((n for n, child in module.named_children() if _surely_experts(child)), None)
 
 
 def _surely_experts(module: nn.Module) -> bool:
@@ -93,7 +98,7 @@ def _surely_experts(module: nn.Module) -> bool:
     """
     if not is_experts(module):
         return False
-    if sum(p.dim() == 3 for p in module.parameters(recurse=False)) > 1:
+    if sum(p.dim() == 3 for p in own_weights(module)) > 1:
         return True
     try:
         read_experts(module)
@@ -109,16 +114,8 @@ def _is_loop(module: nn.Module) -> bool:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module has the experts contract: ``forward(x, idx, w)`` and weights of several
-    experts.
-    """
-    if not any(p.dim() == 3 for p in module.parameters(recurse=False)):
-        return False
-    parameters = list(inspect.signature(inspect.unwrap(type(module).forward)).parameters.values())[
-        1:
-    ]
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return len(positional) == 3
+    """Whether a module has the experts contract, by itself or around a module that has it."""
+    return core_of(module) is not None
 
 
 def find_regions(model: nn.Module) -> list[FoundRegion]:
@@ -322,6 +319,7 @@ __all__ = [
     "capture",
     "capture_experts",
     "capture_whole",
+    "experts_below",
     "find_candidates",
     "find_regions",
 ]
