@@ -12,22 +12,27 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
+from moec.arguments import check_inputs, fits
 from moec.capture.check import autocast_dtype
 from moec.capture.regions import Candidate, FoundRegion, capture_experts, capture_whole
 from moec.compiled import as_original, region_of
 from moec.errors import CallError
 from moec.guards import Guard
-from moec.ir.graph import Graph, Value
+from moec.ir.graph import Graph
 from moec.manager import Step
 from moec.runtime.artifact import Artifact
 from moec.session import Session
 from moec.structure import structure_key
+from moec.surroundings import is_traced, is_transformed, isolated, odd_reason, odd_tensor
 from moec.targets import choose_target
-from moec.traced import number
+from moec.traced import call_traced, number
+
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class _Mode:
+class Mode:
     """What a capture depends on beyond the module's structure."""
 
     training: bool
@@ -36,6 +41,7 @@ class _Mode:
     autocast: torch.dtype | None
     choices: int = 0
     weight_dtype: torch.dtype | None = None
+    device: torch.device = _CPU
 
 
 class Region:
@@ -49,7 +55,7 @@ class Region:
     def __init__(self, session: Session, candidate: Candidate, kind: str) -> None:
         self.session, self.candidate, self.kind = session, candidate, kind
         self.name = candidate.name
-        self.found: dict[_Mode, FoundRegion] = {}
+        self.found: dict[Mode, FoundRegion] = {}
         self.artifacts: list[Artifact] = []
         self.inner: Region | None = None
         self.unserved = ""
@@ -104,21 +110,32 @@ class Region:
         return captured + [(str(s.call), s.after) for s in steps if s.changed]
 
     # capture
-    def capture(self, mode: _Mode) -> FoundRegion:
+    def capture(self, mode: Mode) -> FoundRegion:
         """The region's IR in a mode; structurally equal modules are captured once a session."""
         if mode not in self.found:
+            odd = odd_tensor(self.candidate.module.parameters())
+            if odd is not None:
+                return self._left_odd(odd)
             self._refuse_dtype(self._capture(mode), mode)
             self._report(self.found[mode])
         return self.found[mode]
 
-    def _capture(self, mode: _Mode) -> FoundRegion:
+    def _left_odd(self, tensor: torch.Tensor) -> FoundRegion:
+        """Nothing captured, since a weight is of a kind that compiled code cannot take; tried again
+        later.
+        """
+        self.unserved = odd_reason(tensor)
+        found = FoundRegion(self.name, self.candidate.module, self.kind, None, reason=self.unserved)
+        self._report(found)
+        return found
+
+    def _capture(self, mode: Mode) -> FoundRegion:
         if mode not in self.found:
             module = self.candidate.module
             with as_original(module):
                 key = (structure_key(module), mode, self.kind)
                 if key not in self.session.captures:
-                    with _capture_autocast(mode, module):
-                        self.session.captures[key] = self._read(mode)
+                    self.session.captures[key] = isolated(lambda: self._read(mode), mode.device)
             self.found[mode] = replace(self.session.captures[key], name=self.name, module=module)
         return self.found[mode]
 
@@ -128,14 +145,19 @@ class Region:
         parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
         if parameter is None:
             return
+        odd = odd_tensor(module.parameters())
+        if odd is not None:  # the call may find others: sharded weights are gathered for it
+            self.unserved = odd_reason(odd)
+            return
+        plain = Mode(module.training, parameter.dtype, 3, None, device=parameter.device)
         if self.kind == "block":
-            self._try_ranks(_Mode(module.training, parameter.dtype, 3, None))
+            self._try_ranks(plain)
         if self.status != "compiled":
             inner = self.inner if self.inner is not None else self
             if inner.kind == "experts":
-                inner.capture(_Mode(module.training, parameter.dtype, 2, None, 2, parameter.dtype))
+                inner.capture(replace(plain, rank=2, choices=2, weight_dtype=parameter.dtype))
 
-    def _try_ranks(self, mode: _Mode) -> None:
+    def _try_ranks(self, mode: Mode) -> None:
         """Capture for tokens with batch and sequence; for flat ones where that cannot be."""
         if self._capture(mode).graph is None:
             flat = replace(mode, rank=2)
@@ -156,14 +178,15 @@ class Region:
             new.inner = region_of(module.get_submodule(self.candidate.experts))
         return new
 
-    def _read(self, mode: _Mode) -> FoundRegion:
-        if self.kind == "experts":
-            return capture_experts(
-                self.candidate, mode.dtype, mode.choices, mode.weight_dtype or torch.float32
-            )
-        return capture_whole(self.candidate, mode.dtype, mode.rank)
+    def _read(self, mode: Mode) -> FoundRegion:
+        with _capture_autocast(mode):
+            if self.kind == "experts":
+                return capture_experts(
+                    self.candidate, mode.dtype, mode.choices, mode.weight_dtype or torch.float32
+                )
+            return capture_whole(self.candidate, mode.dtype, mode.rank)
 
-    def _refuse_dtype(self, found: FoundRegion, mode: _Mode) -> None:
+    def _refuse_dtype(self, found: FoundRegion, mode: Mode) -> None:
         """Refuse tokens of a dtype with which the module's own code does not run either."""
         own = {p.dtype for p in self.candidate.module.parameters()}
         if found.ran or mode.autocast is not None or mode.dtype in own:
@@ -189,6 +212,10 @@ class Region:
     # calls
     def call(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Serve a call, or give ``NotImplemented`` if the module's own code must run."""
+        if is_transformed():
+            return NotImplemented
+        if is_traced():
+            return call_traced(module, args, kwargs, self)
         data = _tensor_arguments(self.kind, args, self._in_order(kwargs))
         if data is None:
             self._note_form(len(args) + len(kwargs))
@@ -223,18 +250,26 @@ class Region:
         known = [n for n in inspect.signature(own).parameters if n in kwargs]
         return {n: kwargs[n] for n in known} if len(known) == len(kwargs) else kwargs
 
-    def _mode(self, module: nn.Module, data: Sequence[torch.Tensor]) -> _Mode:
+    def _mode(self, module: nn.Module, data: Sequence[torch.Tensor]) -> Mode:
         x = data[0]
         autocast = autocast_dtype(x.device.type)
         if self.kind == "experts":
-            return _Mode(module.training, x.dtype, 2, autocast, data[1].shape[-1], data[2].dtype)
-        return _Mode(module.training, x.dtype, x.dim(), autocast)
+            choices, weight_dtype = data[1].shape[-1], data[2].dtype
+            return Mode(module.training, x.dtype, 2, autocast, choices, weight_dtype, x.device)
+        return Mode(module.training, x.dtype, x.dim(), autocast, device=x.device)
 
     def _run(self, found: FoundRegion, module: nn.Module, data: Sequence[torch.Tensor]) -> Any:
         graph = found.graph
         if graph is None:
             return NotImplemented
-        inputs = [*self._data(graph, found, data), *self._weights(found, module)]
+        weights = self._weights(found, module)
+        if not fits(graph, weights):
+            return self._recaptured(module, data)
+        inputs = [*self._data(graph, found, data), *weights]
+        odd = odd_tensor(inputs)
+        if odd is not None:
+            self._left_odd(odd)
+            return NotImplemented
         check_inputs(self.name, graph, inputs)
         wanted = tuple(t.requires_grad for t in inputs)
         training = torch.is_grad_enabled() and any(wanted)
@@ -252,6 +287,19 @@ class Region:
             for o, t in zip(outputs, found.results, strict=True)
         ]
         return _pytree.tree_unflatten(shaped, found.tree) if found.tree is not None else shaped[0]
+
+    def _recaptured(self, module: nn.Module, data: Sequence[torch.Tensor]) -> Any:
+        """Serve a call after weights were replaced by others of another dtype or shape."""
+        self._forget()
+        found = self.capture(self._mode(module, data))
+        if found.graph is None or not fits(found.graph, self._weights(found, module)):
+            return NotImplemented
+        return self._run(found, module, data)
+
+    def _forget(self) -> None:
+        self.found.clear()
+        self._tensors.clear()
+        self._guard = Guard(self.candidate.module)
 
     def prepare(
         self,
@@ -271,14 +319,19 @@ class Region:
         module = self.candidate.module
         if self._is_changed(module) or _has_hooks(module, self):
             return None
-        autocast = autocast_dtype(next(module.parameters()).device.type)
-        mode = _Mode(training, dtype, rank, autocast)
+        device = next(module.parameters()).device
+        mode = Mode(training, dtype, rank, autocast_dtype(device.type), device=device)
         if self.kind == "experts":
-            mode = _Mode(training, dtype, 2, autocast, choices, weight_dtype)
+            mode = replace(mode, rank=2, choices=choices, weight_dtype=weight_dtype)
         found = self.capture(mode)
+        if found.graph is not None and not fits(found.graph, self._weights(found, module)):
+            self._forget()
+            found = self.capture(mode)
         if found.graph is None:
             return None
         weights = self._weights(found, module)
+        if odd_tensor(weights) is not None:
+            return None
         count = len(found.graph.inputs) - len(weights)
         wanted = (
             *(bool(data_grad >> i & 1) for i in range(count)),
@@ -318,9 +371,7 @@ class Region:
         if self._guard.holds():
             return False
         if _types_below(module) == self._types:  # others of the same classes, or other settings
-            self.found.clear()
-            self._tensors.clear()
-            self._guard = Guard(module)
+            self._forget()
             return False
         self.session.warn(
             f"moec: {self.name}: a submodule was replaced after compilation; its own code runs. "
@@ -360,36 +411,6 @@ def _result_shape(
     return (*x.shape[:-1], value.shape[-1]) if declared else tuple(value.shape)
 
 
-def check_inputs(name: str, graph: Graph, inputs: Sequence[torch.Tensor]) -> None:
-    """Refuse wrong dtypes, shapes and devices before anything runs, naming the input."""
-    device = inputs[0].device
-    for value, tensor in zip(graph.inputs, inputs, strict=True):
-        fits = tensor.dim() == value.type.rank and all(
-            not isinstance(d, int) or d == s
-            for d, s in zip(value.type.shape, tensor.shape, strict=True)
-        )
-        if not fits:
-            raise CallError(
-                f"{name}: %{value.hint} must be {value.type}, got shape {tuple(tensor.shape)}"
-            )
-        if tensor.dtype != _torch_dtype(value):
-            raise CallError(
-                f"{name}: %{value.hint} must be {value.type}, got {tensor.dtype}; cast it, "
-                "or compile the model in that dtype"
-            )
-        if tensor.device != device:
-            raise CallError(
-                f"{name}: %{value.hint} is on {tensor.device}, the tokens are on {device}; "
-                "move the model or the input"
-            )
-
-
-def _torch_dtype(value: Value) -> torch.dtype:
-    from moec.ir.types import DTYPES
-
-    return DTYPES[value.type.dtype]
-
-
 def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """Emitted code has its casts written out."""
     if autocast_dtype(device_type) is not None:
@@ -398,14 +419,13 @@ def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def _capture_autocast(mode: _Mode, module: nn.Module) -> Iterator[None]:
+def _capture_autocast(mode: Mode) -> Iterator[None]:
     """Capture under the caller's autocast, without its cache of cast weights."""
     if mode.autocast is None:
         yield
         return
-    device = next(module.parameters()).device.type
-    with torch.autocast(device, dtype=mode.autocast, cache_enabled=False):
+    with torch.autocast(mode.device.type, dtype=mode.autocast, cache_enabled=False):
         yield
 
 
-__all__ = ["Region", "check_inputs"]
+__all__ = ["Region"]

@@ -5,6 +5,7 @@ tracing.
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,8 @@ from torch.utils import _pytree
 if TYPE_CHECKING:
     from moec.region import Region
 
-_REGIONS: dict[int, Region] = {}
+# A number must not keep a model alive: the model's modules hold their regions.
+_REGIONS: weakref.WeakValueDictionary[int, Region] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
 
 
@@ -66,21 +68,30 @@ def _prepare(
     )
 
 
-def call_traced(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def call_traced(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], region: Any
+) -> Any:
     """As ``Region.call``, in terms that torch.compile and torch.export can trace."""
-    data = [*args, *kwargs.values()]
-    region: Any = module._moec_region
-    wanted = 3 if region.kind == "experts" else 1
-    if len(data) != wanted or not all(isinstance(v, torch.Tensor) for v in data):
-        return NotImplemented
     if len(kwargs) > 1:  # their order would have to be looked up, which tracers cannot do
+        return NotImplemented
+    wanted = 3 if region.kind == "experts" else 1
+    shaped = run_traced(module, region.number, wanted, [*args, *kwargs.values()])
+    if shaped is NotImplemented:
+        return NotImplemented
+    tree = region.first.tree
+    return _pytree.tree_unflatten(shaped, tree) if tree is not None else shaped[0]
+
+
+def run_traced(module: nn.Module, region: int, wanted: int, data: Sequence[Any]) -> Any:
+    """The results of a region's op for the ``wanted`` tensors of a call, or ``NotImplemented``."""
+    if len(data) != wanted or not all(isinstance(v, torch.Tensor) for v in data):
         return NotImplemented
     x = data[0]
     choices = data[1].shape[-1] if wanted == 3 else 0
     weight_dtype = data[2].dtype if wanted == 3 else x.dtype
     grads = sum(1 << i for i, t in enumerate(data) if t.requires_grad)
     prepared = _prepare(
-        region.number,
+        region,
         module.training,
         str(x.dtype).split(".")[-1],
         x.dim(),
@@ -97,12 +108,10 @@ def call_traced(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
     ]
     inputs += [_attribute(module, path) for path in weights]
     outputs = getattr(torch.ops.moec, name)(inputs)[:count]
-    shaped = [
+    return [
         o.reshape(*x.shape[:-1], o.shape[-1]) if like else o
         for o, like in zip(outputs, lead, strict=True)
     ]
-    tree = region.first.tree
-    return _pytree.tree_unflatten(shaped, tree) if tree is not None else shaped[0]
 
 
 def _attribute(module: nn.Module, path: str) -> torch.Tensor:
