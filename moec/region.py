@@ -27,7 +27,6 @@ from moec.surroundings import is_traced, is_transformed, isolated, odd_reason, o
 from moec.targets import choose_target
 from moec.traced import call_traced, number
 
-
 _CPU = torch.device("cpu")
 
 
@@ -122,12 +121,14 @@ class Region:
 
     def _left_odd(self, tensor: torch.Tensor) -> FoundRegion:
         """Nothing captured, since a weight is of a kind that compiled code cannot take; tried again
-        later.
+        at the next call.
         """
         self.unserved = odd_reason(tensor)
-        found = FoundRegion(self.name, self.candidate.module, self.kind, None, reason=self.unserved)
-        self._report(found)
-        return found
+        module, name = self.candidate.module, self.name or "the model"
+        self.session.warn(
+            f"moec: {name} ({type(module).__name__}) runs its own code: {self.unserved}"
+        )
+        return FoundRegion(self.name, module, self.kind, None, reason=self.unserved)
 
     def _capture(self, mode: Mode) -> FoundRegion:
         if mode not in self.found:
@@ -220,7 +221,7 @@ class Region:
         if data is None:
             self._note_form(len(args) + len(kwargs))
             return NotImplemented
-        if self._is_changed(module) or _has_hooks(module, self):
+        if self._must_run_own_code(module):
             return NotImplemented
         found = self.capture(self._mode(module, data))
         if found.graph is None:
@@ -317,7 +318,7 @@ class Region:
         Bit ``i`` of ``data_grad`` says whether the ``i``-th tensor of the call requires a gradient.
         """
         module = self.candidate.module
-        if self._is_changed(module) or _has_hooks(module, self):
+        if self._must_run_own_code(module):
             return None
         device = next(module.parameters()).device
         mode = Mode(training, dtype, rank, autocast_dtype(device.type), device=device)
@@ -365,6 +366,11 @@ class Region:
                 places.append((module.get_submodule(owner), name))
             self._tensors[found.weights] = places
         return [getattr(owner, name) for owner, name in self._tensors[found.weights]]
+
+    def _must_run_own_code(self, module: nn.Module) -> bool:
+        # Experts of which other processes hold some are called with indices that mean "not here".
+        split = self.kind == "experts" and getattr(module, "_is_expert_parallel", False)
+        return bool(split) or self._is_changed(module) or _has_hooks(module, self)
 
     def _is_changed(self, module: nn.Module) -> bool:
         """Whether a submodule was replaced since compilation (an adapter put around it, say)."""

@@ -19,7 +19,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moec.capture.regions import Candidate, FoundRegion
-from moec.region import Region, Mode
+from moec.region import Mode, Region
 from moec.session import Session
 from moec.surroundings import is_traced
 from moec.traced import run_traced
