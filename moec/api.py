@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import ScriptObject, nn
 
 from moec.capture.regions import Candidate, find_candidates, join
 from moec.compiled import install, region_of
@@ -65,9 +65,20 @@ def compile(
     if not candidates:
         session.warn(
             f"moec: found no MoE block in {type(model).__name__}; the model is returned unchanged. "
-            "See docs/tour.md for what is looked for."
+            f"{_quantised_text(model)}See docs/tour.md for what is looked for."
         )
     return compiled
+
+
+def _quantised_text(model: nn.Module) -> str:
+    """What to say of layers whose weights are packed away, if the model has any."""
+    packed = (
+        name
+        for name, module in model.named_modules()
+        if any(isinstance(value, ScriptObject) for value in vars(module).values())
+    )
+    first = next(packed, None)
+    return "" if first is None else f"Its layer {first} is quantised, and left alone. "
 
 
 def _install(session: Session, candidate: Candidate) -> None:

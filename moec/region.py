@@ -331,7 +331,7 @@ class Region:
         if found.graph is None:
             return None
         weights = self._weights(found, module)
-        if odd_tensor(weights) is not None:
+        if odd_tensor(weights, fake=True) is not None:
             return None
         count = len(found.graph.inputs) - len(weights)
         wanted = (

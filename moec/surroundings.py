@@ -33,15 +33,24 @@ def is_traced() -> bool:
     return any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS)
 
 
-def odd_tensor(tensors: Iterable[torch.Tensor]) -> torch.Tensor | None:
-    """The first tensor that is not plain memory: a sharded or a quantised one, say."""
-    return next((t for t in tensors if not _is_plain(t)), None)
+def odd_tensor(tensors: Iterable[torch.Tensor], *, fake: bool = False) -> torch.Tensor | None:
+    """The first tensor that is not plain memory: a sharded or a quantised one, say.
+
+    ``fake`` says that a tracer's stand-ins for plain memory will do.
+    """
+    return next((t for t in tensors if not (_is_plain(t) or (fake and _is_fake(t)))), None)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     cls = type(tensor)
     own = cls.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
     return tensor.layout is torch.strided and not tensor.is_quantized and not own
+
+
+def _is_fake(tensor: torch.Tensor) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
 
 
 def odd_reason(tensor: torch.Tensor) -> str:

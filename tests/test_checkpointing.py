@@ -29,7 +29,7 @@ def assert_equal_steps(compiled: Any, model: Any, length: int = 7) -> None:
     assert_equal_gradients(ours, theirs)
 
 
-@pytest.mark.filterwarnings("ignore:.*use_cache.*")
+@pytest.mark.filterwarnings("ignore:.*use_cache.*", "ignore:.*gradient_checkpointing_enable")
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_first_training_call_may_be_inside_a_checkpoint(family: str, reentrant: bool) -> None:

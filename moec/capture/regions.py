@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from moec.capture.block import CapturedBlock, capture_block, opaque_experts, weight_hint
 from moec.capture.check import SIZES, compare, compare_experts, unchanged
@@ -92,13 +93,20 @@ def _surely_experts(module: nn.Module) -> bool:
     """
     if not is_experts(module):
         return False
-    if sum(p.dim() == 3 for p in module.parameters(recurse=False)) > 1:
+    if sum(p.dim() == 3 for p in _own_weights(module)) > 1:
         return True
     try:
         read_experts(module)
     except MoecError:
         return False
     return True
+
+
+def _own_weights(module: nn.Module) -> Iterator[torch.Tensor]:
+    """A module's parameters, and those behind its computed weights."""
+    yield from module.parameters(recurse=False)
+    if parametrize.is_parametrized(module):
+        yield from module.parametrizations.parameters()  # type: ignore[union-attr]
 
 
 def _is_loop(module: nn.Module) -> bool:
@@ -111,7 +119,7 @@ def is_experts(module: nn.Module) -> bool:
     """Whether a module has the experts contract: ``forward(x, idx, w)`` and weights of several
     experts.
     """
-    if not any(p.dim() == 3 for p in module.parameters(recurse=False)):
+    if not any(p.dim() == 3 for p in _own_weights(module)):
         return False
     parameters = list(inspect.signature(inspect.unwrap(type(module).forward)).parameters.values())[
         1:
