@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import ScriptObject, nn
 
 from moec.capture.regions import Candidate, find_candidates
 from moec.compiled import install, model_scope_of, region_of
@@ -73,7 +73,7 @@ def compile(
     if not candidates:
         session.warn(
             f"moec: found no MoE block in {type(model).__name__}; the model is returned unchanged. "
-            "See docs/tour.md for what is looked for."
+            f"{_quantised_text(model)}See docs/tour.md for what is looked for."
         )
     if backend is not None and region_of(compiled) is None:
         install(compiled, ModelScope(session, type(model).__name__, backend))
@@ -88,6 +88,17 @@ def _model_backend(settings: dict[str, Any], scope: str) -> str | None:
     if given is not None:
         raise CompileError("option 'model_backend' is for scope='model'; add that, or leave it out")
     return None
+
+
+def _quantised_text(model: nn.Module) -> str:
+    """What to say of layers whose weights are packed away, if the model has any."""
+    packed = (
+        name
+        for name, module in model.named_modules()
+        if any(isinstance(value, ScriptObject) for value in vars(module).values())
+    )
+    first = next(packed, None)
+    return "" if first is None else f"Its layer {first} is quantised, and left alone. "
 
 
 def _install(session: Session, candidate: Candidate) -> None:

@@ -33,7 +33,7 @@ class CompiledMixin:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Serve the call from the region, or run the module's own code."""
         if torch.compiler.is_compiling():
-            result = call_traced(self, args, kwargs)  # type: ignore[arg-type]
+            result = call_traced(self, args, kwargs, self._moec_region)  # type: ignore[arg-type]
         else:
             result = self._moec_region.call(self, args, kwargs)
         return super().forward(*args, **kwargs) if result is NotImplemented else result  # type: ignore[misc]

@@ -16,6 +16,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from moec.errors import CompileError
 from moec.session import Session
+from moec.surroundings import is_traced, is_transformed
 
 DEFAULT_BACKEND = "inductor"
 
@@ -40,7 +41,7 @@ class ModelScope:
 
     def call(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The result from the whole graph, or ``NotImplemented`` if there is none."""
-        if self.reason:
+        if self.reason or is_traced() or is_transformed():
             return NotImplemented
         try:
             with _quiet_recompilation():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from moec.arguments import check_inputs, fits
 from moec.call_form import MAX_FORMS, TOKENS_ALONE, Call, CallForm, graph_inputs, read_call
 from moec.capture.check import autocast_dtype
 from moec.capture.regions import (
@@ -26,18 +27,21 @@ from moec.capture.trial import Trial
 from moec.compiled import as_original, install, region_of, restore
 from moec.errors import CallError
 from moec.guards import Guard
-from moec.ir.graph import Graph, Value
+from moec.ir.graph import Graph
 from moec.manager import Step
 from moec.result_form import ResultForm
 from moec.runtime.artifact import Artifact
 from moec.session import Session
 from moec.structure import structure_key
+from moec.surroundings import is_traced, is_transformed, isolated, odd_reason, odd_tensor
 from moec.targets import choose_target
-from moec.traced import number
+from moec.traced import call_traced, number
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class _Mode:
+class Mode:
     """What a capture depends on beyond the module's structure."""
 
     training: bool
@@ -47,6 +51,7 @@ class _Mode:
     choices: int = 0
     weight_dtype: torch.dtype | None = None
     form: CallForm = TOKENS_ALONE
+    device: torch.device = _CPU
 
 
 class Region:
@@ -60,7 +65,7 @@ class Region:
     def __init__(self, session: Session, candidate: Candidate, kind: str) -> None:
         self.session, self.candidate, self.kind = session, candidate, kind
         self.name = candidate.name
-        self.found: dict[_Mode, FoundRegion] = {}
+        self.found: dict[Mode, FoundRegion] = {}
         self.traced: dict[str, tuple[CallForm, ResultForm]] = {}
         self.artifacts: list[Artifact] = []
         self.inner: Region | None = None
@@ -117,26 +122,39 @@ class Region:
         return captured + [(str(s.call), s.after) for s in steps if s.changed]
 
     # capture
-    def capture(self, mode: _Mode, values: Mapping[str, torch.Tensor] | None = None) -> FoundRegion:
+    def capture(self, mode: Mode, values: Mapping[str, torch.Tensor] | None = None) -> FoundRegion:
         """The region's IR in a mode; structurally equal modules are captured once a session.
 
         ``values`` are integers that further tensors of a call may hold, by parameter.
         """
         if mode not in self.found:
+            odd = odd_tensor(self.candidate.module.parameters())
+            if odd is not None:
+                return self._left_odd(odd)
             self._refuse_dtype(self._capture(mode, values), mode)
             self._report(self.found[mode])
         return self.found[mode]
 
-    def _capture(
-        self, mode: _Mode, values: Mapping[str, torch.Tensor] | None = None
-    ) -> FoundRegion:
+    def _left_odd(self, tensor: torch.Tensor) -> FoundRegion:
+        """Nothing captured, since a weight is of a kind that compiled code cannot take; tried again
+        at the next call.
+        """
+        self.unserved = odd_reason(tensor)
+        module, name = self.candidate.module, self.name or "the model"
+        self.session.warn(
+            f"moec: {name} ({type(module).__name__}) runs its own code: {self.unserved}"
+        )
+        return FoundRegion(self.name, module, self.kind, None, reason=self.unserved)
+
+    def _capture(self, mode: Mode, values: Mapping[str, torch.Tensor] | None = None) -> FoundRegion:
         if mode not in self.found:
             module = self.candidate.module
             with as_original(module):
                 key = (structure_key(module), mode, self.kind)
                 if key not in self.session.captures:
-                    with _capture_autocast(mode, module):
-                        self.session.captures[key] = self._read(mode, values or {})
+                    self.session.captures[key] = isolated(
+                        lambda: self._read(mode, values or {}), mode.device
+                    )
             self.found[mode] = replace(self.session.captures[key], name=self.name, module=module)
         return self.found[mode]
 
@@ -146,14 +164,19 @@ class Region:
         parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
         if parameter is None:
             return
+        odd = odd_tensor(module.parameters())
+        if odd is not None:  # the call may find others: sharded weights are gathered for it
+            self.unserved = odd_reason(odd)
+            return
+        plain = Mode(module.training, parameter.dtype, 3, None, device=parameter.device)
         if self.kind == "block":
-            self._try_ranks(_Mode(module.training, parameter.dtype, 3, None))
+            self._try_ranks(plain)
         if self.status != "compiled":
             inner = self.inner if self.inner is not None else self
             if inner.kind == "experts":
-                inner.capture(_Mode(module.training, parameter.dtype, 2, None, 2, parameter.dtype))
+                inner.capture(replace(plain, rank=2, choices=2, weight_dtype=parameter.dtype))
 
-    def _try_ranks(self, mode: _Mode) -> None:
+    def _try_ranks(self, mode: Mode) -> None:
         """Capture for tokens with batch and sequence; for flat ones where that cannot be."""
         if self._capture(mode).graph is None:
             flat = replace(mode, rank=2)
@@ -175,15 +198,16 @@ class Region:
             new.inner = region_of(module.get_submodule(self.candidate.experts))
         return new
 
-    def _read(self, mode: _Mode, values: Mapping[str, torch.Tensor]) -> FoundRegion:
-        if self.kind == "experts":
-            return capture_experts(
-                self.candidate, mode.dtype, mode.choices, mode.weight_dtype or torch.float32
-            )
-        trial = Trial(mode.form, values)
-        return capture_whole(self.candidate, mode.dtype, mode.rank, trial)
+    def _read(self, mode: Mode, values: Mapping[str, torch.Tensor]) -> FoundRegion:
+        with _capture_autocast(mode):
+            if self.kind == "experts":
+                return capture_experts(
+                    self.candidate, mode.dtype, mode.choices, mode.weight_dtype or torch.float32
+                )
+            trial = Trial(mode.form, values)
+            return capture_whole(self.candidate, mode.dtype, mode.rank, trial)
 
-    def _refuse_dtype(self, found: FoundRegion, mode: _Mode) -> None:
+    def _refuse_dtype(self, found: FoundRegion, mode: Mode) -> None:
         """Refuse tokens of a dtype with which the module's own code does not run either."""
         own = {p.dtype for p in self.candidate.module.parameters()}
         if found.ran or mode.autocast is not None or mode.dtype in own:
@@ -209,31 +233,49 @@ class Region:
     # calls
     def call(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Serve a call, or give ``NotImplemented`` if the module's own code must run."""
+        if is_transformed():
+            return NotImplemented
+        if is_traced():
+            return call_traced(module, args, kwargs, self)
         if self.kind == "experts":
             return self._call_experts(module, [*args, *self._in_order(kwargs).values()])
         call = read_call(type(self.candidate.module), args, kwargs)
         if isinstance(call, str):
             self._note_form(call)
             return NotImplemented
-        if self._is_changed(module) or _has_hooks(module, self):
+        if self._must_run_own_code(module):
             return NotImplemented
-        found = self._found_for(module, call)
-        if found is None:
-            return NotImplemented
-        return self._run(found, module, call.tensors)
+        return self._serve(module, call.tensors, lambda: self._found_for(module, call))
 
     def _call_experts(self, module: nn.Module, data: Sequence[Any]) -> Any:
         if len(data) != 3 or not all(isinstance(v, torch.Tensor) for v in data):
             return NotImplemented
         if data[0].dim() != 2:  # bodies are read for tokens [T, H]
             return NotImplemented
-        if self._is_changed(module) or _has_hooks(module, self):
+        if self._must_run_own_code(module):
             return NotImplemented
         x, idx, w = data
-        autocast = autocast_dtype(x.device.type)
-        mode = _Mode(module.training, x.dtype, 2, autocast, idx.shape[-1], w.dtype)
-        found = self.capture(mode)
-        return NotImplemented if found.graph is None else self._run(found, module, data)
+        autocast, choices = autocast_dtype(x.device.type), idx.shape[-1]
+        mode = Mode(module.training, x.dtype, 2, autocast, choices, w.dtype, device=x.device)
+        return self._serve(module, data, lambda: self.capture(mode))
+
+    def _serve(
+        self,
+        module: nn.Module,
+        data: Sequence[torch.Tensor],
+        find: Callable[[], FoundRegion | None],
+    ) -> Any:
+        """Run the capture that serves a call; made anew after weights were replaced by others of
+        another dtype or shape.
+        """
+        for _ in range(2):
+            found = find()
+            if found is None or found.graph is None:
+                return NotImplemented
+            if fits(found.graph, self._weights(found, module)):
+                return self._run(found, module, data)
+            self._forget()
+        return NotImplemented
 
     def _found_for(self, module: nn.Module, call: Call) -> FoundRegion | None:
         """The capture that serves a call, if there is one: of its forms, one known before goes
@@ -241,7 +283,7 @@ class Region:
         """
         x = call.tensors[0]
         autocast = autocast_dtype(x.device.type)
-        known = _Mode(module.training, x.dtype, x.dim(), autocast)
+        known = Mode(module.training, x.dtype, x.dim(), autocast, device=x.device)
         modes = [replace(known, form=form) for form in call.forms()]
         for mode in modes:
             if mode in self.found and self.found[mode].graph is not None:
@@ -260,7 +302,7 @@ class Region:
         self.unserved = self.unserved or self.found[modes[0]].reason
         return None
 
-    def _is_one_too_many(self, mode: _Mode) -> bool:
+    def _is_one_too_many(self, mode: Mode) -> bool:
         same = [m for m in self.found if replace(m, form=mode.form) == mode]
         return mode not in self.found and len(same) >= MAX_FORMS
 
@@ -290,6 +332,10 @@ class Region:
         if graph is None:
             return NotImplemented
         inputs = [*self._data(graph, found, data), *self._weights(found, module)]
+        odd = odd_tensor(inputs)
+        if odd is not None:
+            self._left_odd(odd)
+            return NotImplemented
         check_inputs(self.name, graph, inputs)
         wanted = tuple(t.requires_grad for t in inputs)
         training = torch.is_grad_enabled() and any(wanted)
@@ -303,6 +349,11 @@ class Region:
         with _no_autocast(data[0].device.type):
             outputs = artifact(inputs)
         return found.result.build(outputs, data[0].shape[:-1])
+
+    def _forget(self) -> None:
+        self.found.clear()
+        self._tensors.clear()
+        self._guard = Guard(self.candidate.module)
 
     def prepare(
         self,
@@ -321,16 +372,22 @@ class Region:
         Bit ``i`` of ``data_grad`` says whether the ``i``-th tensor of the call requires a gradient.
         """
         module = self.candidate.module
-        if self._is_changed(module) or _has_hooks(module, self):
+        if self._must_run_own_code(module):
             return None
-        autocast = autocast_dtype(next(module.parameters()).device.type)
-        mode = _Mode(training, dtype, rank, autocast, form=form)
+        device = next(module.parameters()).device
+        autocast = autocast_dtype(device.type)
+        mode = Mode(training, dtype, rank, autocast, form=form, device=device)
         if self.kind == "experts":
-            mode = _Mode(training, dtype, 2, autocast, choices, weight_dtype)
+            mode = replace(mode, rank=2, choices=choices, weight_dtype=weight_dtype)
         found = self.capture(mode)
+        if found.graph is not None and not fits(found.graph, self._weights(found, module)):
+            self._forget()
+            found = self.capture(mode)
         if found.graph is None:
             return None
         weights = self._weights(found, module)
+        if odd_tensor(weights, fake=True) is not None:
+            return None
         count = len(found.graph.inputs) - len(weights)
         wanted = (
             *(bool(data_grad >> i & 1) for i in range(count)),
@@ -364,6 +421,11 @@ class Region:
             self._tensors[found.weights] = places
         return [getattr(owner, name) for owner, name in self._tensors[found.weights]]
 
+    def _must_run_own_code(self, module: nn.Module) -> bool:
+        # Experts of which other processes hold some are called with indices that mean "not here".
+        split = self.kind == "experts" and getattr(module, "_is_expert_parallel", False)
+        return bool(split) or self._is_changed(module) or _has_hooks(module, self)
+
     def _is_changed(self, module: nn.Module) -> bool:
         """Whether the module's own code must run since it was changed; else it is read again where
         it was (an adapter put around a submodule, say, or switched off).
@@ -379,9 +441,8 @@ class Region:
             return True
         if types != self._types:
             self._look_again(module)
-        self.found.clear()
-        self._tensors.clear()
-        self._types, self._guard = types, Guard(module)
+        self._types = types
+        self._forget()
         return False
 
     def _look_again(self, module: nn.Module) -> None:
@@ -420,36 +481,6 @@ def _has_hooks(module: nn.Module, region: Region) -> bool:
     )
 
 
-def check_inputs(name: str, graph: Graph, inputs: Sequence[torch.Tensor]) -> None:
-    """Refuse wrong dtypes, shapes and devices before anything runs, naming the input."""
-    device = inputs[0].device
-    for value, tensor in zip(graph.inputs, inputs, strict=True):
-        fits = tensor.dim() == value.type.rank and all(
-            not isinstance(d, int) or d == s
-            for d, s in zip(value.type.shape, tensor.shape, strict=True)
-        )
-        if not fits:
-            raise CallError(
-                f"{name}: %{value.hint} must be {value.type}, got shape {tuple(tensor.shape)}"
-            )
-        if tensor.dtype != _torch_dtype(value):
-            raise CallError(
-                f"{name}: %{value.hint} must be {value.type}, got {tensor.dtype}; cast it, "
-                "or compile the model in that dtype"
-            )
-        if tensor.device != device:
-            raise CallError(
-                f"{name}: %{value.hint} is on {tensor.device}, the tokens are on {device}; "
-                "move the model or the input"
-            )
-
-
-def _torch_dtype(value: Value) -> torch.dtype:
-    from moec.ir.types import DTYPES
-
-    return DTYPES[value.type.dtype]
-
-
 def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """Emitted code has its casts written out."""
     if autocast_dtype(device_type) is not None:
@@ -458,14 +489,13 @@ def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def _capture_autocast(mode: _Mode, module: nn.Module) -> Iterator[None]:
+def _capture_autocast(mode: Mode) -> Iterator[None]:
     """Capture under the caller's autocast, without its cache of cast weights."""
     if mode.autocast is None:
         yield
         return
-    device = next(module.parameters()).device.type
-    with torch.autocast(device, dtype=mode.autocast, cache_enabled=False):
+    with torch.autocast(mode.device.type, dtype=mode.autocast, cache_enabled=False):
         yield
 
 
-__all__ = ["Region", "check_inputs"]
+__all__ = ["Region"]

@@ -24,6 +24,7 @@ from moec.observers import Dump
 from moec.pipeline import pipeline
 from moec.reproducer import Reproducer
 from moec.runtime.artifact import Artifact, build
+from moec.surroundings import isolated
 from moec.targets import choose_target, has_descriptors
 
 
@@ -85,7 +86,7 @@ class Session:
         """Whether an artifact's kernels compile and launch, forward and backward."""
         try:
             if inputs:
-                artifact.try_out(inputs)
+                isolated(lambda: artifact.try_out(inputs), inputs[0].device)
         except torch.OutOfMemoryError:
             return True  # says nothing about the kernels; the real call reports it
         except Exception as error:  # a kernel compiler raises errors of many kinds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +31,8 @@ def share(model: M) -> M:
             if setting is not None:
                 memo[id(setting)] = setting
     try:
+        for old, new in _shells(model, memo):
+            _fill(old, new, memo)
         twin = copy.deepcopy(model, memo)
     except Exception as error:  # any attribute may refuse to be copied, with any error
         raise CompileError(
@@ -40,6 +43,43 @@ def share(model: M) -> M:
     for old, new in zip(model.modules(), twin.modules(), strict=True):
         new._parameters, new._buffers = old._parameters, old._buffers
     return twin
+
+
+def _shells(model: nn.Module, memo: dict[int, Any]) -> list[tuple[nn.Module, nn.Module]]:
+    """Empty twins of the modules that ``fully_shard`` or ``replicate`` manages; they refuse to be
+    copied.
+    """
+    managed = [m for m in model.modules() if _is_managed(m)]
+    pairs = [(m, object.__new__(type(m))) for m in managed]  # their own __new__ is for indexing
+    memo.update({id(old): new for old, new in pairs})
+    memo.update({id(state): state for m in managed for state in _states_of(m)})
+    return pairs
+
+
+def _states_of(module: nn.Module) -> Iterator[Any]:
+    """What torch.distributed keeps in a module's attributes."""
+    for value in vars(module).values():
+        for item in value.values() if isinstance(value, dict) else [value]:
+            if type(item).__module__.startswith("torch.distributed."):
+                yield item
+
+
+def _is_managed(module: nn.Module) -> bool:
+    refusal = getattr(type(module), "__deepcopy__", None)
+    return getattr(refusal, "__module__", "").startswith("torch.distributed.")
+
+
+def _fill(old: nn.Module, new: nn.Module, memo: dict[int, Any]) -> None:
+    """Give a twin its own submodules, and the state that gathers the weights, which it shares.
+
+    That state swaps the entries of ``_parameters``; the twin has the same dictionary.
+    """
+    from torch.distributed import _composable_state as states
+
+    vars(new).update({k: copy.deepcopy(v, memo) for k, v in vars(old).items()})
+    state = states._get_module_state(old)
+    if state is not None:
+        states._insert_module_state(new, state)
 
 
 def _hooks_of(module: nn.Module) -> list[Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 _PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device)
-_INTERNAL = {*vars(nn.Module()), "_moec_region"}
+_INTERNAL = {*vars(nn.Module()), "_moec_region", "_moec_interface"}
 _STATE = _INTERNAL - {"training"}
 # Code with one of these may read an attribute whose name cannot be seen in it.
 _ANY_ATTRIBUTE = {"getattr", "vars", "__dict__"}

@@ -5,6 +5,7 @@ tracing.
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ from moec.call_form import CallForm, TensorForm, graph_inputs, parameters, witho
 if TYPE_CHECKING:
     from moec.region import Region
 
-_REGIONS: dict[int, Region] = {}
+# A number must not keep a model alive: the model's modules hold their regions.
+_REGIONS: weakref.WeakValueDictionary[int, Region] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
 
 
@@ -75,9 +77,10 @@ def _prepare(
     return name, found.weights, ranks, len(artifact.graph.outputs)
 
 
-def call_traced(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def call_traced(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], region: Any
+) -> Any:
     """As ``Region.call``, in terms that torch.compile and torch.export can trace."""
-    region: Any = module._moec_region
     if region.kind == "model":  # the tracer is about to see the whole
         return NotImplemented
     given = dict(zip(_names(region.number), args, strict=False))
@@ -91,8 +94,10 @@ def call_traced(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
     if not _can_be_traced(region.kind, named, plain):
         return NotImplemented
     data = list(named.values())
+    if region.kind == "experts":
+        return run_experts(module, region.number, data)
     x = data[0]
-    further = _forms(named, x) if region.kind == "block" else ()
+    further = _forms(named, x)
     if further is None:
         return NotImplemented
     first = list(named)[0]  # noqa: RUF015 (next(iter()) is not traced)
@@ -101,8 +106,8 @@ def call_traced(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
         module.training,
         str(x.dtype).split(".")[-1],
         x.dim(),
-        data[1].shape[-1] if region.kind == "experts" else 0,
-        str(data[2].dtype if region.kind == "experts" else x.dtype).split(".")[-1],
+        0,
+        str(x.dtype).split(".")[-1],
         torch.is_grad_enabled(),
         sum(1 << i for i, t in enumerate(data) if t.requires_grad),
         "" if first == _names(region.number)[0] else first,
@@ -113,10 +118,34 @@ def call_traced(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
         return NotImplemented
     name, weights, ranks, count = prepared
     form, result = region.traced[name]
-    inputs = data if region.kind == "experts" else graph_inputs(form, ranks, data)
-    inputs = [*inputs, *(_attribute(module, path) for path in weights)]
+    inputs = [*graph_inputs(form, ranks, data), *(_attribute(module, path) for path in weights)]
     outputs = getattr(torch.ops.moec, name)(inputs)[:count]
     return result.build(outputs, x.shape[:-1])
+
+
+def run_experts(module: nn.Module, region: int, data: Sequence[torch.Tensor]) -> Any:
+    """The result of an experts region's op for tokens, indices and weights, or
+    ``NotImplemented``.
+    """
+    x, idx, w = data
+    prepared = _prepare(
+        region,
+        module.training,
+        str(x.dtype).split(".")[-1],
+        x.dim(),
+        idx.shape[-1],
+        str(w.dtype).split(".")[-1],
+        torch.is_grad_enabled(),
+        sum(1 << i for i, t in enumerate(data) if t.requires_grad),
+        "",
+        (),
+        (),
+    )
+    if prepared is None:
+        return NotImplemented
+    name, weights, _, _ = prepared
+    inputs = [*data, *(_attribute(module, path) for path in weights)]
+    return getattr(torch.ops.moec, name)(inputs)[0]
 
 
 def _can_be_traced(kind: str, named: Mapping[str, Any], plain: Mapping[str, Any]) -> bool:

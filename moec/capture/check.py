@@ -239,7 +239,7 @@ class _State:
                 yield f"{key} (buffer)"
 
 
-_REGISTRIES = set(vars(nn.Module()))
+_REGISTRIES = {*vars(nn.Module()), "_moec_interface"}
 _MISSING = object()
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
 from moec.capture.importer import ExpertSlice, Importer
 from moec.capture.recorder import ConstantPair, IntegerPair, Recorder, Sizes, merge
@@ -292,6 +293,7 @@ def read_experts(module: nn.Module, path: str = "") -> ExpertsBody:
     The module's forward takes tokens ``[T, H]``, indices ``[T, K]`` and weights ``[T, K]``.
     """
     core = core_of(module) or module
+    _refuse_parametrized(core)
     experts = count_experts(core)
     reasons = []
     for hidden in hidden_sizes(core):
@@ -303,6 +305,16 @@ def read_experts(module: nn.Module, path: str = "") -> ExpertsBody:
         except (RuntimeError, IndexError, TypeError, ValueError) as error:
             reasons.append(f"{hidden}: {str(error).splitlines()[0]}")
     raise CaptureError(f"{type(module).__name__} ran with no hidden size ({'; '.join(reasons)})")
+
+
+def _refuse_parametrized(module: nn.Module) -> None:
+    for child in module.modules():
+        if parametrize.is_parametrized(child):
+            computed = ", ".join(child.parametrizations)  # type: ignore[arg-type]
+            raise CaptureError(
+                f"{computed} of {type(child).__name__} is computed by a "
+                "parametrization at each use; parametrize.remove_parametrizations makes it a weight"
+            )
 
 
 def _read(module: nn.Module, experts: int, hidden: int, path: str) -> ExpertsBody:

@@ -1,0 +1,1 @@
+"""moec inside other libraries. Nothing here is imported by ``import moec``."""
