@@ -14,6 +14,7 @@ from torch.utils import _pytree
 
 from moec.capture.check import autocast_dtype
 from moec.capture.regions import Candidate, FoundRegion, capture_experts, capture_whole
+from moec.capture.writes import apply_writes
 from moec.compiled import as_original, region_of
 from moec.errors import CallError
 from moec.guards import Guard
@@ -247,6 +248,7 @@ class Region:
             self.artifacts.append(artifact)
         with _no_autocast(data[0].device.type):
             outputs = artifact(inputs)
+        apply_writes(module, found.writes)
         shaped = [
             o.reshape(_result_shape(t, data[0], o))
             for o, t in zip(outputs, found.results, strict=True)

@@ -18,8 +18,10 @@ import torch
 from torch import fx, nn
 from torch.export import Dim as ExportDim
 
+from moec.capture.conversions import idle_conversions
 from moec.capture.experts import ExpertsBody
 from moec.capture.importer import Importer
+from moec.capture.reading import ExpertGroups
 from moec.errors import CaptureError
 from moec.ir import dims
 from moec.ir.builder import Builder
@@ -78,7 +80,7 @@ def opaque_experts(experts: nn.Module) -> Iterator[None]:
 
 
 def capture_block(
-    block: nn.Module, body: ExpertsBody, experts_path: str, tokens: torch.Tensor, path: str
+    block: nn.Module, body: ExpertsBody | ExpertGroups, experts_path: str, tokens: torch.Tensor, path: str
 ) -> CapturedBlock:
     """The IR of a block that is called with tokens ``[..., H]`` alone.
 
@@ -87,7 +89,7 @@ def capture_block(
     """
     names = ("B", "S") if tokens.dim() == 3 else ("T",)
     experts = block.get_submodule(experts_path)
-    with opaque_experts(experts):
+    with opaque_experts(experts), idle_conversions(block):
         exported = _export(block, tokens, len(names))
     importer = _ExportImporter(exported, names, body, experts_path, path)
     return importer.run(block)
@@ -120,7 +122,7 @@ class _ExportImporter:
     """Imports an exported program; inputs become the tokens, then the parameters that are used."""
 
     def __init__(
-        self, exported: Any, names: Sequence[str], body: ExpertsBody, experts_path: str, path: str
+        self, exported: Any, names: Sequence[str], body: ExpertsBody | ExpertGroups, experts_path: str, path: str
     ) -> None:
         self.exported, self.names, self.body = exported, names, body
         self.experts_path, self.path = experts_path, path

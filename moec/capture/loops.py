@@ -22,15 +22,11 @@ from torch.utils._pytree import tree_flatten
 
 from moec.capture.block import _LEAF, MAX_TOKENS, CapturedBlock, block_name, weight_hint
 from moec.capture.branches import refuse_size_branches
-from moec.capture.experts import (
-    ExpertsBody,
-    hidden_sizes,
-    integer_buffers,
-    named_weights,
-    read_experts,
-)
+from moec.capture.counts import hidden_sizes
+from moec.capture.experts import ExpertsBody, integer_buffers, named_weights
 from moec.capture.explained import Match, refuse_unexplained
 from moec.capture.importer import Importer
+from moec.capture.reading import ExpertGroups, read_experts
 from moec.capture.recorder import IntegerPair, Recorder, Sizes, merge
 from moec.errors import CaptureError, NotRunError
 from moec.ir.builder import Builder
@@ -343,7 +339,7 @@ class _LoopImporter(Importer):
     """Imports the merged recording of a block."""
 
     def __init__(
-        self, module: nn.Module, name: str, body: ExpertsBody, sizes: Sizes, path: str
+        self, module: nn.Module, name: str, body: ExpertsBody | ExpertGroups, sizes: Sizes, path: str
     ) -> None:
         builder = Builder({n: (0, MAX_TOKENS) for n in sizes.pairs})
         super().__init__(builder, lambda node: node.meta["shape"], self.size, module_path=path)

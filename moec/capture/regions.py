@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,10 +11,13 @@ import torch
 from torch import nn
 
 from moec.capture.block import CapturedBlock, capture_block, opaque_experts, weight_hint
-from moec.capture.check import SIZES, compare, compare_experts, unchanged
-from moec.capture.experts import ExpertsBody, hidden_sizes, named_weights, read_experts
+from moec.capture.check import SIZES, compare, compare_experts, constant_writes, unchanged
+from moec.capture.counts import hidden_sizes, may_hold_experts
+from moec.capture.experts import ExpertsBody, named_weights
 from moec.capture.flatten import flatten_tokens
 from moec.capture.loops import capture_loop, has_expert_list
+from moec.capture.reading import ExpertGroups, read_experts
+from moec.capture.writes import Write
 from moec.errors import CaptureError, MoecError, NotRunError
 from moec.ir.builder import Builder
 from moec.ir.dims import dim
@@ -32,7 +35,7 @@ class FoundRegion:
     says why); ``weights`` are the parameter paths, relative to the module, of the graph's inputs
     after the data; ``results`` says of each output whether it has the token axes of the input
     ("lead") or is as computed; ``tree`` is the structure of the module's result. ``ran`` says
-    whether the module's own code ran when it was tried. ``kind`` is "block" (called with tokens),
+    whether the module's own code ran when it was tried; ``writes`` are attributes that a call sets. ``kind`` is "block" (called with tokens),
     "experts" (tokens, indices, weights) or "loop".
     """
 
@@ -45,6 +48,7 @@ class FoundRegion:
     tree: Any = None
     results: tuple[tuple[Any, ...], ...] = ((),)
     ran: bool = True
+    writes: tuple[Write, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -95,7 +99,8 @@ def _surely_experts(module: nn.Module) -> bool:
     if sum(p.dim() == 3 for p in module.parameters(recurse=False)) > 1:
         return True
     try:
-        read_experts(module)
+        with unchanged(module):
+            read_experts(module)
     except MoecError:
         return False
     return True
@@ -104,14 +109,16 @@ def _surely_experts(module: nn.Module) -> bool:
 def _is_loop(module: nn.Module) -> bool:
     """Whether a module holds a list of experts, and none of its submodules is a region itself."""
     inside = (m for m in module.modules() if m is not module)
-    return has_expert_list(module) and not any(is_experts(m) or has_expert_list(m) for m in inside)
+    return has_expert_list(module) and not any(
+        _surely_experts(m) or has_expert_list(m) for m in inside
+    )
 
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module has the experts contract: ``forward(x, idx, w)`` and weights of several
     experts.
     """
-    if not any(p.dim() == 3 for p in module.parameters(recurse=False)):
+    if not may_hold_experts(module):
         return False
     parameters = list(inspect.signature(inspect.unwrap(type(module).forward)).parameters.values())[
         1:
@@ -155,12 +162,25 @@ def capture_whole(
     name, module = candidate.name, candidate.module
     kind = "loop" if candidate.experts is None else "block"
     try:
-        with unchanged(module):
+        with unchanged(module, plain=True) as writes:
             captured = _captured(candidate, dtype, rank)
-            return _checked(_finished(name, module, kind, captured), dtype, rank)
+            found = _checked(_finished(name, module, kind, captured), dtype, rank)
+        return _with_writes(found, writes, dtype, rank)
     except MoecError as error:
         ran = not isinstance(error, NotRunError)
         return FoundRegion(name, module, kind, None, reason=str(error), ran=ran)
+
+
+def _with_writes(
+    found: FoundRegion, writes: Sequence[Write], dtype: torch.dtype | None, rank: int
+) -> FoundRegion:
+    """The region with what a call leaves on its modules."""
+    if found.graph is None or not writes:
+        return found
+    hidden = int(found.graph.inputs[0].type.shape[-1])
+    dtype = dtype or next(found.module.parameters()).dtype
+    constant = constant_writes(found.module, writes, hidden, dtype, rank)
+    return replace(found, writes=constant)
 
 
 def _captured(candidate: Candidate, dtype: torch.dtype | None, rank: int) -> CapturedBlock:
@@ -226,7 +246,7 @@ def capture_experts(
             graph, weights = experts_graph(
                 module, body, choices, dtype_name(weight_dtype), token_dtype
             )
-            compare_experts(module, graph, weights, body.experts)
+            compare_experts(module, graph, weights, body.experts, body.form)
     except MoecError as error:
         return FoundRegion(name, module, "experts", None, reason=str(error))
     return FoundRegion(name, module, "experts", graph, weights)
@@ -258,7 +278,7 @@ def _finished(name: str, module: nn.Module, kind: str, captured: CapturedBlock) 
 
 def experts_graph(
     experts: nn.Module,
-    body: ExpertsBody,
+    body: ExpertsBody | ExpertGroups,
     choices: int = 2,
     weight_dtype: str = "f32",
     dtype: str | None = None,
@@ -270,10 +290,11 @@ def experts_graph(
     builder = Builder({"T": (0, 2**31 - 1)})
     tokens = dim("T")
     dtype = dtype or dtype_name(next(experts.parameters()).dtype)
+    routing, weighting = body.form.shapes(tokens, choices, body.experts)
     data = [
         Value(Type(dtype, (tokens, body.hidden)), "x"),
-        Value(Type("i64", (tokens, choices)), "idx"),
-        Value(Type(weight_dtype, (tokens, choices)), "w"),
+        Value(Type("i64", routing), "idx"),
+        Value(Type(weight_dtype, weighting), "w"),
     ]
     weights: dict[str, Value] = {}
 
