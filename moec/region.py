@@ -197,7 +197,7 @@ class Region:
         if self._is_changed(module) or _has_hooks(module, self):
             return NotImplemented
         found = self.capture(self._mode(module, data))
-        if found.graph is None:
+        if found.graph is None or data[0].dim() not in found.ranks:
             return NotImplemented
         return self._run(found, module, data)
 

@@ -46,9 +46,7 @@ def norm(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
     return _norm(i, node, i.value(x), 2.0 if order is None else float(order), dims, bool(keepdim))
 
 
-def _norm(
-    i: Importer, node: fx.Node, x: Value, order: float, dims: Any, keepdim: bool
-) -> Value:
+def _norm(i: Importer, node: fx.Node, x: Value, order: float, dims: Any, keepdim: bool) -> Value:
     """The norm of an order over axes, summed in float32 at least."""
     dims = tuple(dims) if dims else tuple(range(x.type.rank))
     size = i.b("t.abs", i.cast(x, "f64" if x.type.dtype == "f64" else "f32"))

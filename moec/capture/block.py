@@ -80,7 +80,11 @@ def opaque_experts(experts: nn.Module) -> Iterator[None]:
 
 
 def capture_block(
-    block: nn.Module, body: ExpertsBody | ExpertGroups, experts_path: str, tokens: torch.Tensor, path: str
+    block: nn.Module,
+    body: ExpertsBody | ExpertGroups,
+    experts_path: str,
+    tokens: torch.Tensor,
+    path: str,
 ) -> CapturedBlock:
     """The IR of a block that is called with tokens ``[..., H]`` alone.
 
@@ -122,7 +126,12 @@ class _ExportImporter:
     """Imports an exported program; inputs become the tokens, then the parameters that are used."""
 
     def __init__(
-        self, exported: Any, names: Sequence[str], body: ExpertsBody | ExpertGroups, experts_path: str, path: str
+        self,
+        exported: Any,
+        names: Sequence[str],
+        body: ExpertsBody | ExpertGroups,
+        experts_path: str,
+        path: str,
     ) -> None:
         self.exported, self.names, self.body = exported, names, body
         self.experts_path, self.path = experts_path, path

@@ -77,6 +77,28 @@ def compare_experts(
                 _compare_call(module, graph, data, inputs)
 
 
+def ranks_taken(module: nn.Module, graph: Graph, experts: int, form: Form) -> tuple[int, ...]:
+    """The ranks of tokens for which an experts module gives a result of the tokens' shape."""
+    device = next(module.parameters()).device
+    if device.type == "meta":
+        return (2,)
+    x, idx, w = _routed(graph, 3, experts, 1.0, torch.Generator().manual_seed(0))
+    data = [t.to(device) for t in (as_routing(form, idx, experts), w)]
+    return tuple(
+        rank
+        for rank, tokens in ((2, x.to(device)), (3, x.to(device).unsqueeze(0)))
+        if _keeps_shape(module, tokens, data)
+    )
+
+
+def _keeps_shape(module: nn.Module, x: torch.Tensor, data: Sequence[torch.Tensor]) -> bool:
+    try:
+        with torch.no_grad():
+            return bool(module(x, *data).shape[:-1] == x.shape[:-1])
+    except (RuntimeError, IndexError, ValueError, TypeError):  # no tokens of this rank
+        return False
+
+
 def _routed(
     graph: Graph,
     tokens: int,
@@ -176,7 +198,9 @@ def constant_writes(
     for leading in SIZES[rank] if writes else ():
         with unchanged(module, plain=True) as again, torch.no_grad():
             module(torch.randn(*leading, hidden).to(device, dtype))
-        refuse_writes([write for write in (*writes, *again) if (write in writes) != (write in again)])
+        refuse_writes(
+            [write for write in (*writes, *again) if (write in writes) != (write in again)]
+        )
     return tuple(writes)
 
 

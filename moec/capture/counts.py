@@ -119,4 +119,11 @@ def hidden_sizes(module: nn.Module) -> list[int]:
     return list(dict.fromkeys(int(s) for s in [*named, *sizes] if isinstance(s, int)))
 
 
-__all__ = ["LISTS", "expert_counts", "expert_keys", "flat_weights", "hidden_sizes", "may_hold_experts"]
+__all__ = [
+    "LISTS",
+    "expert_counts",
+    "expert_keys",
+    "flat_weights",
+    "hidden_sizes",
+    "may_hold_experts",
+]

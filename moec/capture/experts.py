@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from moec.capture.counts import expert_keys
-from moec.capture.forms import FORMS, INDICES, Form, as_indices
+from moec.capture.forms import INDICES, Form, as_indices
 from moec.capture.importer import ExpertSlice, Importer
 from moec.capture.recorder import ConstantPair, IntegerPair, Recorder, Sizes, merge
 from moec.errors import CaptureError
@@ -142,7 +142,8 @@ class _BodyImporter(Importer):
         """Whether a recorded index is all rows in order (twice where a token chose twice)."""
         choices = self.body.form.choices
         return isinstance(index, ConstantPair) and all(
-            t.dtype == torch.long and torch.equal(t.flatten().cpu(), torch.arange(n).repeat(choices))
+            t.dtype == torch.long
+            and torch.equal(t.flatten().cpu(), torch.arange(n).repeat(choices))
             for t, n in zip((index.first, index.second), _ROWS, strict=True)
         )
 
@@ -343,9 +344,7 @@ def read_span(module: nn.Module, span: Span, path: str = "") -> ExpertsBody:
     return ExpertsBody(graph, count, span.hidden, weights, path, span.form, span.first)
 
 
-def record(
-    module: nn.Module, span: Span, expert: int, rows: int
-) -> tuple[Recorder, torch.Tensor]:
+def record(module: nn.Module, span: Span, expert: int, rows: int) -> tuple[Recorder, torch.Tensor]:
     """Run a module's code with every token going to one expert; what it did, and the result."""
     parameter = next(module.parameters())
     generator = torch.Generator().manual_seed(rows)

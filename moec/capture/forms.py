@@ -53,6 +53,8 @@ class Form:
 INDICES = Form("TK", "TK")
 # Some loops do not run if each token chooses once only: here each chooses the same expert twice.
 TWICE = Form("TK", "TK", 2)
+# Every expert on every token: the weights are also the routing.
+ALL = Form("", "TE")
 FORMS = (INDICES, TWICE, Form("TKE", "TK"), Form("TE", "TK"), Form("TE", "TE"))
 
 
@@ -68,6 +70,8 @@ def as_indices(
     b: Builder, form: Form, routing: Value, w: Value, experts: int
 ) -> tuple[Value, Value]:
     """Indices ``i32[T, K]`` and weights ``[T, K]`` of a call; ``experts`` means "no expert"."""
+    if form == ALL:
+        return _every(b, w), w
     if not form.is_mask:
         return _narrow(b, routing), w
     tokens = routing.type.shape[0]
@@ -83,6 +87,12 @@ def as_indices(
         _narrow(b, _reshaped(b, idx, pairs)),
         _reshaped(b, w, pairs),
     )
+
+
+def _every(b: Builder, w: Value) -> Value:
+    """Indices of all experts for each token."""
+    ones = b.full(Type("i64", w.type.shape), 1)
+    return _narrow(b, b("t.sub", b("t.cumsum", ones, dim=1), other=1, hint="idx"))
 
 
 def _pairs(shape: Sequence[Dim]) -> Dim:
@@ -163,4 +173,4 @@ def _bound_of_sum(b: Builder, value: Value, dims: Sequence[int], size: int) -> i
 _NARROWING = {"t.mul", "t.logical_and", "t.cast", "t.neg", "t.abs", "t.reshape", "t.expand"}
 _JOINING = {"t.add", "t.sub", "t.logical_or", "t.maximum"}
 
-__all__ = ["FORMS", "INDICES", "TWICE", "Form", "as_indices", "as_routing", "choices_bound"]
+__all__ = ["ALL", "FORMS", "INDICES", "TWICE", "Form", "as_indices", "as_routing", "choices_bound"]

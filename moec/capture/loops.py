@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
 import torch
@@ -25,9 +25,12 @@ from moec.capture.branches import refuse_size_branches
 from moec.capture.counts import hidden_sizes
 from moec.capture.experts import ExpertsBody, integer_buffers, named_weights
 from moec.capture.explained import Match, refuse_unexplained
+from moec.capture.forms import as_indices
 from moec.capture.importer import Importer
 from moec.capture.reading import ExpertGroups, read_experts
 from moec.capture.recorder import IntegerPair, Recorder, Sizes, merge
+from moec.capture.replace import MATCHED, replace_loop, restore_loop
+from moec.capture.routes import Search, Values, called_on, gates_of
 from moec.errors import CaptureError, NotRunError
 from moec.ir.builder import Builder
 from moec.ir.graph import Value
@@ -35,8 +38,8 @@ from moec.ir.types import Type, dtype_name
 from moec.structure import structure_key
 
 aten = torch.ops.aten
+_MOST_TRIES = 200
 _SIZES = {3: {"B": (3, 5), "S": (7, 11)}, 2: {"T": (23, 29)}}
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def expert_list(module: nn.Module) -> tuple[str, list[nn.Module]] | None:
@@ -207,13 +210,13 @@ def _merged(
     module: nn.Module, runs: Sequence[_Run], members: Sequence[nn.Module], sizes: Sizes
 ) -> fx.Graph:
     """The block's graph with the loop as one opaque op, from the first matches that agree."""
-    matches = [list(_matches(run, members)) for run in runs]
+    matches = [list(islice(_matches(run, members), _MOST_TRIES)) for run in runs]
     reason = "no tokens, indices and weights of the block explain what its loop computes"
-    for pair in product(*matches):
+    for pair in islice(_pairs(*matches), _MOST_TRIES):
         try:
             for run, match in zip(runs, pair, strict=True):
                 refuse_unexplained(module, run.recorder.reads, match)
-                _replace_loop(run, match)
+                replace_loop(run.recorder, match, run.tokens, len(members))
             return merge(
                 runs[0].recorder,
                 runs[1].recorder,
@@ -224,38 +227,51 @@ def _merged(
         except CaptureError as error:
             reason = str(error)
             for run, match in zip(runs, pair, strict=True):
-                _undo(run, match)
+                restore_loop(run.recorder, match)
     raise CaptureError(reason)
 
 
+def _pairs(first: Sequence[Match], second: Sequence[Match]) -> Iterator[tuple[Match, Match]]:
+    """Matches of the two recordings that may be the same one."""
+    for one, other in product(first, second):
+        if _kinds(one) == _kinds(other):
+            yield one, other
+
+
+def _kinds(match: Match) -> tuple[Any, ...]:
+    return match.form, *(str(node.target) for node in match.sources)
+
+
 def _matches(run: _Run, members: Sequence[nn.Module]) -> Iterator[Match]:
-    """Every choice of tokens, indices and weights whose weighted sum of expert outputs is a
-    recorded value.
+    """Every choice of tokens and routing whose weighted sum of expert outputs is a recorded
+    value.
     """
-    experts = len(members)
-    indices = [n for n in run.nodes(False) if _are_indices(n.meta["val"], experts, run.tokens)]
+    nodes = list(run.recorder.graph.nodes)
+    calls = [n for n in nodes if n.target is _expert_call]
+    below = _descendants(calls)
+    values = Values([n for n in nodes if n not in below], run.tokens)
     for x in run.nodes(True):
-        outputs = _dense_outputs(members, x.meta["val"], run.tokens)
-        if outputs is None:
+        rows = x.meta["val"].reshape(run.tokens, -1)
+        chosen = None if x in below else called_on(calls, rows, len(members))
+        outputs = None if chosen is None else _dense_outputs(members, x.meta["val"], run.tokens)
+        if outputs is None or chosen is None or not calls:
             continue
-        for idx in indices:
-            choices = idx.meta["val"].numel() // run.tokens
-            for w in run.nodes(True, choices):
-                yield from _results(
-                    run, x, idx, w, _weighted(outputs, idx.meta["val"], w.meta["val"], run.tokens)
-                )
+        # The last first: a sum that grows in place has the final values in every recorded step.
+        for node in reversed([n for n in run.nodes(True, outputs.shape[-1]) if n in below]):
+            gates = gates_of(node.meta["val"].reshape(outputs.shape[1:]), outputs, chosen)
+            if gates is not None:
+                yield from Search(values, x, node, gates, chosen).matches()
 
 
-def _are_indices(value: torch.Tensor, experts: int, tokens: int) -> bool:
-    rows = value.reshape(tokens, -1)
-    if (
-        rows.shape[1] > experts
-        or rows.numel() == 0
-        or int(rows.min()) < 0
-        or int(rows.max()) >= experts
-    ):
-        return False
-    return all(len(set(row)) == len(row) for row in rows.tolist())
+def _descendants(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += node.users
+    return found
 
 
 def _dense_outputs(
@@ -271,75 +287,16 @@ def _dense_outputs(
         return None
 
 
-def _weighted(
-    outputs: torch.Tensor, idx: torch.Tensor, w: torch.Tensor, tokens: int
-) -> torch.Tensor:
-    token = torch.arange(tokens, device=outputs.device)[:, None]
-    chosen = outputs[idx.reshape(tokens, -1), token]
-    return (chosen.double() * w.reshape(tokens, -1, 1).double()).sum(1)
-
-
-def _results(
-    run: _Run, x: fx.Node, idx: fx.Node, w: fx.Node, expected: torch.Tensor
-) -> Iterator[Match]:
-    # The last first: a sum that grows in place has the final values in every recorded step.
-    for node in reversed(list(run.nodes(True, expected.shape[-1]))):
-        value = node.meta["val"].reshape(expected.shape)
-        if _close(value, expected):
-            yield Match(x, idx, w, node)
-
-
-def _close(value: torch.Tensor, expected: torch.Tensor) -> bool:
-    error = (value.double() - expected.double()).norm()
-    return bool(
-        error <= _TOLERANCE.get(value.dtype, 1e-4) * expected.double().norm().clamp(min=1e-30)
-    )
-
-
-def _replace_loop(run: _Run, match: Match) -> None:
-    """Put the opaque op in place of the loop's result."""
-    graph, tokens = run.recorder.graph, run.tokens
-    with graph.inserting_after(list(graph.nodes)[-1]):
-        operands = [_as_matrix(graph, node, tokens) for node in (match.x, match.idx, match.w)]
-    leaf = graph.call_function(_LEAF, tuple(operands))
-    value = match.result.meta["val"]
-    leaf.meta.update(val=value.reshape(tokens, -1), location=match.result.meta.get("location"))
-    result = leaf if value.dim() == 2 else _view(graph, leaf, value)
-    match.result.meta["replaced"] = result
-    for user in list(match.result.users):
-        if user not in (leaf, result, *operands):
-            user.replace_input_with(match.result, result)
-    run.recorder.nodes.update(
-        {k: result for k, n in run.recorder.nodes.items() if n is match.result}
-    )
-
-
-def _undo(run: _Run, match: Match) -> None:
-    result = match.result.meta.pop("replaced", None)
-    if result is None:
-        return
-    result.replace_all_uses_with(match.result)
-    run.recorder.nodes.update(
-        {k: match.result for k, n in run.recorder.nodes.items() if n is result}
-    )
-
-
-def _as_matrix(graph: fx.Graph, node: fx.Node, tokens: int) -> fx.Node:
-    value = node.meta["val"]
-    return node if value.dim() == 2 else _view(graph, node, value.reshape(tokens, -1))
-
-
-def _view(graph: fx.Graph, node: fx.Node, like: torch.Tensor) -> fx.Node:
-    view = graph.call_function(aten.view.default, (node, list(like.shape)))
-    view.meta.update(val=like, location=node.meta.get("location"))
-    return view
-
-
 class _LoopImporter(Importer):
     """Imports the merged recording of a block."""
 
     def __init__(
-        self, module: nn.Module, name: str, body: ExpertsBody | ExpertGroups, sizes: Sizes, path: str
+        self,
+        module: nn.Module,
+        name: str,
+        body: ExpertsBody | ExpertGroups,
+        sizes: Sizes,
+        path: str,
     ) -> None:
         builder = Builder({n: (0, MAX_TOKENS) for n in sizes.pairs})
         super().__init__(builder, lambda node: node.meta["shape"], self.size, module_path=path)
@@ -400,7 +357,9 @@ class _LoopImporter(Importer):
             )
         if node.target is not _LEAF:
             return super().call(node)
-        x, idx, w = (self.value(self.env[a]) for a in node.args)  # type: ignore[index]
+        x, routing, w = (self.value(self.env[a]) for a in node.args[:3])  # type: ignore[index]
+        form = MATCHED[int(node.args[3])]  # type: ignore[arg-type]
+        idx, w = as_indices(self.b, form, routing, w, self.body.experts)
         return self.body.inline(
             self.b, x, idx, w, lambda p: self.weight(p.replace("experts", self.list_name, 1))
         )

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from moec.capture.counts import expert_counts, hidden_sizes
-from moec.capture.explained import with_ancestors
 from moec.capture.experts import ExpertsBody, Span, read_span, record
+from moec.capture.explained import with_ancestors
 from moec.capture.forms import FORMS, INDICES, Form, as_indices
 from moec.errors import CaptureError
 from moec.ir.builder import Builder
@@ -124,8 +124,11 @@ def _signature(module: nn.Module, span: Span, expert: int) -> tuple[str, ...]:
     if node is None:
         return ()
     kept = with_ancestors(node)
-    return tuple(f"{n.target if n.op != 'placeholder' else ''} {_shape(n.meta.get('val'))}"
-                 for n in recorder.graph.nodes if n in kept)
+    return tuple(
+        f"{n.target if n.op != 'placeholder' else ''} {_shape(n.meta.get('val'))}"
+        for n in recorder.graph.nodes
+        if n in kept
+    )
 
 
 def _shape(value: object) -> str:

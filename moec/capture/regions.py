@@ -11,7 +11,14 @@ import torch
 from torch import nn
 
 from moec.capture.block import CapturedBlock, capture_block, opaque_experts, weight_hint
-from moec.capture.check import SIZES, compare, compare_experts, constant_writes, unchanged
+from moec.capture.check import (
+    SIZES,
+    compare,
+    compare_experts,
+    constant_writes,
+    ranks_taken,
+    unchanged,
+)
 from moec.capture.counts import hidden_sizes, may_hold_experts
 from moec.capture.experts import ExpertsBody, named_weights
 from moec.capture.flatten import flatten_tokens
@@ -35,7 +42,8 @@ class FoundRegion:
     says why); ``weights`` are the parameter paths, relative to the module, of the graph's inputs
     after the data; ``results`` says of each output whether it has the token axes of the input
     ("lead") or is as computed; ``tree`` is the structure of the module's result. ``ran`` says
-    whether the module's own code ran when it was tried; ``writes`` are attributes that a call sets. ``kind`` is "block" (called with tokens),
+    whether the module's own code ran when it was tried; ``writes`` are attributes that a call sets;
+    ``ranks`` are those of the tokens that it can be called with. ``kind`` is "block" (called with tokens),
     "experts" (tokens, indices, weights) or "loop".
     """
 
@@ -49,6 +57,7 @@ class FoundRegion:
     results: tuple[tuple[Any, ...], ...] = ((),)
     ran: bool = True
     writes: tuple[Write, ...] = ()
+    ranks: tuple[int, ...] = (2, 3)
 
     @property
     def fingerprint(self) -> str:
@@ -247,9 +256,10 @@ def capture_experts(
                 module, body, choices, dtype_name(weight_dtype), token_dtype
             )
             compare_experts(module, graph, weights, body.experts, body.form)
+            ranks = ranks_taken(module, graph, body.experts, body.form)
     except MoecError as error:
         return FoundRegion(name, module, "experts", None, reason=str(error))
-    return FoundRegion(name, module, "experts", graph, weights)
+    return FoundRegion(name, module, "experts", graph, weights, results=(("lead",),), ranks=ranks)
 
 
 def join(*parts: str) -> str:
