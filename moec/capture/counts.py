@@ -84,11 +84,11 @@ def _is_list_of_experts(owner: nn.Module) -> bool:
     return (
         len(members) > 1
         and len({type(m) for m in members}) == 1
-        and all(_takes_rows(m) for m in members)
+        and all(takes_rows(m) for m in members)
     )
 
 
-def _takes_rows(module: nn.Module) -> bool:
+def takes_rows(module: nn.Module) -> bool:
     """Whether one tensor is all that a module must be called with."""
     if any(isinstance(m, _MODULE_LISTS) for m in module.modules()):
         return False

@@ -252,6 +252,9 @@ def _is_expert(index: Any) -> bool:
 
 def _select(i: _BodyImporter, node: fx.Node) -> Any:
     source, axis, index = node.args[:3]
+    column = i.body.form.weights == "TE" and axis == 1 and isinstance(index, IntegerPair)
+    if column and i.env.get(source) == TokenData("w"):  # type: ignore[arg-type]
+        return TokenData("w")  # the weight of this expert, which the row has
     stack = i.env.get(source)  # type: ignore[arg-type]
     if isinstance(stack, Value) and axis == 0 and _is_expert(index) and _is_static(stack):
         return _slice_of(i, stack, index)

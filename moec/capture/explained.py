@@ -112,11 +112,13 @@ _ROUTING = {
     aten.any,
     aten.argsort,
     aten.as_strided_scatter,
+    aten.bmm,
     aten.bitwise_and,
     aten.bincount,
     aten.bitwise_or,
     aten.cat,
     aten.clone,
+    aten.copy,
     aten._to_copy,
     aten.eq,
     aten.expand,
@@ -130,6 +132,7 @@ _ROUTING = {
     aten.logical_and,
     aten.logical_or,
     aten.masked_select,
+    aten.mm,
     aten.mul,
     aten.nonzero,
     aten.permute,
@@ -137,6 +140,7 @@ _ROUTING = {
     aten.reshape,
     aten.scatter,
     aten.scatter_add,
+    aten.scatter_reduce,
     aten.select,
     aten.sort,
     aten.split,
@@ -160,6 +164,8 @@ def _is_routing(node: fx.Node) -> bool:
         return _is_slice_of_features(node)
     if node.op == "placeholder" or packet is None:  # an expert's call, or a part of a tuple
         return node.op == "placeholder" or not isinstance(node.target, torch._ops.OpOverload)
+    if packet is aten.scatter_reduce and node.args[4] != "sum":
+        return False
     return packet in _ROUTING or _compares_with_zero(node)
 
 

@@ -23,55 +23,24 @@ from torch.utils._pytree import tree_flatten
 from moec.capture.block import _LEAF, MAX_TOKENS, CapturedBlock, block_name, weight_hint
 from moec.capture.branches import refuse_size_branches
 from moec.capture.counts import hidden_sizes
+from moec.capture.constants import constant_value
 from moec.capture.experts import ExpertsBody, integer_buffers, named_weights
 from moec.capture.explained import Match, refuse_unexplained
 from moec.capture.forms import as_indices
 from moec.capture.importer import Importer
+from moec.capture.lists import expert_list
 from moec.capture.reading import ExpertGroups, read_experts
-from moec.capture.recorder import IntegerPair, Recorder, Sizes, merge
+from moec.capture.recorder import ConstantPair, IntegerPair, Recorder, Sizes, merge
 from moec.capture.replace import MATCHED, replace_loop, restore_loop
 from moec.capture.routes import Search, Values, called_on, gates_of
 from moec.errors import CaptureError, NotRunError
 from moec.ir.builder import Builder
 from moec.ir.graph import Value
 from moec.ir.types import Type, dtype_name
-from moec.structure import structure_key
 
 aten = torch.ops.aten
 _MOST_TRIES = 200
 _SIZES = {3: {"B": (3, 5), "S": (7, 11)}, 2: {"T": (23, 29)}}
-
-
-def expert_list(module: nn.Module) -> tuple[str, list[nn.Module]] | None:
-    """The name and members of a child that is a list of at least two experts of one structure."""
-    for name, child in module.named_children():
-        if not isinstance(child, nn.ModuleList | nn.ModuleDict) or len(child) < 2:
-            continue
-        members = list(child.values() if isinstance(child, nn.ModuleDict) else child)
-        if _are_experts(members) and _has_router(module, name, len(members)):
-            return name, members
-    return None
-
-
-def has_expert_list(module: nn.Module) -> bool:
-    """Whether a module holds a list of experts itself and something that scores them."""
-    return expert_list(module) is not None
-
-
-def _are_experts(members: Sequence[nn.Module]) -> bool:
-    simple = not any(
-        isinstance(m, nn.ModuleList | nn.ModuleDict) for member in members for m in member.modules()
-    )
-    return (
-        simple
-        and any(True for _ in members[0].parameters())
-        and len({structure_key(m) for m in members}) == 1
-    )
-
-
-def _has_router(module: nn.Module, experts: str, count: int) -> bool:
-    outside = (p for n, p in module.named_parameters() if not n.startswith(f"{experts}."))
-    return any(p.dim() == 2 and count in p.shape for p in outside)
 
 
 class _Loop(nn.Module):
@@ -313,6 +282,8 @@ class _LoopImporter(Importer):
         )
 
     def argument(self, argument: Any) -> Any:
+        if isinstance(argument, ConstantPair):
+            return constant_value(self.b, self.sizes, argument)
         return (
             self.size(argument) if isinstance(argument, IntegerPair) else super().argument(argument)
         )
@@ -365,4 +336,4 @@ class _LoopImporter(Importer):
         )
 
 
-__all__ = ["capture_loop", "expert_list", "has_expert_list"]
+__all__ = ["capture_loop"]

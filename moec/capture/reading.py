@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from itertools import groupby, product
 
 import torch
-from torch import nn
+from torch import fx, nn
 
-from moec.capture.counts import expert_counts, hidden_sizes
+from moec.capture.counts import expert_counts, expert_keys, hidden_sizes
 from moec.capture.experts import ExpertsBody, Span, read_span, record
 from moec.capture.explained import with_ancestors
 from moec.capture.forms import FORMS, INDICES, Form, as_indices
@@ -21,6 +21,7 @@ from moec.errors import CaptureError
 from moec.ir.builder import Builder
 from moec.ir.graph import Value
 from moec.ir.types import Type
+from moec.structure import structure_key
 
 _ROWS = 5
 _MOST_GROUPS = 16  # each has a dispatch of its own
@@ -88,17 +89,32 @@ def read_experts(module: nn.Module, path: str = "") -> ExpertsBody | ExpertGroup
 
 
 def _read(module: nn.Module, span: Span, path: str) -> ExpertsBody | ExpertGroups:
-    try:
-        return read_span(module, span, path)
-    except CaptureError as error:
-        spans = _groups(module, span)
-        if len(spans) < 2 or len(spans) > _MOST_GROUPS:
-            raise
-        bodies = [read_span(module, group, path) for group in spans if _adds(module, group)]
-        if not bodies:
-            raise CaptureError(f"{error}; no expert adds anything") from error
-        bodies = [replace(body, form=_plain(body.form)) for body in bodies]
-        return ExpertGroups(bodies, span.total, span.hidden, span.form)
+    if not _differ(module, span.total):
+        try:
+            return read_span(module, span, path)
+        except CaptureError:
+            if len(_groups(module, span)) < 2:
+                raise
+    spans = _groups(module, span)
+    if len(spans) > _MOST_GROUPS:
+        raise CaptureError(
+            f"{type(module).__name__} has {len(spans)} kinds of experts in turn; at most "
+            f"{_MOST_GROUPS} are compiled, so put equal ones next to each other"
+        )
+    bodies = [read_span(module, group, path) for group in spans if _adds(module, group)]
+    if not bodies:
+        raise CaptureError(f"{type(module).__name__}: no expert gives anything")
+    bodies = [replace(body, form=_plain(body.form)) for body in bodies]
+    return ExpertGroups(bodies, span.total, span.hidden, span.form)
+
+
+def _differ(module: nn.Module, experts: int) -> bool:
+    """Whether a list's members are of several kinds."""
+    for owner in module.modules():
+        keys = expert_keys(owner, experts)
+        if keys is not None and not isinstance(owner, nn.ParameterList):
+            return len({structure_key(owner.get_submodule(k)) for k in keys}) > 1
+    return False
 
 
 def _plain(form: Form) -> Form:
@@ -125,10 +141,15 @@ def _signature(module: nn.Module, span: Span, expert: int) -> tuple[str, ...]:
         return ()
     kept = with_ancestors(node)
     return tuple(
-        f"{n.target if n.op != 'placeholder' else ''} {_shape(n.meta.get('val'))}"
+        f"{n.target if n.op != 'placeholder' else ''} {_shape(n.meta.get('val'))} {_numbers(n)}"
         for n in recorder.graph.nodes
         if n in kept
     )
+
+
+def _numbers(node: fx.Node) -> list[float]:
+    """The settings of an op: a number of an expert is an integer."""
+    return [a for a in node.args if isinstance(a, float)]
 
 
 def _shape(value: object) -> str:

@@ -50,6 +50,7 @@ _OUT_OF_PLACE = {
     "masked_fill_": "masked_fill",
     "scatter_": "scatter",
     "scatter_add_": "scatter_add",
+    "scatter_reduce_": "scatter_reduce",
     "copy_": "copy",
 }
 
@@ -63,6 +64,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.nodes: dict[int, fx.Node] = {}
         self.alive: list[torch.Tensor] = []
         self.reads: list[fx.Node] = []
+        self.stale: set[int] = set()
 
     def mark(self, name: str, tensor: torch.Tensor) -> fx.Node:
         """Make ``tensor`` an input of the recording."""
@@ -94,6 +96,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.alive.append(tensor)  # ids stay unique while the recording lasts
         if func in _SHAPE_ONLY or not any(id(t) in self.nodes for t in tensors):
             return func(*args, **kwargs)
+        if any(id(t) in self.stale for t in tensors):
+            raise CaptureError(f"{func} reads a view of a tensor that was changed through another")
         recorded = self._arguments(args), self._arguments(kwargs)  # before the op may change them
         out = func(*args, **kwargs)
         self._record(func, args, recorded, out)
@@ -118,6 +122,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._bind_many(out, node)
         elif isinstance(out, torch.Tensor):
             self._bind(args[0] if mutates else out, node)
+            if mutates:
+                self._write_through(args[0], node)
         elif out is not None:
             self.reads.append(node)
 
@@ -128,25 +134,44 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._bind(item, part)
 
     def _functional(self, func: Any, args: Sequence[Any]) -> Any:
-        """The op without mutation; refused where another recorded value shares the memory."""
+        """The op without mutation."""
         name = func._schema.name.split("::")[1]
         if name not in _OUT_OF_PLACE:
             raise CaptureError(f"{func} changes a tensor in place")
-        target = args[0]
-        storage = target.untyped_storage().data_ptr()
-        shared = [
-            t
-            for t in self.alive
-            if t is not target
-            and id(t) in self.nodes
-            and storage != 0
-            and t.untyped_storage().data_ptr() == storage
-            and _still_used(t, target)
-        ]
-        if shared:
-            raise CaptureError(f"{func} changes a tensor in place that is a view of another")
         packet = getattr(aten, _OUT_OF_PLACE[name])
         return getattr(packet, func._overloadname)
+
+    def _write_through(self, target: torch.Tensor, node: fx.Node) -> None:
+        """After a change of a view: what it is a view of has changed too, other views are not read
+        again.
+        """
+        storage = target.untyped_storage()
+        others = {
+            id(t): t
+            for t in self.alive
+            if t is not target
+            and storage.data_ptr() != 0
+            and t.untyped_storage().data_ptr() == storage.data_ptr()
+            and _still_used(t, target)
+        }
+        for key, other in others.items():
+            if not _is_whole(other):
+                self.stale |= {key} & self.nodes.keys()
+                continue
+            geometry = (list(target.shape), list(target.stride()), target.storage_offset())
+            base = self._arguments(other)
+            written = self.graph.call_function(
+                aten.as_strided_scatter.default, (base, node, *geometry)
+            )
+            note_place(written)
+            written.meta["val"] = other
+            self._bind(other, written)
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has all of its memory, in order."""
+    size = tensor.numel() * tensor.element_size()
+    return tensor.is_contiguous() and size == tensor.untyped_storage().nbytes()
 
 
 class _Reads(TorchFunctionMode):

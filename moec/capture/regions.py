@@ -22,7 +22,8 @@ from moec.capture.check import (
 from moec.capture.counts import hidden_sizes, may_hold_experts
 from moec.capture.experts import ExpertsBody, named_weights
 from moec.capture.flatten import flatten_tokens
-from moec.capture.loops import capture_loop, has_expert_list
+from moec.capture.lists import has_expert_list
+from moec.capture.loops import capture_loop
 from moec.capture.reading import ExpertGroups, read_experts
 from moec.capture.writes import Write
 from moec.errors import CaptureError, MoecError, NotRunError
