@@ -305,12 +305,13 @@ class ByPosition(Routed):
         del self.gate
 
     def forward(self, x: torch.Tensor) -> Any:
-        out = torch.zeros_like(x)
-        chosen = torch.arange(x.shape[1], device=x.device) % EXPERTS
+        flat = x.reshape(-1, HIDDEN)
+        chosen = torch.arange(flat.shape[0], device=x.device) % EXPERTS
+        out = torch.zeros_like(flat)
         for number, expert in enumerate(self.experts):
-            place = (chosen == number).nonzero().flatten()
-            out[:, place] = expert(x[:, place])
-        return out
+            token = (chosen == number).nonzero().flatten()
+            out[token] = expert(flat[token])
+        return out.view(x.shape)
 
 
 class ByTable(Routed):

@@ -13,7 +13,7 @@ from moec.capture.aten import number
 from moec.capture.importer import ExpertSlice, Importer, handles
 from moec.errors import CaptureError
 from moec.ir.graph import Value
-from moec.ir.types import FLOATS
+from moec.ir.types import FLOATS, Type
 
 aten = torch.ops.aten
 Args = Sequence[Any]
@@ -174,6 +174,38 @@ def scatter(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
     if isinstance(source, Value):
         return i.b("t.scatter", x, index, i.cast(source, x.type.dtype), dim=dim, hint=i.hint(node))
     return i.b("t.scatter", x, index, dim=dim, value=number(source), hint=i.hint(node))
+
+
+@handles(aten.arange.default, aten.arange.start)
+def arange(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    start, stop = (0, args[0]) if len(args) == 1 else args[:2]
+    if start != 0:
+        raise CaptureError(f"arange from {start}")
+    running = i.b("t.cumsum", i.b.full(Type("i64", (stop,)), 1), dim=0)
+    return i.cast(i.b("t.sub", running, other=1, hint=i.hint(node)), i.dtype(node))
+
+
+@handles(aten.remainder.Scalar)
+def remainder(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    """What is left of whole numbers by a division, with the divisor's sign, as in Python."""
+    x, divisor = i.value(args[0]), args[1]
+    if x.type.dtype in FLOATS or not isinstance(divisor, int):
+        raise CaptureError(f"the remainder of {x.type} by {divisor!r}")
+    times = i.b("t.floor", i.b("t.div", i.cast(x, "f64"), other=float(divisor)))
+    whole = i.b("t.mul", i.cast(times, x.type.dtype), other=divisor)
+    return i.cast(i.b("t.sub", x, whole, hint=i.hint(node)), i.dtype(node))
+
+
+@handles(aten.index.Tensor)
+def index(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    """An entry of a table for each index of one tensor of indices."""
+    x, indices = i.value(args[0]), args[1]
+    if x.type.rank != 1 or len(indices) != 1 or i.value(indices[0]).type.dtype == "bool":
+        raise CaptureError(f"an index into {x.type}")
+    places = i.value(indices[0])
+    flat = i.b("t.reshape", places, shape=(places.type.elements,))
+    found = i.b("t.gather", x, flat, dim=0, hint=i.hint(node))
+    return i.b("t.reshape", found, shape=places.type.shape, hint=i.hint(node))
 
 
 @handles(aten.one_hot.default)

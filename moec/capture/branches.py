@@ -74,6 +74,8 @@ def _is_size(node: ast.AST, sizes: set[str]) -> bool:
             return not _is_last(index)
         case ast.Call(func=ast.Attribute(attr=attr)) if attr in _SIZE_METHODS:
             return True
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="torch" | "F"))):
+            return False  # a tensor of that size
         case ast.Call(func=ast.Name(id="len"), args=[ast.Attribute(attr="shape")]):
             return False  # the rank
         case ast.Call(func=ast.Name(id="len"), args=[ast.Name()]):

@@ -10,7 +10,7 @@ the result is compared with the block itself at several sizes before it is used.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, product
 from typing import Any
@@ -32,7 +32,7 @@ from moec.capture.lists import expert_list
 from moec.capture.reading import ExpertGroups, read_experts
 from moec.capture.recorder import ConstantPair, IntegerPair, Recorder, Sizes, merge
 from moec.capture.replace import MATCHED, replace_loop, restore_loop
-from moec.capture.routes import Search, Values, called_on, gates_of
+from moec.capture.routes import Search, Values, called_on, explains
 from moec.errors import CaptureError, NotRunError
 from moec.ir.builder import Builder
 from moec.ir.graph import Value
@@ -126,7 +126,7 @@ def _run(
     x = torch.randn(*leading, hidden, generator=generator).to(
         parameter.device, dtype or parameter.dtype
     )
-    recorder = Recorder()
+    recorder = Recorder(creations=True)
     recorder.mark("x", x)
     for weight, tensor in (*named_weights(module), *integer_buffers(module)):
         if not weight.startswith(f"{name}."):
@@ -162,6 +162,7 @@ def _opaque_members(members: Sequence[nn.Module], recorder: Recorder) -> Iterato
         def forward(rows: torch.Tensor) -> torch.Tensor:
             with _disable_current_modes(), torch.no_grad():
                 out = type(expert).forward(expert, rows)
+            out = out.clone() if out is rows else out  # an expert may give the token itself
             return recorder.opaque(_expert_call, (rows, number), out)
 
         return forward
@@ -179,12 +180,12 @@ def _merged(
     module: nn.Module, runs: Sequence[_Run], members: Sequence[nn.Module], sizes: Sizes
 ) -> fx.Graph:
     """The block's graph with the loop as one opaque op, from the first matches that agree."""
-    matches = [list(islice(_matches(run, members), _MOST_TRIES)) for run in runs]
-    reason = "no tokens, indices and weights of the block explain what its loop computes"
+    reasons = ["no tokens, indices and weights of the block explain what its loop computes"]
+    matches = [_explained(module, run, members, reasons) for run in runs]
+    reason = reasons[-1]
     for pair in islice(_pairs(*matches), _MOST_TRIES):
         try:
             for run, match in zip(runs, pair, strict=True):
-                refuse_unexplained(module, run.recorder.reads, match)
                 replace_loop(run.recorder, match, run.tokens, len(members))
             return merge(
                 runs[0].recorder,
@@ -198,6 +199,20 @@ def _merged(
             for run, match in zip(runs, pair, strict=True):
                 restore_loop(run.recorder, match)
     raise CaptureError(reason)
+
+
+def _explained(
+    module: nn.Module, run: _Run, members: Sequence[nn.Module], reasons: list[str]
+) -> list[Match]:
+    """The matches of one recording that hold for all tokens; adds the reasons why others do not."""
+    found: list[Match] = []
+    for match in islice(_matches(run, members), _MOST_TRIES):
+        try:
+            refuse_unexplained(module, run.recorder.reads, match)
+            found.append(match)
+        except CaptureError as error:
+            reasons.append(str(error))
+    return found
 
 
 def _pairs(first: Sequence[Match], second: Sequence[Match]) -> Iterator[tuple[Match, Match]]:
@@ -217,29 +232,41 @@ def _matches(run: _Run, members: Sequence[nn.Module]) -> Iterator[Match]:
     """
     nodes = list(run.recorder.graph.nodes)
     calls = [n for n in nodes if n.target is _expert_call]
-    below = _descendants(calls)
-    values = Values([n for n in nodes if n not in below], run.tokens)
+    behind = _calls_behind(nodes, calls)
+    values = Values([n for n in nodes if not behind[n]], run.tokens)
     for x in run.nodes(True):
         rows = x.meta["val"].reshape(run.tokens, -1)
-        chosen = None if x in below else called_on(calls, rows, len(members))
+        chosen = None if behind[x] else called_on(calls, rows, len(members))
         outputs = None if chosen is None else _dense_outputs(members, x.meta["val"], run.tokens)
         if outputs is None or chosen is None or not calls:
             continue
-        # The last first: a sum that grows in place has the final values in every recorded step.
-        for node in reversed([n for n in run.nodes(True, outputs.shape[-1]) if n in below]):
-            gates = gates_of(node.meta["val"].reshape(outputs.shape[1:]), outputs, chosen)
-            if gates is not None:
-                yield from Search(values, x, node, gates, chosen).matches()
+        for node in _results(run, behind, outputs.shape[-1]):
+            result = node.meta["val"].reshape(outputs.shape[1:])
+            if explains(result, outputs, chosen):
+                yield from Search(values, x, node, outputs, chosen).matches()
 
 
-def _descendants(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    pending = list(nodes)
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending += node.users
+def _results(run: _Run, behind: Mapping[fx.Node, int], width: int) -> Iterator[fx.Node]:
+    """Values that every expert's call had a part in, the last first: of a tensor that grows in
+    place only the last one counts.
+    """
+    seen: set[int] = set()
+    every = max(behind.values())
+    for node in reversed(list(run.nodes(True, width))):
+        if behind[node] == every and id(node.meta["val"]) not in seen:
+            seen.add(id(node.meta["val"]))
+            yield node
+
+
+def _calls_behind(nodes: Sequence[fx.Node], calls: Sequence[fx.Node]) -> dict[fx.Node, int]:
+    """For each node the calls that it is computed from, one bit each."""
+    bits = {call: 1 << place for place, call in enumerate(calls)}
+    found: dict[fx.Node, int] = {}
+    for node in nodes:
+        mine = bits.get(node, 0)
+        for operand in node.all_input_nodes:
+            mine |= found.get(operand, 0)
+        found[node] = mine
     return found
 
 
@@ -270,7 +297,7 @@ class _LoopImporter(Importer):
         builder = Builder({n: (0, MAX_TOKENS) for n in sizes.pairs})
         super().__init__(builder, lambda node: node.meta["shape"], self.size, module_path=path)
         self.list_name, self.body, self.sizes = name, body, sizes
-        self.tensors = dict(named_weights(module))
+        self.tensors = {**dict(named_weights(module)), **dict(integer_buffers(module))}
         self.weights: dict[str, Value] = {}
         self.block = module
 
@@ -312,8 +339,6 @@ class _LoopImporter(Importer):
         return CapturedBlock(built, tuple(self.weights), tree)
 
     def weight(self, path: str) -> Value:
-        if path not in self.tensors:
-            raise CaptureError(f"{type(self.block).__name__} reads the integer buffer {path}")
         if path not in self.weights:
             tensor = self.tensors[path]
             self.weights[path] = Value(

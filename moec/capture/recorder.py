@@ -34,6 +34,7 @@ _SHAPE_ONLY = {
     aten.new_empty.default,
     aten.new_full.default,
 }
+_CREATIONS = frozenset({aten.arange.default, aten.arange.start})
 _OUT_OF_PLACE = {
     "add_": "add",
     "sub_": "sub",
@@ -56,15 +57,19 @@ _OUT_OF_PLACE = {
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Writes every op that depends on a marked tensor as a node of ``graph``."""
+    """Writes every op that depends on a marked tensor as a node of ``graph``.
 
-    def __init__(self) -> None:
+    With ``creations``, numbers from 0 up (``arange``) are written too: places may route tokens.
+    """
+
+    def __init__(self, creations: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph = fx.Graph()
         self.nodes: dict[int, fx.Node] = {}
         self.alive: list[torch.Tensor] = []
         self.reads: list[fx.Node] = []
         self.stale: set[int] = set()
+        self.creations = _CREATIONS if creations else frozenset()
 
     def mark(self, name: str, tensor: torch.Tensor) -> fx.Node:
         """Make ``tensor`` an input of the recording."""
@@ -94,7 +99,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, torch.Tensor)]
         for tensor in tensors:
             self.alive.append(tensor)  # ids stay unique while the recording lasts
-        if func in _SHAPE_ONLY or not any(id(t) in self.nodes for t in tensors):
+        known = func in self.creations or any(id(t) in self.nodes for t in tensors)
+        if func in _SHAPE_ONLY or not known:
             return func(*args, **kwargs)
         if any(id(t) in self.stale for t in tensors):
             raise CaptureError(f"{func} reads a view of a tensor that was changed through another")

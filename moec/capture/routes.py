@@ -1,8 +1,8 @@
-"""What routes a block's tokens: recorded values that give the weight of each expert for each token.
+"""What routes a block's tokens: recorded values that give each expert's weight for each token.
 
 A loop over experts adds up ``G[t, e] * expert[e](x[t])``. The recording shows which tokens each
-expert was called on; the loop's result then gives the numbers ``G`` (by least squares, a few
-unknowns a token). What is looked for are recorded values that make up ``G``: indices and weights,
+expert was called on; least squares, with a few unknowns a token, say whether a recorded value is
+such a sum at all. What is looked for are recorded values that make up ``G``: indices and weights,
 indices of which some are dropped, masks and weights, or ``G`` itself.
 """
 
@@ -54,30 +54,32 @@ def called_on(calls: Sequence[fx.Node], x: torch.Tensor, experts: int) -> torch.
     return chosen
 
 
-def gates_of(
-    result: torch.Tensor, outputs: torch.Tensor, chosen: torch.Tensor
-) -> torch.Tensor | None:
-    """``G [T, E]`` with ``result[t] = sum_e G[t, e] outputs[e, t]``, zero where not chosen; ``None``
-    if there is none, or more than one.
+def explains(result: torch.Tensor, outputs: torch.Tensor, chosen: torch.Tensor) -> bool:
+    """Whether ``result [T, H]`` is a weighted sum of the outputs ``[E, T, H]`` of the chosen
+    experts, with fewer of them than there are numbers in a row.
     """
     if int(chosen.sum(1).max()) >= result.shape[-1]:
-        return None
-    parts = outputs.permute(1, 2, 0).double() * chosen.to(outputs.device).unsqueeze(1)
-    wanted = result.double().unsqueeze(-1)
-    gates = torch.linalg.lstsq(parts.cpu(), wanted.cpu(), driver="gelsd").solution
-    error = (parts.cpu() @ gates - wanted.cpu()).norm()
+        return True  # any row is: what follows has to show
+    parts = outputs.permute(1, 2, 0).double().cpu() * chosen.unsqueeze(1)
+    wanted = result.double().cpu().unsqueeze(-1)
+    gates = torch.linalg.lstsq(parts, wanted, driver="gelsd").solution
+    error = (parts @ gates - wanted).norm()
     tolerance = _TOLERANCE.get(result.dtype, 1e-4)
-    return gates.squeeze(-1) if error <= tolerance * wanted.norm().clamp(min=1e-30).cpu() else None
+    return bool(error <= tolerance * wanted.norm().clamp(min=1e-30))
 
 
 @dataclass(frozen=True)
 class Search:
-    """A search for what makes up the gates of one result."""
+    """A search for what makes up the gates of one result.
+
+    ``outputs`` are those of every expert on every token, ``[E, T, H]``; ``chosen`` says which were
+    computed.
+    """
 
     values: Values
     x: fx.Node
     result: fx.Node
-    gates: torch.Tensor
+    outputs: torch.Tensor
     chosen: torch.Tensor
 
     def matches(self) -> Iterator[Match]:
@@ -89,22 +91,18 @@ class Search:
     @property
     def experts(self) -> int:
         """The number of experts."""
-        return int(self.gates.shape[1])
+        return int(self.chosen.shape[1])
 
     def _match(
         self, routing: fx.Node, w: fx.Node | None, form: Form, keep: fx.Node | None = None
     ) -> Match:
         return Match(self.x, routing, w, self.result, form, keep)
 
-    def _close(self, value: torch.Tensor) -> bool:
-        error = (value.double().cpu() - self.gates).norm()
-        return bool(error <= _TOLERANCE.get(value.dtype, 1e-4) * self.gates.norm().clamp(min=1e-30))
-
     def _dense(self, idx: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         """The gates that indices and weights make."""
         inside = idx.long().cpu().clamp(0, self.experts - 1)
         none = (idx < 0).cpu() | (idx >= self.experts).cpu()
-        gates = torch.zeros(self.gates.shape, dtype=torch.float64)
+        gates = torch.zeros(self.chosen.shape, dtype=torch.float64)
         return gates.scatter_add(1, inside, w.double().cpu().masked_fill(none, 0))
 
     def _indices(self) -> Iterator[Match]:
@@ -112,7 +110,7 @@ class Search:
             if places.shape[1] > self.experts or not _are_distinct(places, self.experts):
                 continue
             for w, weights in self._weights(places.shape[1]):
-                if self._close_as(self._dense(places, weights), weights):
+                if self._close(self._dense(places, weights)):
                     yield self._match(idx, w, INDICES)
                 else:
                     yield from self._dropping(idx, places, w, weights)
@@ -126,7 +124,7 @@ class Search:
             return
         for keep, mask in self.values.matrices(_is_mask):
             if mask.shape[1] == places.shape[1]:
-                if self._close_as(self._dense(places, weights * (mask != 0)), weights):
+                if self._close(self._dense(places, weights * (mask != 0))):
                     yield self._match(idx, w, INDICES, keep)
 
     def _weights(self, columns: int) -> Iterator[tuple[fx.Node | None, torch.Tensor]]:
@@ -136,10 +134,14 @@ class Search:
                 yield node, value
         yield None, torch.ones(self.values.tokens, columns)
 
-    def _close_as(self, gates: torch.Tensor, weights: torch.Tensor) -> bool:
-        error = (gates - self.gates).norm()
-        tolerance = _TOLERANCE.get(weights.dtype, 1e-4)
-        return bool(error <= tolerance * self.gates.norm().clamp(min=1e-30))
+    def _close(self, gates: torch.Tensor) -> bool:
+        """Whether gates ``[T, E]`` give the result."""
+        value = self.result.meta["val"].reshape(self.outputs.shape[1:])
+        weights = gates.double().to(self.outputs.device)
+        found = torch.einsum("te,eth->th", weights, self.outputs.double())
+        tolerance = _TOLERANCE.get(value.dtype, 1e-4)
+        scale = found.norm().clamp(min=1e-30)
+        return bool((found - value.double()).norm() <= tolerance * scale)
 
     def _masks(self) -> Iterator[Match]:
         for node, mask in self._marks():
@@ -148,12 +150,10 @@ class Search:
                 continue
             choices = marked.shape[1]
             for w, weights in self._weights(choices):
-                if self._close_as((marked * weights.cpu().unsqueeze(-1)).double().sum(1), weights):
+                if self._close((marked * weights.cpu().unsqueeze(-1)).sum(1)):
                     yield self._match(node, w, Form("TKE", "TK"))
             for w, weights in self._weights(self.experts) if choices == 1 else ():
-                if w is not None and self._close_as(
-                    (marked[:, 0] * weights.cpu()).double(), weights
-                ):
+                if w is not None and self._close(marked[:, 0] * weights.cpu()):
                     yield self._match(node, w, Form("TE", "TE"))
 
     def _marks(self) -> Iterator[tuple[fx.Node, torch.Tensor]]:
@@ -194,4 +194,4 @@ def _are_distinct(places: torch.Tensor, experts: int) -> bool:
     return any(rows) and all(len(set(row)) == len(row) for row in rows)
 
 
-__all__ = ["Search", "Values", "called_on", "gates_of"]
+__all__ = ["Search", "Values", "called_on", "explains"]
