@@ -24,6 +24,7 @@ from moec.errors import CaptureError
 from moec.ir.builder import Builder
 from moec.ir.dims import Dim, substitute
 from moec.ir.graph import Value
+from moec.ir.types import Type
 
 aten = torch.ops.aten
 _ROWS = (5, 7)
@@ -41,8 +42,8 @@ class ExpertsBody:
     """The body of an experts loop: its graph, the experts' number and the weights that it reads.
 
     ``weights`` maps each placeholder to the parameter path (stacked weights), or to one path an
-    expert. ``form`` says what the module is called with, ``first`` is the number of its first
-    expert.
+    expert (those are ``listed``). ``form`` says what the module is called with, ``first`` is the
+    number of its first expert.
     """
 
     graph: fx.Graph
@@ -52,6 +53,17 @@ class ExpertsBody:
     module_path: str
     form: Form = INDICES
     first: int = 0
+    listed: frozenset[str] = frozenset()
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether some weight is used whole by every expert."""
+        placeholders = (n for n in self.graph.nodes if n.op == "placeholder")
+        return any(
+            n.name not in self.listed and not _is_cut(n)
+            for n in placeholders
+            if n.name not in ("x", "w")
+        )
 
     def inline(
         self, b: Builder, x: Value, idx: Value, w: Value, weight: Callable[[str], Value]
@@ -80,20 +92,20 @@ class ExpertsBody:
                 importer.env[node] = (
                     TokenData(node.name)
                     if known
-                    else _weight(importer.b, self.weights[node.name], weight)
+                    else _weight(
+                        importer.b, self.weights[node.name], node.name in self.listed, weight
+                    )
                 )
         importer.run(self.graph)
         return importer.combined()
 
 
 def _weight(
-    b: Builder, paths: tuple[str, ...], weight: Callable[[str], Value]
+    b: Builder, paths: tuple[str, ...], listed: bool, weight: Callable[[str], Value]
 ) -> Value | ExpertSlice:
     """A stacked weight, or the experts' weights stacked: then the body has one expert's part."""
     values = [weight(path) for path in paths]
-    return (
-        values[0] if len(values) == 1 else ExpertSlice(b("t.stack", *values, hint=values[0].hint))
-    )
+    return ExpertSlice(b("t.stack", *values, hint=values[0].hint)) if listed else values[0]
 
 
 class _BodyImporter(Importer):
@@ -161,15 +173,35 @@ class _BodyImporter(Importer):
         )
         return reshaped
 
+    def without_dropped(self, rows: Value) -> Value:
+        """Rows of no expert as zeros: what all experts share gets no gradient from them."""
+        perm, inverse = self.plan
+        kept = self.b("t.cast", self.b("t.ge", inverse, other=0), dtype="i32")
+        column = self.b(
+            "t.reshape", self.b("moe.permute", kept, perm, inverse), shape=(self.rows, 1)
+        )
+        zero = self.b.full(Type(rows.type.dtype, ()), 0.0)
+        masked: Value = self.b("t.where", self.b("t.gt", column, other=0), rows, zero)
+        return masked
+
     def combined(self) -> Value:
         """The sum over the choices of what the body adds; a last row weight goes to the combine."""
         if self.added is None:
             raise CaptureError("the loop adds nothing to its result")
         dtype = self.data[0].type.dtype
         rows, weights = _split_weight(self.b, self.added)
+        rows = self.without_dropped(rows) if self.body.shares_weights else rows
         operands = (rows, *self.plan) if weights is None else (rows, *self.plan, self.data[1])
         result: Value = self.b("moe.combine", *operands, dtype=dtype, hint="routed")
         return result
+
+
+def _is_cut(node: fx.Node) -> bool:
+    """Whether all that is read of a weight is one expert's part of it."""
+    picks = (aten.select.int, aten.index.Tensor)
+    return all(
+        user.target in picks or (user.target in _RESHAPES and _is_cut(user)) for user in node.users
+    )
 
 
 def _split_weight(b: Builder, added: Value) -> tuple[Value, Value | None]:
@@ -256,6 +288,8 @@ def _select(i: _BodyImporter, node: fx.Node) -> Any:
     if column and i.env.get(source) == TokenData("w"):  # type: ignore[arg-type]
         return TokenData("w")  # the weight of this expert, which the row has
     stack = i.env.get(source)  # type: ignore[arg-type]
+    alone = i.body.experts == 1 and isinstance(index, int)
+    index = IntegerPair(index, index) if alone else index  # type: ignore[arg-type]
     if isinstance(stack, Value) and axis == 0 and _is_expert(index) and _is_static(stack):
         return _slice_of(i, stack, index)
     return None
@@ -343,8 +377,12 @@ def read_span(module: nn.Module, span: Span, path: str = "") -> ExpertsBody:
         if name not in ("x", "w") and source not in known:
             raise CaptureError(f"{type(module).__name__} reads the integer buffer {source}")
     weights = {n: _paths(module, s, span) for n, s in sources.items() if n not in ("x", "w")}
+    listed = frozenset(n for n, found in weights.items() if found is not None)
+    known_paths = {n: found or (sources[n],) for n, found in weights.items()}
     count = span.stop - span.first
-    return ExpertsBody(graph, count, span.hidden, weights, path, span.form, span.first)
+    return ExpertsBody(
+        graph, count, span.hidden, known_paths, path, span.form, span.first, listed
+    )
 
 
 def record(module: nn.Module, span: Span, expert: int, rows: int) -> tuple[Recorder, torch.Tensor]:
@@ -355,7 +393,7 @@ def record(module: nn.Module, span: Span, expert: int, rows: int) -> tuple[Recor
     idx = span.form.route(rows, expert, span.total).to(parameter.device)
     columns = span.total if span.form.weights == "TE" else span.form.choices
     w = (torch.rand(rows, columns, generator=generator) + 0.5).to(parameter.device)
-    recorder = Recorder()
+    recorder = Recorder(skip_empty=True)
     recorder.mark("x", x)
     recorder.mark("w", w)
     for name, tensor in (*named_weights(module), *integer_buffers(module)):
@@ -400,12 +438,14 @@ def _pattern(module: nn.Module, name: str, expert: int, experts: int) -> str:
     return ".".join(parts)
 
 
-def _paths(module: nn.Module, source: str, span: Span) -> tuple[str, ...]:
-    """The paths of the parameters that correspond to one expert's, one an expert of the span."""
+def _paths(module: nn.Module, source: str, span: Span) -> tuple[str, ...] | None:
+    """The paths of the parameters that correspond to one expert's, one an expert of the span;
+    ``None`` for a parameter that is no expert's own.
+    """
     parts = source.split(".")
     place = _place(module, parts, span.total)
     if place is None or parts[place] != _keys(module, parts[:place], span.total)[span.first]:
-        return (source,)
+        return None
     keys = _keys(module, parts[:place], span.total)[span.first : span.stop]
     return tuple(".".join([*parts[:place], key, *parts[place + 1 :]]) for key in keys)
 

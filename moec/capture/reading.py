@@ -158,7 +158,8 @@ def _shape(value: object) -> str:
 
 def _adds(module: nn.Module, span: Span) -> bool:
     """Whether the experts of a group give anything: some are there to do nothing."""
-    return bool(_signature(module, span, span.first))
+    recorder, out = record(module, span, span.first, _ROWS)
+    return recorder.node_of(out) is not None and bool(out.any())
 
 
 __all__ = ["ExpertGroups", "read_experts"]

@@ -35,6 +35,7 @@ _SHAPE_ONLY = {
     aten.new_full.default,
 }
 _CREATIONS = frozenset({aten.arange.default, aten.arange.start})
+_ADDED_AT = {aten.index_add: 3, aten.index_put: 2, aten.index_copy: 3, aten.scatter_add: 3}
 _OUT_OF_PLACE = {
     "add_": "add",
     "sub_": "sub",
@@ -60,9 +61,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes every op that depends on a marked tensor as a node of ``graph``.
 
     With ``creations``, numbers from 0 up (``arange``) are written too: places may route tokens.
+    With ``skip_empty``, adding no rows is not: experts without tokens play no part.
     """
 
-    def __init__(self, creations: bool = False) -> None:
+    def __init__(self, creations: bool = False, skip_empty: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph = fx.Graph()
         self.nodes: dict[int, fx.Node] = {}
@@ -70,6 +72,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.reads: list[fx.Node] = []
         self.stale: set[int] = set()
         self.creations = _CREATIONS if creations else frozenset()
+        self.skip_empty = skip_empty
 
     def mark(self, name: str, tensor: torch.Tensor) -> fx.Node:
         """Make ``tensor`` an input of the recording."""
@@ -106,7 +109,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise CaptureError(f"{func} reads a view of a tensor that was changed through another")
         recorded = self._arguments(args), self._arguments(kwargs)  # before the op may change them
         out = func(*args, **kwargs)
+        if self.skip_empty and _adds_nothing(func, args):
+            return self._as_before(args[0], out)
         self._record(func, args, recorded, out)
+        return out
+
+    def _as_before(self, target: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Bind a result that equals an operand to that operand's node, if it has one."""
+        node = self.nodes.get(id(target))
+        if node is not None and out is not target:
+            self._bind(out, node)
         return out
 
     def watching(self) -> TorchFunctionMode:
@@ -178,6 +190,16 @@ def _is_whole(tensor: torch.Tensor) -> bool:
     """Whether a tensor has all of its memory, in order."""
     size = tensor.numel() * tensor.element_size()
     return tensor.is_contiguous() and size == tensor.untyped_storage().nbytes()
+
+
+def _adds_nothing(func: Any, args: Sequence[Any]) -> bool:
+    """Whether an op adds or puts no rows into its first operand."""
+    source = _ADDED_AT.get(getattr(aten, func._schema.name.split("::")[1].rstrip("_"), None))
+    return source is not None and len(args) > source and _is_empty(args[source])
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.numel() == 0
 
 
 class _Reads(TorchFunctionMode):

@@ -33,7 +33,7 @@ class Values:
         for node in self.nodes:
             value = node.meta.get("val")
             if isinstance(value, torch.Tensor) and value.dim() >= 1 and wanted(value):
-                columns = value.shape[-1] if value.dim() > 1 else 1
+                columns = 1 if value.numel() == self.tokens else value.shape[-1]
                 if value.numel() == self.tokens * columns and value.numel():
                     yield node, value.reshape(self.tokens, columns)
 
