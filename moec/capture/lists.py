@@ -11,7 +11,7 @@ from moec.structure import names_read
 
 _LISTS = (nn.ModuleList, nn.ModuleDict)
 # Code that picks rows mentions one of these; a stack of layers mentions none.
-_PICKING = {
+PICKING = {
     "argsort",
     "bincount",
     "index_add",
@@ -72,7 +72,7 @@ def _are_experts(members: Sequence[nn.Module]) -> bool:
 def _routes(module: nn.Module, experts: str, count: int) -> bool:
     outside = [p for n, p in module.named_parameters() if not n.startswith(f"{experts}.")]
     scored = any(p.dim() == 2 and count in p.shape for p in outside)
-    return scored or not names_read(type(module)).isdisjoint(_PICKING)
+    return scored or not names_read(type(module)).isdisjoint(PICKING)
 
 
-__all__ = ["expert_list", "has_code", "has_expert_list"]
+__all__ = ["PICKING", "expert_list", "has_code", "has_expert_list"]

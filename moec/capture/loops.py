@@ -32,6 +32,7 @@ from moec.capture.lists import expert_list
 from moec.capture.reading import ExpertGroups, read_experts
 from moec.capture.recorder import ConstantPair, IntegerPair, Recorder, Sizes, merge
 from moec.capture.replace import MATCHED, replace_loop, restore_loop
+from moec.capture.stacks import Part, collapse, cuts, stacked_experts, template
 from moec.capture.routes import Search, Values, called_on, explains
 from moec.errors import CaptureError, NotRunError
 from moec.ir.builder import Builder
@@ -96,26 +97,73 @@ def capture_loop(
     """The IR of a block with its own loop over a list of experts; :class:`CaptureError` says why if
     there is none.
     """
+    refuse_size_branches(module)
+    sizes = Sizes(_SIZES[rank])
+    leading = [tuple(pair[i] for pair in sizes.pairs.values()) for i in (0, 1)]
     found = expert_list(module)
     if found is None:
-        raise CaptureError(f"{type(module).__name__} holds no list of equal experts")
-    refuse_size_branches(module)
+        return _capture_stacked(module, path, dtype, leading, sizes)
     name, members = found
     registry = module.get_submodule(name)
     body = read_experts(_Loop(members, registry), f"{path}.{name}" if path else name)
-    sizes = Sizes(_SIZES[rank])
-    runs = [
-        _run(module, name, members, body.hidden, dtype, tuple(p[i] for p in sizes.pairs.values()))
-        for i in (0, 1)
-    ]
+    runs = [_run(module, name, members, body.hidden, dtype, sizes_) for sizes_ in leading]
+    return _captured(module, name, path, runs, members, body, sizes)
+
+
+def _captured(
+    module: nn.Module,
+    name: str,
+    path: str,
+    runs: Sequence[_Run],
+    members: Sequence[nn.Module],
+    body: ExpertsBody | ExpertGroups,
+    sizes: Sizes,
+) -> CapturedBlock:
     graph = _merged(module, runs, members, sizes)
     tree = tree_flatten(runs[0].out)[1]
     return _LoopImporter(module, name, body, sizes, path).run(graph, runs[0], tree)
 
 
+def _capture_stacked(
+    module: nn.Module,
+    path: str,
+    dtype: torch.dtype | None,
+    leading: Sequence[tuple[int, ...]],
+    sizes: Sizes,
+) -> CapturedBlock:
+    """A block that loops over stacked weights of its own."""
+    experts = stacked_experts(module)
+    if experts is None:
+        raise CaptureError(f"{type(module).__name__} holds no list of equal experts")
+    hidden = _width(module, dtype, leading[0])
+    runs = [_run(module, None, (), hidden, dtype, sizes_) for sizes_ in leading]
+    parts = [cuts(run.recorder, experts) for run in runs]
+    known = {size for p in module.parameters() for size in p.shape}
+    one = template([*parts[0], *parts[1]], known)
+    members = [Part(module, one, expert) for expert in range(experts)]
+    body = read_experts(_Loop(members, module), path)
+    for run, found in zip(runs, parts, strict=True):
+        for cut in found:
+            collapse(run.recorder, cut, _expert_call)
+    return _captured(module, "", path, runs, members, body, sizes)
+
+
+def _width(module: nn.Module, dtype: torch.dtype | None, leading: tuple[int, ...]) -> int:
+    """The width of tokens with which a block runs."""
+    reasons = []
+    for hidden in hidden_sizes(module):
+        try:
+            _run(module, None, (), hidden, dtype, leading)
+        except NotRunError as error:
+            reasons.append(str(error))
+        else:
+            return hidden
+    raise NotRunError("; ".join(reasons[:1]) or f"{type(module).__name__} has no weights")
+
+
 def _run(
     module: nn.Module,
-    name: str,
+    name: str | None,
     members: Sequence[nn.Module],
     hidden: int,
     dtype: torch.dtype | None,
@@ -129,7 +177,7 @@ def _run(
     recorder = Recorder(creations=True)
     recorder.mark("x", x)
     for weight, tensor in (*named_weights(module), *integer_buffers(module)):
-        if not weight.startswith(f"{name}."):
+        if name is None or not weight.startswith(f"{name}."):
             recorder.mark(weight, tensor)
     state = torch.get_rng_state()
     try:
@@ -357,7 +405,7 @@ class _LoopImporter(Importer):
         form = MATCHED[int(node.args[3])]  # type: ignore[arg-type]
         idx, w = as_indices(self.b, form, routing, w, self.body.experts)
         return self.body.inline(
-            self.b, x, idx, w, lambda p: self.weight(p.replace("experts", self.list_name, 1))
+            self.b, x, idx, w, lambda p: self.weight(p.replace("experts", self.list_name, 1).lstrip("."))
         )
 
 

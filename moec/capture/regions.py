@@ -25,6 +25,7 @@ from moec.capture.flatten import flatten_tokens
 from moec.capture.lists import has_expert_list
 from moec.capture.loops import capture_loop
 from moec.capture.reading import ExpertGroups, read_experts
+from moec.capture.stacks import stacked_experts
 from moec.capture.writes import Write
 from moec.errors import CaptureError, MoecError, NotRunError
 from moec.ir.builder import Builder
@@ -119,9 +120,8 @@ def _surely_experts(module: nn.Module) -> bool:
 def _is_loop(module: nn.Module) -> bool:
     """Whether a module holds a list of experts, and none of its submodules is a region itself."""
     inside = (m for m in module.modules() if m is not module)
-    return has_expert_list(module) and not any(
-        _surely_experts(m) or has_expert_list(m) for m in inside
-    )
+    holds = has_expert_list(module) or stacked_experts(module) is not None
+    return holds and not any(_surely_experts(m) or has_expert_list(m) for m in inside)
 
 
 def is_experts(module: nn.Module) -> bool:
