@@ -349,6 +349,8 @@ def _tensor_arguments(
 ) -> list[torch.Tensor] | None:
     """The tensors of a call in order, if it has the form that was captured."""
     values = [*args, *kwargs.values()]
+    while len(values) > 1 and values[-1] is None and kind != "experts":
+        values.pop()  # an optional argument that is not given
     wanted = 3 if kind == "experts" else 1
     if len(values) != wanted or not all(isinstance(v, torch.Tensor) for v in values):
         return None

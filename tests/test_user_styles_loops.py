@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
-import warnings
 from typing import Any
 
 import pytest
@@ -169,7 +166,7 @@ class SortedSplit(Routed):
         weights, chosen = self.route(flat)
         order = chosen.flatten().argsort(stable=True)
         counts = torch.bincount(chosen.flatten(), minlength=EXPERTS).tolist()
-        parts = flat[order // self.choices].split(counts)
+        parts = torch.split(flat[order // self.choices], counts)
         done = torch.cat([e(part) for e, part in zip(self.experts, parts, strict=True)])
         back = torch.empty_like(done)
         back[order] = done
@@ -205,11 +202,11 @@ class Dispatcher(Routed):
         values, chosen = self.gate(flat).topk(self.choices, dim=1)
         gates = torch.zeros(flat.shape[0], EXPERTS).scatter(1, chosen, values.softmax(1))
         places, order = gates.nonzero().sort(dim=0)
-        _, expert_index = places.split(1, dim=1)
+        _, expert_index = torch.split(places, 1, dim=1)
         token = gates.nonzero()[order[:, 1], 0]
         sizes = (gates > 0).sum(0).tolist()
         kept = gates[token].gather(1, expert_index)
-        parts = flat[token].split(sizes, dim=0)
+        parts = torch.split(flat[token], sizes, dim=0)
         done = torch.cat([self.experts[e](parts[e]) for e in range(EXPERTS)], 0) * kept
         return torch.zeros_like(flat).index_add(0, token, done).view(x.shape)
 
@@ -579,3 +576,88 @@ def test_what_a_forward_leaves_on_its_module_is_left_by_the_compiled_one_too() -
     compiled(torch.randn(2, 3, HIDDEN))
     assert compiled.layers[0].last_dtype is torch.float32
     assert compiled.layers[0].calls_have == "tokens"
+
+
+class Noisy(Routed):
+    """Noise on the router's logits in training."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        flat = x.reshape(-1, HIDDEN)
+        logits = self.gate(flat)
+        if self.training:
+            logits = logits + torch.randn_like(logits) * F.softplus(logits)
+        weights, chosen = logits.topk(self.choices, dim=-1)
+        weights = weights.softmax(-1)
+        out = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            token, place = torch.where(chosen == number)
+            out.index_add_(0, token, expert(flat[token]) * weights[token, place, None])
+        return out.view(x.shape)
+
+
+def test_noise_in_training_is_the_same_under_the_same_seed() -> None:
+    net = Net(Noisy).eval()
+    compiled = moec.compile(net)
+    assert [r.status for r in regions(compiled)] == ["compiled", "compiled"]
+    x = torch.randn(2, 9, HIDDEN)
+    assert_equal(values(compiled, x), values(net, x))
+    net.train()
+    compiled.train()
+    torch.manual_seed(5)
+    expected = values(net, x)
+    torch.manual_seed(5)
+    with pytest.warns(UserWarning, match="Noisy.* stays as it was"):
+        actual = values(compiled, x)
+    assert_equal(actual, expected)
+
+
+class SlicedCapacity(Routed):
+    """Slices of the sorted tokens, each at most a limit long that no trial reaches."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        flat = x.reshape(-1, HIDDEN)
+        weight, chosen = self.gate(flat).softmax(-1).max(-1)
+        order = chosen.argsort()
+        ends = chosen.bincount(minlength=EXPERTS).cumsum(0).tolist()
+        out, start = torch.zeros_like(flat), 0
+        for expert, end in zip(self.experts, ends, strict=True):
+            token = order[start : min(end, start + 1000)]
+            out[token] = expert(flat[token]) * weight[token, None]
+            start = end
+        return out.view(x.shape)
+
+
+class CountedBranch(WhereAssign):
+    """Another function for an expert that has many tokens."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        chosen = self.route(x.view(-1, HIDDEN))[1]
+        scale = 2.0 if (chosen == 0).sum() > 1000 else 1.0
+        return super().forward(x) * scale
+
+
+class CountsCalls(WhereAssign):
+    """Leaves a number on itself that differs from call to call."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> Any:
+        self.calls += 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        (SlicedCapacity, "uses aten.slice.Tensor to pick or add up tokens"),
+        (CountedBranch, "CountedBranch reads a value of a tensor as a Python number"),
+        (CountsCalls, "forward changes calls"),
+    ],
+)
+def test_left_alone_with_a_reason(block: Any, reason: str) -> None:
+    net = Net(block)
+    with pytest.warns(UserWarning, match=reason):
+        compiled = moec.compile(net)
+    assert {r.status for r in regions(compiled)} == {"left as it was"}
+    x = torch.randn(HIDDEN).expand(1, 1500, HIDDEN).contiguous()
+    assert_equal(compiled(x), net(x))

@@ -32,7 +32,8 @@ def idle_conversions(block: nn.Module) -> Iterator[None]:
 
 def _conversion(module: nn.Module) -> Callable[..., nn.Module]:
     def to(*args: Any, **kwargs: Any) -> nn.Module:
-        device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+        parsed: tuple[Any, ...] = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype, _, memory_format = parsed
         for tensor in (*module.parameters(), *module.buffers()):
             other_dtype = dtype not in (None, tensor.dtype) and tensor.is_floating_point()
             other_device = device is not None and device.type != tensor.device.type

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from moec.capture.counts import expert_keys
 from moec.capture.forms import INDICES, Form, as_indices
 from moec.capture.importer import ExpertSlice, Importer
+from moec.capture.paths import paths_of, pattern_of
 from moec.capture.recorder import ConstantPair, IntegerPair, Recorder, Sizes, merge
 from moec.errors import CaptureError
 from moec.ir.builder import Builder
@@ -283,13 +283,14 @@ def _is_expert(index: Any) -> bool:
 
 
 def _select(i: _BodyImporter, node: fx.Node) -> Any:
-    source, axis, index = node.args[:3]
+    operands: Any = node.args[:3]
+    source, axis, index = operands
     column = i.body.form.weights == "TE" and axis == 1 and isinstance(index, IntegerPair)
-    if column and i.env.get(source) == TokenData("w"):  # type: ignore[arg-type]
+    if column and i.env.get(source) == TokenData("w"):
         return TokenData("w")  # the weight of this expert, which the row has
-    stack = i.env.get(source)  # type: ignore[arg-type]
+    stack = i.env.get(source)
     alone = i.body.experts == 1 and isinstance(index, int)
-    index = IntegerPair(index, index) if alone else index  # type: ignore[arg-type]
+    index = IntegerPair(index, index) if alone else index
     if isinstance(stack, Value) and axis == 0 and _is_expert(index) and _is_static(stack):
         return _slice_of(i, stack, index)
     return None
@@ -369,20 +370,22 @@ def read_span(module: nn.Module, span: Span, path: str = "") -> ExpertsBody:
         second,
         (out1, out2),
         _SIZES,
-        lambda name, which: _pattern(module, name, chosen[which], span.total),
+        lambda name, which: pattern_of(module, name, chosen[which], span.total),
     )
     sources = {n.name: str(n.meta["source"]) for n in graph.nodes if n.op == "placeholder"}
     known = dict(named_weights(module))
     for name, source in sources.items():
         if name not in ("x", "w") and source not in known:
             raise CaptureError(f"{type(module).__name__} reads the integer buffer {source}")
-    weights = {n: _paths(module, s, span) for n, s in sources.items() if n not in ("x", "w")}
+    weights = {
+        n: paths_of(module, s, span.first, span.stop, span.total)
+        for n, s in sources.items()
+        if n not in ("x", "w")
+    }
     listed = frozenset(n for n, found in weights.items() if found is not None)
     known_paths = {n: found or (sources[n],) for n, found in weights.items()}
     count = span.stop - span.first
-    return ExpertsBody(
-        graph, count, span.hidden, known_paths, path, span.form, span.first, listed
-    )
+    return ExpertsBody(graph, count, span.hidden, known_paths, path, span.form, span.first, listed)
 
 
 def record(module: nn.Module, span: Span, expert: int, rows: int) -> tuple[Recorder, torch.Tensor]:
@@ -427,40 +430,6 @@ def read_reason(module: nn.Module, node: fx.Node) -> str:
         "branch, item() or tolist()), which a compiled call would not do again; use torch.where "
         "or a tensor"
     )
-
-
-def _pattern(module: nn.Module, name: str, expert: int, experts: int) -> str:
-    """A parameter's path with ``*`` in place of the expert whose it is."""
-    parts = name.split(".")
-    place = _place(module, parts, experts)
-    if place is not None and parts[place] == _keys(module, parts[:place], experts)[expert]:
-        parts[place] = "*"
-    return ".".join(parts)
-
-
-def _paths(module: nn.Module, source: str, span: Span) -> tuple[str, ...] | None:
-    """The paths of the parameters that correspond to one expert's, one an expert of the span;
-    ``None`` for a parameter that is no expert's own.
-    """
-    parts = source.split(".")
-    place = _place(module, parts, span.total)
-    if place is None or parts[place] != _keys(module, parts[:place], span.total)[span.first]:
-        return None
-    keys = _keys(module, parts[:place], span.total)[span.first : span.stop]
-    return tuple(".".join([*parts[:place], key, *parts[place + 1 :]]) for key in keys)
-
-
-def _place(module: nn.Module, parts: list[str], experts: int) -> int | None:
-    """Which part of a parameter's path names the expert: that below the outermost list of all."""
-    for place in range(len(parts)):
-        owner = module.get_submodule(".".join(parts[:place]))
-        if expert_keys(owner, experts) is not None:
-            return place
-    return None
-
-
-def _keys(module: nn.Module, parts: list[str], experts: int) -> list[str]:
-    return expert_keys(module.get_submodule(".".join(parts)), experts) or []
 
 
 __all__ = ["ExpertsBody", "Span", "integer_buffers", "named_weights", "read_span", "record"]

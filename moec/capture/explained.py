@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
 
+from moec.capture.branches import limits_counts
 from moec.capture.experts import read_reason
 from moec.capture.forms import INDICES, Form
 from moec.errors import CaptureError
@@ -49,15 +51,43 @@ def refuse_unexplained(module: nn.Module, reads: Sequence[fx.Node], match: Match
     for node in reads:
         if not _follows_from(node, match):
             raise CaptureError(read_reason(module, node))
+    tiled: dict[fx.Node, bool] = {}
     kept = set().union(*(with_ancestors(node) for node in match.sources))
     for node in with_ancestors(match.result) - kept:
-        if not _is_routing(node):
+        if not _is_routing(node) and not _is_tile(module, node, tiled):
             place = node.meta.get("location")
             where = f"{place[0]}:{place[1]}: " if place else ""
             raise CaptureError(
                 f"{where}{type(module).__name__} uses {node.target} to pick or add up tokens; "
                 "what it does on other tokens than those tried is not known"
             )
+
+
+def _is_tile(module: nn.Module, node: fx.Node, known: dict[fx.Node, bool]) -> bool:
+    """Whether a slice is one of those that cut a value in parts, one after the other, and nothing
+    in the source could make one of them shorter.
+    """
+    if node.target is not aten.slice.Tensor:
+        return False
+    source: Any = node.args[0]
+    if source not in known:
+        known[source] = _tiles(source) and not limits_counts(module)
+    return known[source]
+
+
+def _tiles(source: fx.Node) -> bool:
+    bounds: list[tuple[int, int]] = []
+    size = source.meta["val"].shape[0]
+    for user in source.users:
+        if user.target is aten.slice.Tensor:
+            given: Any = user.args[1:4]
+            axis, start, stop = (*given, *(0, 0, size)[len(given) :])
+            if axis != 0:
+                return False
+            bounds.append((start or 0, stop))
+    bounds = sorted(set(bounds))
+    ends = [0, *(stop for _, stop in bounds)]
+    return bounds[-1][1] == size and [start for start, _ in bounds] == ends[:-1]
 
 
 def _follows_from(read: fx.Node, match: Match) -> bool:

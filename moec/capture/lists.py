@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -72,7 +73,8 @@ def _are_experts(members: Sequence[nn.Module]) -> bool:
 def _routes(module: nn.Module, experts: str, count: int) -> bool:
     outside = [p for n, p in module.named_parameters() if not n.startswith(f"{experts}.")]
     scored = any(p.dim() == 2 and count in p.shape for p in outside)
-    return scored or not names_read(type(module)).isdisjoint(PICKING)
+    cls: Any = type(module)
+    return scored or not names_read(cls).isdisjoint(PICKING)
 
 
 __all__ = ["PICKING", "expert_list", "has_code", "has_expert_list"]

@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_flatten
 
 from moec.capture.block import _LEAF, MAX_TOKENS, CapturedBlock, block_name, weight_hint
 from moec.capture.branches import refuse_size_branches
-from moec.capture.counts import hidden_sizes
 from moec.capture.constants import constant_value
+from moec.capture.counts import hidden_sizes
 from moec.capture.experts import ExpertsBody, integer_buffers, named_weights
 from moec.capture.explained import Match, refuse_unexplained
 from moec.capture.forms import as_indices
@@ -32,8 +32,8 @@ from moec.capture.lists import expert_list
 from moec.capture.reading import ExpertGroups, read_experts
 from moec.capture.recorder import ConstantPair, IntegerPair, Recorder, Sizes, merge
 from moec.capture.replace import MATCHED, replace_loop, restore_loop
-from moec.capture.stacks import Part, collapse, cuts, stacked_experts, template
 from moec.capture.routes import Search, Values, called_on, explains
+from moec.capture.stacks import Part, collapse, cuts, stacked_experts, template
 from moec.errors import CaptureError, NotRunError
 from moec.ir.builder import Builder
 from moec.ir.graph import Value
@@ -405,7 +405,11 @@ class _LoopImporter(Importer):
         form = MATCHED[int(node.args[3])]  # type: ignore[arg-type]
         idx, w = as_indices(self.b, form, routing, w, self.body.experts)
         return self.body.inline(
-            self.b, x, idx, w, lambda p: self.weight(p.replace("experts", self.list_name, 1).lstrip("."))
+            self.b,
+            x,
+            idx,
+            w,
+            lambda p: self.weight(p.replace("experts", self.list_name, 1).lstrip(".")),
         )
 
 

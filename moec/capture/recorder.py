@@ -35,7 +35,7 @@ _SHAPE_ONLY = {
     aten.new_full.default,
 }
 _CREATIONS = frozenset({aten.arange.default, aten.arange.start})
-_ADDED_AT = {aten.index_add: 3, aten.index_put: 2, aten.index_copy: 3, aten.scatter_add: 3}
+_ADDED_AT = {"index_add": 3, "index_put": 2, "index_copy": 3, "scatter_add": 3}
 _OUT_OF_PLACE = {
     "add_": "add",
     "sub_": "sub",
@@ -194,7 +194,8 @@ def _is_whole(tensor: torch.Tensor) -> bool:
 
 def _adds_nothing(func: Any, args: Sequence[Any]) -> bool:
     """Whether an op adds or puts no rows into its first operand."""
-    source = _ADDED_AT.get(getattr(aten, func._schema.name.split("::")[1].rstrip("_"), None))
+    name = func._schema.name.split("::")[1]
+    source = _ADDED_AT.get(name.rstrip("_"))
     return source is not None and len(args) > source and _is_empty(args[source])
 
 

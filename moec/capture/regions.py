@@ -45,8 +45,8 @@ class FoundRegion:
     after the data; ``results`` says of each output whether it has the token axes of the input
     ("lead") or is as computed; ``tree`` is the structure of the module's result. ``ran`` says
     whether the module's own code ran when it was tried; ``writes`` are attributes that a call sets;
-    ``ranks`` are those of the tokens that it can be called with. ``kind`` is "block" (called with tokens),
-    "experts" (tokens, indices, weights) or "loop".
+    ``ranks`` are those of the tokens that it can be called with. ``kind`` is "block" (called with
+    tokens), "experts" (tokens, indices, weights) or "loop".
     """
 
     name: str

@@ -28,7 +28,8 @@ _PRODUCTS = (aten.mm.default, aten.addmm.default, aten.linear.default, aten.bmm.
 def stacked_experts(module: nn.Module) -> int | None:
     """The number of experts whose stacked weights a module holds itself and picks rows for."""
     sizes = {p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3}
-    routes = not names_read(type(module)).isdisjoint(PICKING)
+    cls: Any = type(module)
+    routes = not names_read(cls).isdisjoint(PICKING)
     if len(sizes) != 1 or not routes or not has_code(module) or not takes_rows(module):
         return None
     experts = int(sizes.pop())
