@@ -180,6 +180,13 @@ def graph_inputs(
     return fitted
 
 
+def flattened(tensor: torch.Tensor, rank: int) -> torch.Tensor:
+    """A tensor with its leading axes as one, so that it has a rank."""
+    if tensor.dim() <= rank:
+        return tensor
+    return tensor.reshape(-1, *tensor.shape[tensor.dim() - rank + 1 :])
+
+
 def _fitted(tensor: torch.Tensor, rank: int, leading: int) -> torch.Tensor:
     return tensor if tensor.dim() == rank else tensor.reshape(-1, *tensor.shape[leading:])
 
@@ -190,6 +197,7 @@ __all__ = [
     "Call",
     "CallForm",
     "TensorForm",
+    "flattened",
     "graph_inputs",
     "is_plain",
     "parameters",

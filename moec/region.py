@@ -13,7 +13,15 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from moec.arguments import check_inputs, fits
-from moec.call_form import MAX_FORMS, TOKENS_ALONE, Call, CallForm, graph_inputs, read_call
+from moec.call_form import (
+    MAX_FORMS,
+    TOKENS_ALONE,
+    Call,
+    CallForm,
+    flattened,
+    graph_inputs,
+    read_call,
+)
 from moec.capture.check import autocast_dtype
 from moec.capture.regions import (
     Candidate,
@@ -24,6 +32,7 @@ from moec.capture.regions import (
     join,
 )
 from moec.capture.trial import Trial
+from moec.capture.writes import apply_writes
 from moec.compiled import as_original, install, region_of, restore
 from moec.errors import CallError
 from moec.guards import Guard
@@ -250,8 +259,6 @@ class Region:
     def _call_experts(self, module: nn.Module, data: Sequence[Any]) -> Any:
         if len(data) != 3 or not all(isinstance(v, torch.Tensor) for v in data):
             return NotImplemented
-        if data[0].dim() != 2:  # bodies are read for tokens [T, H]
-            return NotImplemented
         if self._must_run_own_code(module):
             return NotImplemented
         x, idx, w = data
@@ -270,7 +277,7 @@ class Region:
         """
         for _ in range(2):
             found = find()
-            if found is None or found.graph is None:
+            if found is None or found.graph is None or data[0].dim() not in found.ranks:
                 return NotImplemented
             if fits(found.graph, self._weights(found, module)):
                 return self._run(found, module, data)
@@ -348,6 +355,7 @@ class Region:
             self.artifacts.append(artifact)
         with _no_autocast(data[0].device.type):
             outputs = artifact(inputs)
+        apply_writes(module, found.writes)
         return found.result.build(outputs, data[0].shape[:-1])
 
     def _forget(self) -> None:
@@ -383,8 +391,9 @@ class Region:
         if found.graph is not None and not fits(found.graph, self._weights(found, module)):
             self._forget()
             found = self.capture(mode)
-        if found.graph is None:
+        if found.graph is None or rank not in found.ranks:
             return None
+        apply_writes(module, found.writes)  # constants: setting them once while tracing is enough
         weights = self._weights(found, module)
         if odd_tensor(weights, fake=True) is not None:
             return None
@@ -408,9 +417,10 @@ class Region:
     def _data(
         self, graph: Graph, found: FoundRegion, data: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
+        ranks = [v.type.rank for v in graph.inputs]
         if self.kind == "experts":
-            return list(data)
-        return graph_inputs(found.form, [v.type.rank for v in graph.inputs], data)
+            return [flattened(t, rank) for t, rank in zip(data, ranks, strict=False)]
+        return graph_inputs(found.form, ranks, data)
 
     def _weights(self, found: FoundRegion, module: nn.Module) -> list[torch.Tensor]:
         if found.weights not in self._tensors:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from moec.call_form import CallForm, TensorForm, graph_inputs, parameters, without_defaults
+from moec.call_form import CallForm, TensorForm, flattened, graph_inputs, parameters, without_defaults
 
 if TYPE_CHECKING:
     from moec.region import Region
@@ -143,9 +143,10 @@ def run_experts(module: nn.Module, region: int, data: Sequence[torch.Tensor]) ->
     )
     if prepared is None:
         return NotImplemented
-    name, weights, _, _ = prepared
-    inputs = [*data, *(_attribute(module, path) for path in weights)]
-    return getattr(torch.ops.moec, name)(inputs)[0]
+    name, weights, ranks, _ = prepared
+    flat = [flattened(t, rank) for t, rank in zip(data, ranks, strict=True)]
+    out = getattr(torch.ops.moec, name)([*flat, *(_attribute(module, p) for p in weights)])[0]
+    return out if x.dim() == 2 else out.reshape(*x.shape[:-1], out.shape[-1])
 
 
 def _can_be_traced(kind: str, named: Mapping[str, Any], plain: Mapping[str, Any]) -> bool:

@@ -11,7 +11,7 @@ from torch import fx
 from moec.capture.importer import ExpertSlice, Importer, handles
 from moec.errors import CaptureError
 from moec.ir.graph import Value
-from moec.ir.types import Type, dtype_name
+from moec.ir.types import FLOATS, Type, dtype_name
 
 aten = torch.ops.aten
 Args = Sequence[Any]
@@ -71,7 +71,8 @@ def binary(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
     dtype = i.dtype(node)
     x, y = args[0], args[1]
     if not isinstance(y, Value | ExpertSlice):
-        return i.b(f"t.{name}", i.cast(i.value(x), dtype), other=number(y), hint=i.hint(node))
+        other = number(y) if dtype in FLOATS or not isinstance(y, int) else y
+        return i.b(f"t.{name}", i.cast(i.value(x), dtype), other=other, hint=i.hint(node))
     if not isinstance(x, Value | ExpertSlice):
         x = i.b.full(Type(dtype, ()), number(x))
     return i.b(f"t.{name}", i.cast(i.value(x), dtype), i.cast(i.value(y), dtype), hint=i.hint(node))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from moec.capture.aten import number
 from moec.capture.importer import ExpertSlice, Importer, handles
 from moec.errors import CaptureError
 from moec.ir.graph import Value
-from moec.ir.types import FLOATS
+from moec.ir.types import FLOATS, Type
 
 aten = torch.ops.aten
 Args = Sequence[Any]
@@ -30,6 +31,37 @@ def reduce(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
     wanted = i.dtype(node)
     x = i.cast(x, wanted) if wanted in FLOATS else x
     return i.cast(i.b(kind, x, dims=dims, keepdim=keepdim, hint=i.hint(node)), wanted)
+
+
+@handles(aten.linalg_vector_norm.default)
+def vector_norm(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    defaults: tuple[Any, ...] = (None, 2, None, False)
+    x, order, dims, keepdim = (*args, *defaults[len(args) :])[:4]
+    return _norm(i, node, i.value(x), float(order), dims, bool(keepdim))
+
+
+@handles(aten.norm.ScalarOpt_dim)
+def norm(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    x, order, dims, keepdim = (*args, False)[:4]
+    return _norm(i, node, i.value(x), 2.0 if order is None else float(order), dims, bool(keepdim))
+
+
+def _norm(i: Importer, node: fx.Node, x: Value, order: float, dims: Any, keepdim: bool) -> Value:
+    """The norm of an order over axes, summed in float32 at least."""
+    dims = tuple(dims) if dims else tuple(range(x.type.rank))
+    size = i.b("t.abs", i.cast(x, "f64" if x.type.dtype == "f64" else "f32"))
+    if order == math.inf:
+        return i.cast(i.b("t.amax", size, dims=dims, keepdim=keepdim), i.dtype(node))
+    if order <= 0:
+        raise CaptureError(f"a norm of order {order}")
+    powers = size if order == 1 else i.b("t.pow", size, exponent=order)
+    total = i.b("t.sum", powers, dims=dims, keepdim=keepdim, hint=i.hint(node))
+    if order == 2:
+        total = i.b("t.sqrt", total, hint=i.hint(node))
+    elif order != 1:
+        total = i.b("t.pow", total, exponent=1.0 / order, hint=i.hint(node))
+    result: Value = i.cast(total, i.dtype(node))
+    return result
 
 
 @handles(aten.native_layer_norm.default)
@@ -158,6 +190,26 @@ def index_select(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Valu
     if int(args[1]) % table.type.rank != 0:
         raise CaptureError("index_select along another axis than the first")
     return i.b("t.take", table, i.value(args[2]), hint=i.hint(node))
+
+
+@handles(aten.arange.default, aten.arange.start)
+def arange(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    start, stop = (0, args[0]) if len(args) == 1 else args[:2]
+    if start != 0:
+        raise CaptureError(f"arange from {start}")
+    running = i.b("t.cumsum", i.b.full(Type("i64", (stop,)), 1), dim=0)
+    return i.cast(i.b("t.sub", running, other=1, hint=i.hint(node)), i.dtype(node))
+
+
+@handles(aten.remainder.Scalar)
+def remainder(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    """What is left of whole numbers by a division, with the divisor's sign, as in Python."""
+    x, divisor = i.value(args[0]), args[1]
+    if x.type.dtype in FLOATS or not isinstance(divisor, int):
+        raise CaptureError(f"the remainder of {x.type} by {divisor!r}")
+    times = i.b("t.floor", i.b("t.div", i.cast(x, "f64"), other=float(divisor)))
+    whole = i.b("t.mul", i.cast(times, x.type.dtype), other=divisor)
+    return i.cast(i.b("t.sub", x, whole, hint=i.hint(node)), i.dtype(node))
 
 
 @handles(aten.index.Tensor)

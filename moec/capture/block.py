@@ -18,8 +18,10 @@ from torch import fx, nn
 from torch.export import Dim as ExportDim
 
 from moec.call_form import CallForm, TensorForm, parameters
+from moec.capture.conversions import idle_conversions
 from moec.capture.experts import ExpertsBody
 from moec.capture.importer import Importer
+from moec.capture.reading import ExpertGroups
 from moec.capture.wrappers import experts_arguments, forward_replaced
 from moec.errors import CaptureError
 from moec.ir import dims
@@ -73,7 +75,7 @@ def opaque_experts(experts: nn.Module) -> Iterator[None]:
 
 def capture_block(
     block: nn.Module,
-    body: ExpertsBody,
+    body: ExpertsBody | ExpertGroups,
     experts_path: str,
     data: Sequence[torch.Tensor],
     form: CallForm,
@@ -86,7 +88,7 @@ def capture_block(
     """
     names = ("B", "S") if data[0].dim() == 3 else ("T",)
     experts = block.get_submodule(experts_path)
-    with opaque_experts(experts):
+    with opaque_experts(experts), idle_conversions(block):
         exported = _export(block, data, form)
     importer = _ExportImporter(exported, names, body, experts_path, path)
     importer.leading = [len(names), *(_open_axes(t, len(names)) for t in form.tensors)]
@@ -159,7 +161,12 @@ class _ExportImporter:
     """Imports an exported program; inputs become the tokens, then the parameters that are used."""
 
     def __init__(
-        self, exported: Any, names: Sequence[str], body: ExpertsBody, experts_path: str, path: str
+        self,
+        exported: Any,
+        names: Sequence[str],
+        body: ExpertsBody | ExpertGroups,
+        experts_path: str,
+        path: str,
     ) -> None:
         self.exported, self.names, self.body = exported, names, body
         self.experts_path, self.path = experts_path, path

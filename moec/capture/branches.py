@@ -29,6 +29,37 @@ def refuse_size_branches(module: nn.Module) -> None:
                 _check(function)
 
 
+def limits_counts(module: nn.Module) -> bool:
+    """Whether a class's source could limit a number: by ``min`` or ``max`` of two, or by asking
+    for order with anything but 0 or 1. Source that cannot be read might.
+    """
+    for cls in {type(m) for m in module.modules()}:
+        if not cls.__module__.startswith("torch."):
+            trees = [_tree(function) for function in _methods(cls)]
+            if any(tree is None or any(map(_limits, ast.walk(tree))) for tree in trees):
+                return True
+    return False
+
+
+def _limits(node: ast.AST) -> bool:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        return node.func.id in ("min", "max") and len(node.args) > 1
+    if not isinstance(node, ast.Compare):
+        return False
+    ordered = any(isinstance(op, ast.Lt | ast.LtE | ast.Gt | ast.GtE) for op in node.ops)
+    sides = [node.left, *node.comparators]
+    return ordered and not any(
+        isinstance(side, ast.Constant) and side.value in _CHECKED for side in sides
+    )
+
+
+def _tree(function: Callable[..., object]) -> ast.AST | None:
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, SyntaxError, TypeError):
+        return None
+
+
 def _methods(cls: type) -> Iterator[Callable[..., object]]:
     for name, member in vars(cls).items():
         if inspect.isfunction(member) and not name.startswith("__"):
@@ -74,6 +105,8 @@ def _is_size(node: ast.AST, sizes: set[str]) -> bool:
             return not _is_last(index)
         case ast.Call(func=ast.Attribute(attr=attr)) if attr in _SIZE_METHODS:
             return True
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="torch" | "F"))):
+            return False  # a tensor of that size
         case ast.Call(func=ast.Name(id="len"), args=[ast.Attribute(attr="shape")]):
             return False  # the rank
         case ast.Call(func=ast.Name(id="len"), args=[ast.Name()]):

@@ -12,8 +12,10 @@ from torch import nn
 
 from moec.call_form import CallForm, graph_inputs
 from moec.capture.check_gradients import compare_gradients
+from moec.capture.forms import INDICES, Form, as_routing
 from moec.capture.reference import own_results
 from moec.capture.trial import Trial
+from moec.capture.writes import Write, refuse_writes
 from moec.errors import CaptureError
 from moec.exact_gradients import has_smaller_rows
 from moec.interp import run
@@ -62,8 +64,10 @@ def compare(
     compare_gradients(module, graph, weights, trial.data(x, generator), trial.form)
 
 
-def compare_experts(module: nn.Module, graph: Graph, weights: Sequence[str], experts: int) -> None:
-    """As :func:`compare` for experts called with tokens, indices and weights.
+def compare_experts(
+    module: nn.Module, graph: Graph, weights: Sequence[str], experts: int, form: Form = INDICES
+) -> None:
+    """As :func:`compare` for experts called with tokens, routing and weights in a form.
 
     The indices are distinct experts a token; one batch sends all to the same.
     """
@@ -76,10 +80,30 @@ def compare_experts(module: nn.Module, graph: Graph, weights: Sequence[str], exp
     with torch.no_grad():
         for (tokens,) in (*SIZES[2], EQUAL[2]):
             for scale in SCALES:
-                data = _routed(graph, tokens, experts, scale, generator, device)
+                data = _routed(graph, tokens, experts, scale, generator, form, device)
                 _compare_call(module, graph, data, inputs, None)
-        data = _routed(graph, SIZES[2][1][0], experts, 1.0, generator, device)
+        data = _routed(graph, SIZES[2][1][0], experts, 1.0, generator, form, device)
     compare_gradients(module, graph, weights, data, None)
+
+
+def ranks_taken(module: nn.Module, graph: Graph, experts: int, form: Form) -> tuple[int, ...]:
+    """The ranks of tokens for which an experts module gives a result of the tokens' shape."""
+    device = next(module.parameters()).device
+    if device.type == "meta":
+        return (2,)
+    generator = torch.Generator().manual_seed(0)
+    x, *data = _routed(graph, 3, experts, 1.0, generator, form, device)
+    return tuple(
+        rank for rank, tokens in ((2, x), (3, x.unsqueeze(0))) if _keeps_shape(module, tokens, data)
+    )
+
+
+def _keeps_shape(module: nn.Module, x: torch.Tensor, data: Sequence[torch.Tensor]) -> bool:
+    try:
+        with torch.no_grad():
+            return bool(module(x, *data).shape[:-1] == x.shape[:-1])
+    except (RuntimeError, IndexError, ValueError, TypeError):  # no tokens of this rank
+        return False
 
 
 def _routed(
@@ -88,19 +112,21 @@ def _routed(
     experts: int,
     scale: float,
     generator: torch.Generator,
+    form: Form,
     device: torch.device,
 ) -> list[torch.Tensor]:
-    """Tokens, indices and weights of one call; the largest number of tokens all goes one way."""
+    """Tokens, routing and weights of one call; the largest number of tokens all goes one way."""
     x, idx, w = (v.type for v in graph.inputs[:3])
-    hidden, choices = int(x.shape[-1]), int(idx.shape[-1])
+    hidden, choices = int(x.shape[-1]), int(idx.shape[1]) if idx.rank < 3 else int(w.shape[-1])
     order = torch.rand(tokens, experts, generator=generator).argsort(-1)[:, :choices]
     if (tokens,) == EQUAL[2]:
         order = order[:1].expand(tokens, -1).contiguous()
-    return [
-        (torch.randn(tokens, hidden, generator=generator) * scale).to(device, DTYPES[x.dtype]),
-        order.to(device),
-        torch.rand(tokens, choices, generator=generator).to(device, DTYPES[w.dtype]),
+    data = [
+        (torch.randn(tokens, hidden, generator=generator) * scale).to(DTYPES[x.dtype]),
+        as_routing(form, order, experts),
+        torch.rand(tokens, int(w.shape[-1]), generator=generator).to(DTYPES[w.dtype]),
     ]
+    return [t.to(device) for t in data]
 
 
 def _compare_call(
@@ -164,25 +190,44 @@ def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 @contextlib.contextmanager
-def unchanged(module: nn.Module) -> Iterator[None]:
+def unchanged(module: nn.Module, plain: bool = False) -> Iterator[list[Write]]:
     """Run a module's code for its result only: what it changes of itself is put back, then refused.
 
     Raises :class:`CaptureError` at the end if attributes or buffers were changed: a compiled call
-    would not change them.
+    would not change them. With ``plain``, attributes set to plain values are given in the list
+    instead.
     """
     states = [_State(name, child) for name, child in module.named_modules()]
     device = next(module.parameters()).device
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    writes: list[Write] = []
     with forked, _without_hooks(module):
         try:
-            yield
+            yield writes
         finally:
             changed = [change for state in states for change in state.put_back()]
-    if changed:
-        raise CaptureError(
-            f"forward changes {', '.join(changed[:3])} of the module, which a compiled call would "
-            "not; return the value instead"
+    refuse_writes([write for write in changed if not (plain and write.is_plain)])
+    writes += changed
+
+
+def constant_writes(
+    module: nn.Module,
+    writes: Sequence[Write],
+    hidden: int,
+    dtype: torch.dtype,
+    rank: int,
+    trial: Trial,
+) -> tuple[Write, ...]:
+    """The writes of a block, which must be the same at every size; else :class:`CaptureError`."""
+    device, generator = next(module.parameters()).device, torch.Generator().manual_seed(0)
+    for leading in SIZES[rank] if writes else ():
+        x = torch.randn(*leading, hidden, generator=generator).to(device, dtype)
+        with unchanged(module, plain=True) as again, torch.no_grad():
+            trial.form.call(module, trial.data(x, generator))
+        refuse_writes(
+            [write for write in (*writes, *again) if (write in writes) != (write in again)]
         )
+    return tuple(writes)
 
 
 @contextlib.contextmanager
@@ -211,32 +256,30 @@ class _State:
         buffers = module.named_buffers(recurse=False)
         self.buffers = [(k, t, t._version, t.detach().clone()) for k, t in buffers]
 
-    def put_back(self) -> list[str]:
-        """Undo every change; returns the paths of what was changed."""
-        changed = [*self._attributes(), *self._buffers()]
-        return [f"{self.name}.{key}".lstrip(".") for key in changed]
+    def put_back(self) -> list[Write]:
+        """Undo every change; returns what was changed, with the values that it had been given."""
+        return [*self._attributes(), *self._buffers()]
 
-    def _attributes(self) -> Iterator[str]:
+    def _attributes(self) -> Iterator[Write]:
         own = vars(self.module)
         for key in [k for k in own if k not in _REGISTRIES and k not in self.attributes]:
-            del own[key]
-            yield key
+            yield Write(self.name, key, own.pop(key))
         for key, value in self.attributes.items():
             now, then = own.get(key, _MISSING), self.contents[key]
             if now is value and _contents(value) == then:
                 continue
             own[key] = _refilled(value, then)
-            if not _same_members(now, value):
-                yield key
+            if now is value or not _same_members(now, value):
+                yield Write(self.name, key, now)
 
-    def _buffers(self) -> Iterator[str]:
+    def _buffers(self) -> Iterator[Write]:
         for key, tensor, version, saved in self.buffers:
             replaced = self.module._buffers.get(key) is not tensor
             if replaced or tensor._version != version:
                 self.module._buffers[key] = tensor
                 with torch.no_grad():
                     tensor.copy_(saved)
-                yield f"{key} (buffer)"
+                yield Write(self.name, f"{key} (buffer)", tensor)
 
 
 _REGISTRIES = {*vars(nn.Module()), "_moec_interface"}

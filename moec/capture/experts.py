@@ -14,14 +14,16 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.utils import parametrize
 
+from moec.capture.forms import INDICES, Form, as_indices
 from moec.capture.importer import ExpertSlice, Importer
+from moec.capture.paths import paths_of, pattern_of
 from moec.capture.recorder import ConstantPair, IntegerPair, Recorder, Sizes, merge
-from moec.capture.wrappers import core_of, plain_forward
 from moec.errors import CaptureError
 from moec.ir.builder import Builder
+from moec.ir.dims import Dim, substitute
 from moec.ir.graph import Value
+from moec.ir.types import Type
 
 aten = torch.ops.aten
 _ROWS = (5, 7)
@@ -39,7 +41,8 @@ class ExpertsBody:
     """The body of an experts loop: its graph, the experts' number and the weights that it reads.
 
     ``weights`` maps each placeholder to the parameter path (stacked weights), or to one path an
-    expert.
+    expert (those are ``listed``). ``form`` says what the module is called with, ``first`` is the
+    number of its first expert.
     """
 
     graph: fx.Graph
@@ -47,6 +50,19 @@ class ExpertsBody:
     hidden: int
     weights: Mapping[str, tuple[str, ...]]
     module_path: str
+    form: Form = INDICES
+    first: int = 0
+    listed: frozenset[str] = frozenset()
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether some weight is used whole by every expert."""
+        placeholders = (n for n in self.graph.nodes if n.op == "placeholder")
+        return any(
+            n.name not in self.listed and not _is_cut(n)
+            for n in placeholders
+            if n.name not in ("x", "w")
+        )
 
     def inline(
         self, b: Builder, x: Value, idx: Value, w: Value, weight: Callable[[str], Value]
@@ -54,29 +70,41 @@ class ExpertsBody:
         """Append the body for tokens ``x [T, H]``, indices ``idx [T, K]`` and weights ``w [T, K]``;
         returns ``[T, H]``.
         """
-        index: Value = idx if idx.type.dtype == "i32" else b("t.cast", idx, dtype="i32", hint="idx")
+        shape = x.type.shape
+        x = x if x.type.rank == 2 else b("t.reshape", x, shape=(idx.type.shape[0], shape[-1]))
+        idx, w = as_indices(b, self.form, idx, w, self.experts)
         perm, offsets, inverse = b(
-            "moe.dispatch", index, experts=self.experts, hint=("perm", "offsets", "inverse")
+            "moe.dispatch", idx, experts=self.experts, hint=("perm", "offsets", "inverse")
         )
         importer = _BodyImporter(b, self, perm, offsets, inverse, (x, w))
+        result = self.import_into(importer, weight)
+        if result.type.rank == len(shape):
+            return result
+        shaped: Value = b("t.reshape", result, shape=(*shape[:-1], result.type.shape[-1]))
+        return shaped
+
+    def import_into(self, importer: _BodyImporter, weight: Callable[[str], Value]) -> Value:
+        """Append the recorded ops with an importer's rows."""
         for node in self.graph.nodes:
             if node.op == "placeholder":
                 known = node.name in ("x", "w")
                 importer.env[node] = (
-                    TokenData(node.name) if known else _weight(b, self.weights[node.name], weight)
+                    TokenData(node.name)
+                    if known
+                    else _weight(
+                        importer.b, self.weights[node.name], node.name in self.listed, weight
+                    )
                 )
         importer.run(self.graph)
         return importer.combined()
 
 
 def _weight(
-    b: Builder, paths: tuple[str, ...], weight: Callable[[str], Value]
+    b: Builder, paths: tuple[str, ...], listed: bool, weight: Callable[[str], Value]
 ) -> Value | ExpertSlice:
     """A stacked weight, or the experts' weights stacked: then the body has one expert's part."""
     values = [weight(path) for path in paths]
-    return (
-        values[0] if len(values) == 1 else ExpertSlice(b("t.stack", *values, hint=values[0].hint))
-    )
+    return ExpertSlice(b("t.stack", *values, hint=values[0].hint)) if listed else values[0]
 
 
 class _BodyImporter(Importer):
@@ -103,9 +131,12 @@ class _BodyImporter(Importer):
 
     def shape_in_rows(self, node: fx.Node) -> tuple[Any, ...]:
         """The recorded shape with the number of rows in place of the recorded symbol."""
-        from moec.ir.dims import substitute
+        return tuple(self.in_rows(d) for d in node.meta["shape"])
 
-        return tuple(substitute(d, {"R": self.rows}) for d in node.meta["shape"])
+    def in_rows(self, size: Dim) -> Dim:
+        """A recorded size with the number of rows in place of the recorded one."""
+        choices = self.body.form.choices
+        return substitute(size, {"R": self.rows if choices == 1 else self.rows / choices})
 
     def call(self, node: fx.Node) -> Any:
         special = _SPECIAL.get(node.target)
@@ -116,9 +147,7 @@ class _BodyImporter(Importer):
         if isinstance(argument, ConstantPair):
             return _number_of(argument)
         if isinstance(argument, IntegerPair):
-            from moec.ir.dims import substitute
-
-            return substitute(_SIZES.dim(argument.first, argument.second), {"R": self.rows})
+            return self.in_rows(_SIZES.dim(argument.first, argument.second))
         return super().argument(argument)
 
     def reads_data(self, node: fx.Node) -> bool:
@@ -130,9 +159,11 @@ class _BodyImporter(Importer):
         return self.on_data[node]
 
     def is_every_row(self, index: Any) -> bool:
-        """Whether a recorded index is all rows in order."""
+        """Whether a recorded index is all rows in order (twice where a token chose twice)."""
+        choices = self.body.form.choices
         return isinstance(index, ConstantPair) and all(
-            t.dtype == torch.long and torch.equal(t.flatten().cpu(), torch.arange(n))
+            t.dtype == torch.long
+            and torch.equal(t.flatten().cpu(), torch.arange(n).repeat(choices))
             for t, n in zip((index.first, index.second), _ROWS, strict=True)
         )
 
@@ -150,15 +181,35 @@ class _BodyImporter(Importer):
         )
         return reshaped
 
+    def without_dropped(self, rows: Value) -> Value:
+        """Rows of no expert as zeros: what all experts share gets no gradient from them."""
+        perm, inverse = self.plan
+        kept = self.b("t.cast", self.b("t.ge", inverse, other=0), dtype="i32")
+        column = self.b(
+            "t.reshape", self.b("moe.permute", kept, perm, inverse), shape=(self.rows, 1)
+        )
+        zero = self.b.full(Type(rows.type.dtype, ()), 0.0)
+        masked: Value = self.b("t.where", self.b("t.gt", column, other=0), rows, zero)
+        return masked
+
     def combined(self) -> Value:
         """The sum over the choices of what the body adds; a last row weight goes to the combine."""
         if self.added is None:
             raise CaptureError("the loop adds nothing to its result")
         dtype = self.data[0].type.dtype
         rows, weights = _split_weight(self.b, self.added, dtype)
+        rows = self.without_dropped(rows) if self.body.shares_weights else rows
         operands = (rows, *self.plan) if weights is None else (rows, *self.plan, self.data[1])
         result: Value = self.b("moe.combine", *operands, dtype=dtype, hint="routed")
         return result
+
+
+def _is_cut(node: fx.Node) -> bool:
+    """Whether all that is read of a weight is one expert's part of it."""
+    picks = (aten.select.int, aten.index.Tensor)
+    return all(
+        user.target in picks or (user.target in _RESHAPES and _is_cut(user)) for user in node.users
+    )
 
 
 def _split_weight(b: Builder, added: Value, dtype: str) -> tuple[Value, Value | None]:
@@ -207,17 +258,32 @@ def _number_of(pair: ConstantPair) -> Any:
 def _index(i: _BodyImporter, node: fx.Node) -> Any:
     source, indices = i.env.get(node.args[0]), node.args[1]  # type: ignore[arg-type]
     if isinstance(source, TokenData):
-        if not i.is_every_row(indices[0]):  # type: ignore[index]
+        first = next(index for index in indices if index is not None)  # type: ignore[union-attr]
+        if not i.is_every_row(first):
             raise CaptureError("the loop reads its tokens in an order of its own")
         return i.rows_of(source, node)
     if isinstance(source, Value) and len(indices) == 1 and _is_expert(indices[0]):  # type: ignore[index,arg-type]
-        return None if i.reads_data(node.args[0]) else ExpertSlice(source)  # type: ignore[arg-type]
+        return None if i.reads_data(node.args[0]) else _slice_of(i, source, indices[0])  # type: ignore[arg-type,index]
     return None
+
+
+def _slice_of(i: _BodyImporter, stack: Value, index: Any) -> ExpertSlice:
+    """One expert's part of a stack; of a stack that other experts share, these experts' part."""
+    low, high = (int(n) for n in (index.first, index.second))
+    size = stack.type.shape[0]
+    if (low, high + 1) == (0, size):
+        return ExpertSlice(stack)
+    if high - low + 1 != i.body.experts:
+        raise CaptureError(f"experts {low} and {high} of a weight of type {stack.type}")
+    return ExpertSlice(i.b("t.slice", stack, dim=0, start=low, stop=high + 1, hint=stack.hint))
 
 
 def _view(i: _BodyImporter, node: fx.Node) -> Any:
     """A view of the tokens or weights that the loop has not picked rows from yet."""
     source = i.env.get(node.args[0])  # type: ignore[arg-type]
+    if isinstance(source, TokenData) and source.name == "x" and node.target in _RESHAPES:
+        if node.meta["shape"][-1] != i.body.hidden:
+            raise CaptureError("the loop reads its tokens in parts")
     return source if isinstance(source, TokenData) else None
 
 
@@ -226,16 +292,23 @@ def _is_expert(index: Any) -> bool:
 
 
 def _select(i: _BodyImporter, node: fx.Node) -> Any:
-    source, axis, index = node.args[:3]
-    if (
-        isinstance(source, fx.Node)
-        and isinstance(i.env.get(source), Value)
-        and axis == 0
-        and _is_expert(index)
-        and not i.reads_data(source)
-    ):
-        return ExpertSlice(i.env[source])
+    operands: Any = node.args[:3]
+    source, axis, index = operands
+    column = i.body.form.weights == "TE" and axis == 1 and isinstance(index, IntegerPair)
+    if column and i.env.get(source) == TokenData("w"):
+        return TokenData("w")  # the weight of this expert, which the row has
+    stack = i.env.get(source)
+    alone = i.body.experts == 1 and isinstance(index, int)
+    index = IntegerPair(index, index) if alone else index
+    if not isinstance(stack, Value) or axis != 0 or i.reads_data(source):
+        return None
+    if _is_expert(index) and _is_static(stack):
+        return _slice_of(i, stack, index)
     return None
+
+
+def _is_static(value: Value) -> bool:
+    return all(isinstance(size, int) for size in value.type.shape)
 
 
 def _index_add(i: _BodyImporter, node: fx.Node) -> Any:
@@ -274,59 +347,41 @@ def _is_zero(value: Any) -> bool:
     return isinstance(value, ConstantPair) and not value.first.any() and not value.second.any()
 
 
+_RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 _SPECIAL: dict[Any, Callable[[_BodyImporter, fx.Node], Any]] = {
     aten.index.Tensor: _index,
     aten.select.int: _select,
     aten.unsqueeze.default: _view,
+    **dict.fromkeys(_RESHAPES, _view),
     aten.index_add.default: _index_add,
     aten.index_put.default: _index_put,
     aten.add.Tensor: _add,
 }
 _SIZES = Sizes({"R": _ROWS})
-_PARAMETRIZED = "parametrizations"  # where torch keeps what computes a module's weights
-_LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList)
 
 
-def read_experts(module: nn.Module, path: str = "") -> ExpertsBody:
-    """The body of an experts module; :class:`CaptureError` says why if there is none.
+@dataclass(frozen=True)
+class Span:
+    """Experts ``first`` up to ``stop`` of ``total``, called in a form with tokens of a width."""
 
-    The module's forward takes tokens ``[T, H]``, indices ``[T, K]`` and weights ``[T, K]``.
-    """
-    core = core_of(module) or module
-    _refuse_parametrized(core)
-    experts = count_experts(core)
-    reasons = []
-    for hidden in hidden_sizes(core):
-        try:
-            with plain_forward(core):
-                return _read(module, experts, hidden, path)
-        except CaptureError:
-            raise
-        except (RuntimeError, IndexError, TypeError, ValueError) as error:
-            reasons.append(f"{hidden}: {str(error).splitlines()[0]}")
-    raise CaptureError(f"{type(module).__name__} ran with no hidden size ({'; '.join(reasons)})")
+    first: int
+    stop: int
+    total: int
+    form: Form
+    hidden: int
 
 
-def _refuse_parametrized(module: nn.Module) -> None:
-    for child in module.modules():
-        if parametrize.is_parametrized(child):
-            computed = ", ".join(child.parametrizations)  # type: ignore[arg-type]
-            raise CaptureError(
-                f"{computed} of {type(child).__name__} is computed by a "
-                "parametrization at each use; parametrize.remove_parametrizations makes it a weight"
-            )
-
-
-def _read(module: nn.Module, experts: int, hidden: int, path: str) -> ExpertsBody:
-    chosen = (0, experts - 1)
-    pairs = [_record(module, e, n, hidden) for e, n in zip(chosen, _ROWS, strict=True)]
+def read_span(module: nn.Module, span: Span, path: str = "") -> ExpertsBody:
+    """The body that experts of a span have in common; :class:`CaptureError` if they have none."""
+    chosen = (span.first, span.stop - 1)
+    pairs = [record(module, span, e, n) for e, n in zip(chosen, _ROWS, strict=True)]
     (first, out1), (second, out2) = pairs
     graph = merge(
         first,
         second,
         (out1, out2),
         _SIZES,
-        lambda name, which: _pattern(module, name, chosen[which], experts),
+        lambda name, which: pattern_of(module, name, chosen[which], span.total),
     )
     sources = {n.name: str(n.meta["source"]) for n in graph.nodes if n.op == "placeholder"}
     known = dict(named_weights(module))
@@ -334,20 +389,25 @@ def _read(module: nn.Module, experts: int, hidden: int, path: str) -> ExpertsBod
         if name not in ("x", "w") and source not in known:
             raise CaptureError(f"{type(module).__name__} reads the integer buffer {source}")
     weights = {
-        n: _paths(module, s, chosen[0], experts) for n, s in sources.items() if n not in ("x", "w")
+        n: paths_of(module, s, span.first, span.stop, span.total)
+        for n, s in sources.items()
+        if n not in ("x", "w")
     }
-    return ExpertsBody(graph, experts, hidden, weights, path)
+    listed = frozenset(n for n, found in weights.items() if found is not None)
+    known_paths = {n: found or (sources[n],) for n, found in weights.items()}
+    count = span.stop - span.first
+    return ExpertsBody(graph, count, span.hidden, known_paths, path, span.form, span.first, listed)
 
 
-def _record(
-    module: nn.Module, expert: int, rows: int, hidden: int
-) -> tuple[Recorder, torch.Tensor]:
+def record(module: nn.Module, span: Span, expert: int, rows: int) -> tuple[Recorder, torch.Tensor]:
+    """Run a module's code with every token going to one expert; what it did, and the result."""
     parameter = next(module.parameters())
     generator = torch.Generator().manual_seed(rows)
-    x = torch.randn(rows, hidden, generator=generator).to(parameter.device, parameter.dtype)
-    idx = torch.full((rows, 1), expert, device=parameter.device)
-    w = (torch.rand(rows, 1, generator=generator) + 0.5).to(parameter.device)
-    recorder = Recorder()
+    x = torch.randn(rows, span.hidden, generator=generator).to(parameter.device, parameter.dtype)
+    idx = span.form.route(rows, expert, span.total).to(parameter.device)
+    columns = span.total if span.form.weights == "TE" else span.form.choices
+    w = (torch.rand(rows, columns, generator=generator) + 0.5).to(parameter.device)
+    recorder = Recorder(skip_empty=True)
     recorder.mark("x", x)
     recorder.mark("w", w)
     for name, tensor in (*named_weights(module), *integer_buffers(module)):
@@ -383,66 +443,4 @@ def read_reason(module: nn.Module, node: fx.Node) -> str:
     )
 
 
-def count_experts(module: nn.Module) -> int:
-    """The number of experts: the first size of the stacked weights, or the length of the list of
-    experts.
-    """
-    for child in module.children():
-        if child is vars(module)["_modules"].get(_PARAMETRIZED):
-            continue
-        if isinstance(child, nn.ModuleList | nn.ModuleDict) and len(child) > 1:
-            return len(child)
-    sizes = {t.shape[0] for _, t in named_weights(module) if t.dim() == 3}
-    if len(sizes) != 1:
-        raise CaptureError(
-            f"{type(module).__name__} has no stacked weights of one number of experts"
-        )
-    return int(sizes.pop())
-
-
-def hidden_sizes(module: nn.Module) -> list[int]:
-    """Candidates for the size of a token, likely ones first."""
-    named = [
-        getattr(module, n, None)
-        for n in ("hidden_dim", "hidden_size", "dim", "d_model", "embed_dim")
-    ]
-    sizes = [s for _, t in named_weights(module) if t.dim() >= 2 for s in t.shape[-2:]]
-    return list(dict.fromkeys(int(s) for s in [*named, *sizes] if isinstance(s, int)))
-
-
-def _pattern(module: nn.Module, name: str, expert: int, experts: int) -> str:
-    """A parameter's path with ``*`` in place of the expert whose it is."""
-    parts = name.split(".")
-    place = _place(module, parts, experts)
-    if place is not None and parts[place] == _keys(module, parts[:place])[expert]:
-        parts[place] = "*"
-    return ".".join(parts)
-
-
-def _paths(module: nn.Module, source: str, expert: int, experts: int) -> tuple[str, ...]:
-    """The paths of the parameters that correspond to one expert's, one an expert."""
-    parts = source.split(".")
-    place = _place(module, parts, experts)
-    if place is None or parts[place] != _keys(module, parts[:place])[expert]:
-        return (source,)
-    keys = _keys(module, parts[:place])
-    return tuple(".".join([*parts[:place], key, *parts[place + 1 :]]) for key in keys)
-
-
-def _place(module: nn.Module, parts: list[str], experts: int) -> int | None:
-    """Which part of a parameter's path names the expert: that below the outermost list of all."""
-    for place in range(len(parts)):
-        owner = module.get_submodule(".".join(parts[:place]))
-        if isinstance(owner, _LISTS) and len(owner) == experts:
-            return place
-    return None
-
-
-def _keys(module: nn.Module, parts: list[str]) -> list[str]:
-    owner = module.get_submodule(".".join(parts))
-    if isinstance(owner, nn.ParameterList):
-        return [str(e) for e in range(len(owner))]
-    return list(owner._modules)
-
-
-__all__ = ["ExpertsBody", "count_experts", "hidden_sizes", "named_weights", "read_experts"]
+__all__ = ["ExpertsBody", "Span", "integer_buffers", "named_weights", "read_span", "record"]

@@ -10,9 +10,9 @@ the result is compared with the block itself at several sizes before it is used.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
 import torch
@@ -22,62 +22,26 @@ from torch.utils._pytree import tree_flatten
 
 from moec.capture.block import _LEAF, MAX_TOKENS, CapturedBlock, block_name, weight_hint
 from moec.capture.branches import refuse_size_branches
-from moec.capture.experts import (
-    ExpertsBody,
-    hidden_sizes,
-    integer_buffers,
-    named_weights,
-    read_experts,
-)
+from moec.capture.constants import constant_value
+from moec.capture.counts import hidden_sizes
+from moec.capture.experts import ExpertsBody, integer_buffers, named_weights
 from moec.capture.explained import Match, refuse_unexplained
+from moec.capture.forms import as_indices
 from moec.capture.importer import Importer
-from moec.capture.recorder import IntegerPair, Recorder, Sizes, merge
+from moec.capture.lists import expert_list
+from moec.capture.reading import ExpertGroups, read_experts
+from moec.capture.recorder import ConstantPair, IntegerPair, Recorder, Sizes, merge
+from moec.capture.replace import MATCHED, replace_loop, restore_loop
+from moec.capture.routes import Search, Values, called_on, explains
+from moec.capture.stacks import Part, collapse, cuts, stacked_experts, template
 from moec.errors import CaptureError, NotRunError
 from moec.ir.builder import Builder
 from moec.ir.graph import Value
 from moec.ir.types import Type, dtype_name
-from moec.structure import structure_key
 
 aten = torch.ops.aten
+_MOST_TRIES = 200
 _SIZES = {3: {"B": (3, 5), "S": (7, 11)}, 2: {"T": (23, 29)}}
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-
-
-def expert_list(module: nn.Module) -> tuple[str, list[nn.Module]] | None:
-    """The name and members of a child that is a list of at least two experts of one structure."""
-    for name, child in module.named_children():
-        if not isinstance(child, nn.ModuleList | nn.ModuleDict) or len(child) < 2:
-            continue
-        members = list(child.values() if isinstance(child, nn.ModuleDict) else child)
-        if _are_experts(members) and _has_router(module, name, len(members)):
-            return name, members
-    return None
-
-
-def has_expert_list(module: nn.Module) -> bool:
-    """Whether a module holds a list of experts itself and something that scores them."""
-    return expert_list(module) is not None
-
-
-def _are_experts(members: Sequence[nn.Module]) -> bool:
-    simple = not any(_holds_blocks(m) for member in members for m in member.modules())
-    return (
-        simple
-        and any(True for _ in members[0].parameters())
-        and len({structure_key(m) for m in members}) == 1
-    )
-
-
-def _holds_blocks(module: nn.Module) -> bool:
-    """Whether a module is a list of more than plain layers, such as those of an adapter."""
-    if isinstance(module, nn.ModuleDict):
-        return any(True for member in module.values() for _ in member.children())
-    return isinstance(module, nn.ModuleList)
-
-
-def _has_router(module: nn.Module, experts: str, count: int) -> bool:
-    outside = (p for n, p in module.named_parameters() if not n.startswith(f"{experts}."))
-    return any(p.dim() == 2 and count in p.shape for p in outside)
 
 
 class _Loop(nn.Module):
@@ -133,26 +97,73 @@ def capture_loop(
     """The IR of a block with its own loop over a list of experts; :class:`CaptureError` says why if
     there is none.
     """
+    refuse_size_branches(module)
+    sizes = Sizes(_SIZES[rank])
+    leading = [tuple(pair[i] for pair in sizes.pairs.values()) for i in (0, 1)]
     found = expert_list(module)
     if found is None:
-        raise CaptureError(f"{type(module).__name__} holds no list of equal experts")
-    refuse_size_branches(module)
+        return _capture_stacked(module, path, dtype, leading, sizes)
     name, members = found
     registry = module.get_submodule(name)
     body = read_experts(_Loop(members, registry), f"{path}.{name}" if path else name)
-    sizes = Sizes(_SIZES[rank])
-    runs = [
-        _run(module, name, members, body.hidden, dtype, tuple(p[i] for p in sizes.pairs.values()))
-        for i in (0, 1)
-    ]
+    runs = [_run(module, name, members, body.hidden, dtype, sizes_) for sizes_ in leading]
+    return _captured(module, name, path, runs, members, body, sizes)
+
+
+def _captured(
+    module: nn.Module,
+    name: str,
+    path: str,
+    runs: Sequence[_Run],
+    members: Sequence[nn.Module],
+    body: ExpertsBody | ExpertGroups,
+    sizes: Sizes,
+) -> CapturedBlock:
     graph = _merged(module, runs, members, sizes)
     tree = tree_flatten(runs[0].out)[1]
     return _LoopImporter(module, name, body, sizes, path).run(graph, runs[0], tree)
 
 
+def _capture_stacked(
+    module: nn.Module,
+    path: str,
+    dtype: torch.dtype | None,
+    leading: Sequence[tuple[int, ...]],
+    sizes: Sizes,
+) -> CapturedBlock:
+    """A block that loops over stacked weights of its own."""
+    experts = stacked_experts(module)
+    if experts is None:
+        raise CaptureError(f"{type(module).__name__} holds no list of equal experts")
+    hidden = _width(module, dtype, leading[0])
+    runs = [_run(module, None, (), hidden, dtype, sizes_) for sizes_ in leading]
+    parts = [cuts(run.recorder, experts) for run in runs]
+    known = {size for p in module.parameters() for size in p.shape}
+    one = template([*parts[0], *parts[1]], known)
+    members = [Part(module, one, expert) for expert in range(experts)]
+    body = read_experts(_Loop(members, module), path)
+    for run, found in zip(runs, parts, strict=True):
+        for cut in found:
+            collapse(run.recorder, cut, _expert_call)
+    return _captured(module, "", path, runs, members, body, sizes)
+
+
+def _width(module: nn.Module, dtype: torch.dtype | None, leading: tuple[int, ...]) -> int:
+    """The width of tokens with which a block runs."""
+    reasons = []
+    for hidden in hidden_sizes(module):
+        try:
+            _run(module, None, (), hidden, dtype, leading)
+        except NotRunError as error:
+            reasons.append(str(error))
+        else:
+            return hidden
+    raise NotRunError("; ".join(reasons[:1]) or f"{type(module).__name__} has no weights")
+
+
 def _run(
     module: nn.Module,
-    name: str,
+    name: str | None,
     members: Sequence[nn.Module],
     hidden: int,
     dtype: torch.dtype | None,
@@ -163,10 +174,10 @@ def _run(
     x = torch.randn(*leading, hidden, generator=generator).to(
         parameter.device, dtype or parameter.dtype
     )
-    recorder = Recorder()
+    recorder = Recorder(creations=True)
     recorder.mark("x", x)
     for weight, tensor in (*named_weights(module), *integer_buffers(module)):
-        if not weight.startswith(f"{name}."):
+        if name is None or not weight.startswith(f"{name}."):
             recorder.mark(weight, tensor)
     state = torch.get_rng_state()
     try:
@@ -199,6 +210,7 @@ def _opaque_members(members: Sequence[nn.Module], recorder: Recorder) -> Iterato
         def forward(rows: torch.Tensor) -> torch.Tensor:
             with _disable_current_modes(), torch.no_grad():
                 out = type(expert).forward(expert, rows)
+            out = out.clone() if out is rows else out  # an expert may give the token itself
             return recorder.opaque(_expert_call, (rows, number), out)
 
         return forward
@@ -216,15 +228,13 @@ def _merged(
     module: nn.Module, runs: Sequence[_Run], members: Sequence[nn.Module], sizes: Sizes
 ) -> fx.Graph:
     """The block's graph with the loop as one opaque op, from the first matches that agree."""
-    matches = [list(_matches(run, members)) for run in runs]
-    reason = _dropout_reason(module) or (
-        "no tokens, indices and weights of the block explain what its loop computes"
-    )
-    for pair in product(*matches):
+    reasons = ["no tokens, indices and weights of the block explain what its loop computes"]
+    matches = [_explained(module, run, members, reasons) for run in runs]
+    reason = _dropout_reason(module) or reasons[-1]
+    for pair in islice(_pairs(*matches), _MOST_TRIES):
         try:
             for run, match in zip(runs, pair, strict=True):
-                refuse_unexplained(module, run.recorder.reads, match)
-                _replace_loop(run, match)
+                replace_loop(run.recorder, match, run.tokens, len(members))
             return merge(
                 runs[0].recorder,
                 runs[1].recorder,
@@ -235,7 +245,7 @@ def _merged(
         except CaptureError as error:
             reason = str(error)
             for run, match in zip(runs, pair, strict=True):
-                _undo(run, match)
+                restore_loop(run.recorder, match)
     raise CaptureError(reason)
 
 
@@ -249,34 +259,73 @@ def _dropout_reason(module: nn.Module) -> str:
     return ""
 
 
+def _explained(
+    module: nn.Module, run: _Run, members: Sequence[nn.Module], reasons: list[str]
+) -> list[Match]:
+    """The matches of one recording that hold for all tokens; adds the reasons why others do not."""
+    found: list[Match] = []
+    for match in islice(_matches(run, members), _MOST_TRIES):
+        try:
+            refuse_unexplained(module, run.recorder.reads, match)
+            found.append(match)
+        except CaptureError as error:
+            reasons.append(str(error))
+    return found
+
+
+def _pairs(first: Sequence[Match], second: Sequence[Match]) -> Iterator[tuple[Match, Match]]:
+    """Matches of the two recordings that may be the same one."""
+    for one, other in product(first, second):
+        if _kinds(one) == _kinds(other):
+            yield one, other
+
+
+def _kinds(match: Match) -> tuple[Any, ...]:
+    return match.form, *(str(node.target) for node in match.sources)
+
+
 def _matches(run: _Run, members: Sequence[nn.Module]) -> Iterator[Match]:
-    """Every choice of tokens, indices and weights whose weighted sum of expert outputs is a
-    recorded value.
+    """Every choice of tokens and routing whose weighted sum of expert outputs is a recorded
+    value.
     """
-    experts = len(members)
-    indices = [n for n in run.nodes(False) if _are_indices(n.meta["val"], experts, run.tokens)]
+    nodes = list(run.recorder.graph.nodes)
+    calls = [n for n in nodes if n.target is _expert_call]
+    behind = _calls_behind(nodes, calls)
+    values = Values([n for n in nodes if not behind[n]], run.tokens)
     for x in run.nodes(True):
-        outputs = _dense_outputs(members, x.meta["val"], run.tokens)
-        if outputs is None:
+        rows = x.meta["val"].reshape(run.tokens, -1)
+        chosen = None if behind[x] else called_on(calls, rows, len(members))
+        outputs = None if chosen is None else _dense_outputs(members, x.meta["val"], run.tokens)
+        if outputs is None or chosen is None or not calls:
             continue
-        for idx in indices:
-            choices = idx.meta["val"].numel() // run.tokens
-            for w in run.nodes(True, choices):
-                yield from _results(
-                    run, x, idx, w, _weighted(outputs, idx.meta["val"], w.meta["val"], run.tokens)
-                )
+        for node in _results(run, behind, outputs.shape[-1]):
+            result = node.meta["val"].reshape(outputs.shape[1:])
+            if explains(result, outputs, chosen):
+                yield from Search(values, x, node, outputs, chosen).matches()
 
 
-def _are_indices(value: torch.Tensor, experts: int, tokens: int) -> bool:
-    rows = value.reshape(tokens, -1)
-    if (
-        rows.shape[1] > experts
-        or rows.numel() == 0
-        or int(rows.min()) < 0
-        or int(rows.max()) >= experts
-    ):
-        return False
-    return all(len(set(row)) == len(row) for row in rows.tolist())
+def _results(run: _Run, behind: Mapping[fx.Node, int], width: int) -> Iterator[fx.Node]:
+    """Values that every expert's call had a part in, the last first: of a tensor that grows in
+    place only the last one counts.
+    """
+    seen: set[int] = set()
+    every = max(behind.values())
+    for node in reversed(list(run.nodes(True, width))):
+        if behind[node] == every and id(node.meta["val"]) not in seen:
+            seen.add(id(node.meta["val"]))
+            yield node
+
+
+def _calls_behind(nodes: Sequence[fx.Node], calls: Sequence[fx.Node]) -> dict[fx.Node, int]:
+    """For each node the calls that it is computed from, one bit each."""
+    bits = {call: 1 << place for place, call in enumerate(calls)}
+    found: dict[fx.Node, int] = {}
+    for node in nodes:
+        mine = bits.get(node, 0)
+        for operand in node.all_input_nodes:
+            mine |= found.get(operand, 0)
+        found[node] = mine
+    return found
 
 
 def _dense_outputs(
@@ -292,80 +341,21 @@ def _dense_outputs(
         return None
 
 
-def _weighted(
-    outputs: torch.Tensor, idx: torch.Tensor, w: torch.Tensor, tokens: int
-) -> torch.Tensor:
-    token = torch.arange(tokens, device=outputs.device)[:, None]
-    chosen = outputs[idx.reshape(tokens, -1), token]
-    return (chosen.double() * w.reshape(tokens, -1, 1).double()).sum(1)
-
-
-def _results(
-    run: _Run, x: fx.Node, idx: fx.Node, w: fx.Node, expected: torch.Tensor
-) -> Iterator[Match]:
-    # The last first: a sum that grows in place has the final values in every recorded step.
-    for node in reversed(list(run.nodes(True, expected.shape[-1]))):
-        value = node.meta["val"].reshape(expected.shape)
-        if _close(value, expected):
-            yield Match(x, idx, w, node)
-
-
-def _close(value: torch.Tensor, expected: torch.Tensor) -> bool:
-    error = (value.double() - expected.double()).norm()
-    return bool(
-        error <= _TOLERANCE.get(value.dtype, 1e-4) * expected.double().norm().clamp(min=1e-30)
-    )
-
-
-def _replace_loop(run: _Run, match: Match) -> None:
-    """Put the opaque op in place of the loop's result."""
-    graph, tokens = run.recorder.graph, run.tokens
-    with graph.inserting_after(list(graph.nodes)[-1]):
-        operands = [_as_matrix(graph, node, tokens) for node in (match.x, match.idx, match.w)]
-    leaf = graph.call_function(_LEAF, tuple(operands))
-    value = match.result.meta["val"]
-    leaf.meta.update(val=value.reshape(tokens, -1), location=match.result.meta.get("location"))
-    result = leaf if value.dim() == 2 else _view(graph, leaf, value)
-    match.result.meta["replaced"] = result
-    for user in list(match.result.users):
-        if user not in (leaf, result, *operands):
-            user.replace_input_with(match.result, result)
-    run.recorder.nodes.update(
-        {k: result for k, n in run.recorder.nodes.items() if n is match.result}
-    )
-
-
-def _undo(run: _Run, match: Match) -> None:
-    result = match.result.meta.pop("replaced", None)
-    if result is None:
-        return
-    result.replace_all_uses_with(match.result)
-    run.recorder.nodes.update(
-        {k: match.result for k, n in run.recorder.nodes.items() if n is result}
-    )
-
-
-def _as_matrix(graph: fx.Graph, node: fx.Node, tokens: int) -> fx.Node:
-    value = node.meta["val"]
-    return node if value.dim() == 2 else _view(graph, node, value.reshape(tokens, -1))
-
-
-def _view(graph: fx.Graph, node: fx.Node, like: torch.Tensor) -> fx.Node:
-    view = graph.call_function(aten.view.default, (node, list(like.shape)))
-    view.meta.update(val=like, location=node.meta.get("location"))
-    return view
-
-
 class _LoopImporter(Importer):
     """Imports the merged recording of a block."""
 
     def __init__(
-        self, module: nn.Module, name: str, body: ExpertsBody, sizes: Sizes, path: str
+        self,
+        module: nn.Module,
+        name: str,
+        body: ExpertsBody | ExpertGroups,
+        sizes: Sizes,
+        path: str,
     ) -> None:
         builder = Builder({n: (0, MAX_TOKENS) for n in sizes.pairs})
         super().__init__(builder, lambda node: node.meta["shape"], self.size, module_path=path)
         self.list_name, self.body, self.sizes = name, body, sizes
-        self.tensors = dict(named_weights(module))
+        self.tensors = {**dict(named_weights(module)), **dict(integer_buffers(module))}
         self.weights: dict[str, Value] = {}
         self.block = module
 
@@ -377,6 +367,8 @@ class _LoopImporter(Importer):
         )
 
     def argument(self, argument: Any) -> Any:
+        if isinstance(argument, ConstantPair):
+            return constant_value(self.b, self.sizes, argument)
         return (
             self.size(argument) if isinstance(argument, IntegerPair) else super().argument(argument)
         )
@@ -405,8 +397,6 @@ class _LoopImporter(Importer):
         return CapturedBlock(built, tuple(self.weights), tree)
 
     def weight(self, path: str) -> Value:
-        if path not in self.tensors:
-            raise CaptureError(f"{type(self.block).__name__} reads the integer buffer {path}")
         if path not in self.weights:
             tensor = self.tensors[path]
             self.weights[path] = Value(
@@ -421,10 +411,16 @@ class _LoopImporter(Importer):
             )
         if node.target is not _LEAF:
             return super().call(node)
-        x, idx, w = (self.value(self.env[a]) for a in node.args)  # type: ignore[index]
+        x, routing, w = (self.value(self.env[a]) for a in node.args[:3])  # type: ignore[index]
+        form = MATCHED[int(node.args[3])]  # type: ignore[arg-type]
+        idx, w = as_indices(self.b, form, routing, w, self.body.experts)
         return self.body.inline(
-            self.b, x, idx, w, lambda p: self.weight(p.replace("experts", self.list_name, 1))
+            self.b,
+            x,
+            idx,
+            w,
+            lambda p: self.weight(p.replace("experts", self.list_name, 1).lstrip(".")),
         )
 
 
-__all__ = ["capture_loop", "expert_list", "has_expert_list"]
+__all__ = ["capture_loop"]

@@ -34,6 +34,8 @@ _SHAPE_ONLY = {
     aten.new_empty.default,
     aten.new_full.default,
 }
+_CREATIONS = frozenset({aten.arange.default, aten.arange.start})
+_ADDED_AT = {"index_add": 3, "index_put": 2, "index_copy": 3, "scatter_add": 3}
 _OUT_OF_PLACE = {
     "add_": "add",
     "sub_": "sub",
@@ -50,19 +52,27 @@ _OUT_OF_PLACE = {
     "masked_fill_": "masked_fill",
     "scatter_": "scatter",
     "scatter_add_": "scatter_add",
+    "scatter_reduce_": "scatter_reduce",
     "copy_": "copy",
 }
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Writes every op that depends on a marked tensor as a node of ``graph``."""
+    """Writes every op that depends on a marked tensor as a node of ``graph``.
 
-    def __init__(self) -> None:
+    With ``creations``, numbers from 0 up (``arange``) are written too: places may route tokens.
+    With ``skip_empty``, adding no rows is not: experts without tokens play no part.
+    """
+
+    def __init__(self, creations: bool = False, skip_empty: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph = fx.Graph()
         self.nodes: dict[int, fx.Node] = {}
         self.alive: list[torch.Tensor] = []
         self.reads: list[fx.Node] = []
+        self.stale: set[int] = set()
+        self.creations = _CREATIONS if creations else frozenset()
+        self.skip_empty = skip_empty
 
     def mark(self, name: str, tensor: torch.Tensor) -> fx.Node:
         """Make ``tensor`` an input of the recording."""
@@ -94,11 +104,23 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.alive.append(tensor)  # ids stay unique while the recording lasts
         if func is aten.set_.source_Tensor and args[0] is args[1]:
             return args[0]  # torch's parametrizations give a parameter its own storage again
-        if func in _SHAPE_ONLY or not any(id(t) in self.nodes for t in tensors):
+        known = func in self.creations or any(id(t) in self.nodes for t in tensors)
+        if func in _SHAPE_ONLY or not known:
             return func(*args, **kwargs)
+        if any(id(t) in self.stale for t in tensors):
+            raise CaptureError(f"{func} reads a view of a tensor that was changed through another")
         recorded = self._arguments(args), self._arguments(kwargs)  # before the op may change them
         out = func(*args, **kwargs)
+        if self.skip_empty and _adds_nothing(func, args):
+            return self._as_before(args[0], out)
         self._record(func, args, recorded, out)
+        return out
+
+    def _as_before(self, target: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Bind a result that equals an operand to that operand's node, if it has one."""
+        node = self.nodes.get(id(target))
+        if node is not None and out is not target:
+            self._bind(out, node)
         return out
 
     def watching(self) -> TorchFunctionMode:
@@ -120,6 +142,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._bind_many(out, node)
         elif isinstance(out, torch.Tensor):
             self._bind(args[0] if mutates else out, node)
+            if mutates:
+                self._write_through(args[0], node)
         elif out is not None:
             self.reads.append(node)
 
@@ -130,25 +154,55 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._bind(item, part)
 
     def _functional(self, func: Any, args: Sequence[Any]) -> Any:
-        """The op without mutation; refused where another recorded value shares the memory."""
+        """The op without mutation."""
         name = func._schema.name.split("::")[1]
         if name not in _OUT_OF_PLACE:
             raise CaptureError(f"{func} changes a tensor in place")
-        target = args[0]
-        storage = target.untyped_storage().data_ptr()
-        shared = [
-            t
-            for t in self.alive
-            if t is not target
-            and id(t) in self.nodes
-            and storage != 0
-            and t.untyped_storage().data_ptr() == storage
-            and _still_used(t, target)
-        ]
-        if shared:
-            raise CaptureError(f"{func} changes a tensor in place that is a view of another")
         packet = getattr(aten, _OUT_OF_PLACE[name])
         return getattr(packet, func._overloadname)
+
+    def _write_through(self, target: torch.Tensor, node: fx.Node) -> None:
+        """After a change of a view: what it is a view of has changed too, other views are not read
+        again.
+        """
+        storage = target.untyped_storage()
+        others = {
+            id(t): t
+            for t in self.alive
+            if t is not target
+            and storage.data_ptr() != 0
+            and t.untyped_storage().data_ptr() == storage.data_ptr()
+            and _still_used(t, target)
+        }
+        for key, other in others.items():
+            if not _is_whole(other):
+                self.stale |= {key} & self.nodes.keys()
+                continue
+            geometry = (list(target.shape), list(target.stride()), target.storage_offset())
+            base = self._arguments(other)
+            written = self.graph.call_function(
+                aten.as_strided_scatter.default, (base, node, *geometry)
+            )
+            note_place(written)
+            written.meta["val"] = other
+            self._bind(other, written)
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has all of its memory, in order."""
+    size = tensor.numel() * tensor.element_size()
+    return tensor.is_contiguous() and size == tensor.untyped_storage().nbytes()
+
+
+def _adds_nothing(func: Any, args: Sequence[Any]) -> bool:
+    """Whether an op adds or puts no rows into its first operand."""
+    name = func._schema.name.split("::")[1]
+    source = _ADDED_AT.get(name.rstrip("_"))
+    return source is not None and len(args) > source and _is_empty(args[source])
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.numel() == 0
 
 
 class _Reads(TorchFunctionMode):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,12 +10,24 @@ from torch import nn
 
 from moec.call_form import TOKENS_ALONE, CallForm
 from moec.capture.block import CapturedBlock, capture_block, opaque_experts, weight_hint
-from moec.capture.check import SIZES, compare, compare_experts, unchanged
-from moec.capture.experts import ExpertsBody, hidden_sizes, named_weights, read_experts
+from moec.capture.check import (
+    SIZES,
+    compare,
+    compare_experts,
+    constant_writes,
+    ranks_taken,
+    unchanged,
+)
+from moec.capture.counts import hidden_sizes
+from moec.capture.experts import ExpertsBody, named_weights
 from moec.capture.flatten import flatten_tokens
-from moec.capture.loops import capture_loop, has_expert_list
+from moec.capture.lists import has_expert_list
+from moec.capture.loops import capture_loop
+from moec.capture.reading import ExpertGroups, read_experts
+from moec.capture.stacks import stacked_experts
 from moec.capture.trial import Trial
 from moec.capture.wrappers import core_of, own_weights
+from moec.capture.writes import Write
 from moec.errors import CaptureError, MoecError, NotRunError
 from moec.ir.builder import Builder
 from moec.ir.dims import dim
@@ -33,8 +45,9 @@ class FoundRegion:
     ``graph`` is the imported forward IR (``None`` if the module stays as it is, then ``reason``
     says why); ``weights`` are the parameter paths, relative to the module, of the graph's inputs
     after the data; ``form`` is the form of the calls that it serves, ``result`` that of the
-    module's result. ``ran`` says whether the module's own code ran when it was tried. ``kind`` is
-    "block" (called with tokens), "experts" (tokens, indices, weights) or "loop".
+    module's result. ``ran`` says whether the module's own code ran when it was tried; ``writes``
+    are attributes that a call sets; ``ranks`` are those of the tokens that it can be called with.
+    ``kind`` is "block" (called with tokens), "experts" (tokens, indices, weights) or "loop".
     """
 
     name: str
@@ -46,6 +59,8 @@ class FoundRegion:
     result: ResultForm = ONE_TENSOR
     form: CallForm = TOKENS_ALONE
     ran: bool = True
+    writes: tuple[Write, ...] = ()
+    ranks: tuple[int, ...] = (2, 3)
 
     @property
     def fingerprint(self) -> str:
@@ -101,7 +116,8 @@ def _surely_experts(module: nn.Module) -> bool:
     if sum(p.dim() == 3 for p in own_weights(module)) > 1:
         return True
     try:
-        read_experts(module)
+        with unchanged(module):
+            read_experts(module)
     except MoecError:
         return False
     return True
@@ -110,7 +126,8 @@ def _surely_experts(module: nn.Module) -> bool:
 def _is_loop(module: nn.Module) -> bool:
     """Whether a module holds a list of experts, and none of its submodules is a region itself."""
     inside = (m for m in module.modules() if m is not module)
-    return has_expert_list(module) and not any(is_experts(m) or has_expert_list(m) for m in inside)
+    holds = has_expert_list(module) or stacked_experts(module) is not None
+    return holds and not any(_surely_experts(m) or has_expert_list(m) for m in inside)
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -159,12 +176,29 @@ def capture_whole(
     name, module = candidate.name, candidate.module
     kind = "loop" if candidate.experts is None else "block"
     try:
-        with unchanged(module):
+        with unchanged(module, plain=True) as writes:
             captured = _captured(candidate, dtype, rank, trial)
-            return _checked(_finished(name, module, kind, captured, trial), dtype, rank, trial)
+            found = _checked(_finished(name, module, kind, captured, trial), dtype, rank, trial)
+        return _with_writes(found, writes, dtype, rank, trial)
     except MoecError as error:
         ran = not isinstance(error, NotRunError)
         return FoundRegion(name, module, kind, None, reason=str(error), ran=ran)
+
+
+def _with_writes(
+    found: FoundRegion,
+    writes: Sequence[Write],
+    dtype: torch.dtype | None,
+    rank: int,
+    trial: Trial,
+) -> FoundRegion:
+    """The region with what a call leaves on its modules."""
+    if found.graph is None or not writes:
+        return found
+    hidden = int(found.graph.inputs[0].type.shape[-1])
+    dtype = dtype or next(found.module.parameters()).dtype
+    constant = constant_writes(found.module, writes, hidden, dtype, rank, trial)
+    return replace(found, writes=constant)
 
 
 def _captured(
@@ -242,10 +276,12 @@ def capture_experts(
             graph, weights = experts_graph(
                 module, body, choices, dtype_name(weight_dtype), token_dtype
             )
-            compare_experts(module, graph, weights, body.experts)
+            compare_experts(module, graph, weights, body.experts, body.form)
+            ranks = ranks_taken(module, graph, body.experts, body.form)
     except MoecError as error:
         return FoundRegion(name, module, "experts", None, reason=str(error))
-    return FoundRegion(name, module, "experts", graph, weights)
+    result = ResultForm(axes=(1,))
+    return FoundRegion(name, module, "experts", graph, weights, result=result, ranks=ranks)
 
 
 def join(*parts: str) -> str:
@@ -280,7 +316,7 @@ def _finished(
 
 def experts_graph(
     experts: nn.Module,
-    body: ExpertsBody,
+    body: ExpertsBody | ExpertGroups,
     choices: int = 2,
     weight_dtype: str = "f32",
     dtype: str | None = None,
@@ -292,10 +328,11 @@ def experts_graph(
     builder = Builder({"T": (0, 2**31 - 1)})
     tokens = dim("T")
     dtype = dtype or dtype_name(next(experts.parameters()).dtype)
+    routing, weighting = body.form.shapes(tokens, choices, body.experts)
     data = [
         Value(Type(dtype, (tokens, body.hidden)), "x"),
-        Value(Type("i64", (tokens, choices)), "idx"),
-        Value(Type(weight_dtype, (tokens, choices)), "w"),
+        Value(Type("i64", routing), "idx"),
+        Value(Type(weight_dtype, weighting), "w"),
     ]
     weights: dict[str, Value] = {}
 

@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from moec.capture.counts import may_hold_experts
+
 
 def core_of(module: nn.Module) -> nn.Module | None:
     """The experts module that ``module`` is, or that it wraps with weights of its own.
@@ -38,9 +40,8 @@ def core_of(module: nn.Module) -> nn.Module | None:
 
 def has_experts_contract(module: nn.Module) -> bool:
     """Whether a module is called as ``forward(x, idx, w)`` and holds weights of several experts."""
-    if not any(t.dim() == 3 for t in own_weights(module)):
-        return False
-    return len(_positional(module)) == 3
+    is_stacked = any(t.dim() == 3 for t in own_weights(module))
+    return (is_stacked or may_hold_experts(module)) and len(_positional(module)) == 3
 
 
 def own_weights(module: nn.Module) -> list[torch.Tensor]:

@@ -1,0 +1,180 @@
+"""Reading an experts module: which form it is called in, and what groups of experts it has.
+
+Most modules have one body for all experts. Where some experts compute something else (nothing, the
+token itself), the experts are read in groups, each with a body of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, product
+
+import torch
+from torch import fx, nn
+from torch.nn.utils import parametrize
+
+from moec.capture.counts import expert_counts, expert_keys, hidden_sizes
+from moec.capture.experts import ExpertsBody, Span, read_span, record
+from moec.capture.explained import with_ancestors
+from moec.capture.forms import FORMS, INDICES, Form, as_indices
+from moec.capture.wrappers import core_of, plain_forward
+from moec.errors import CaptureError
+from moec.ir.builder import Builder
+from moec.ir.graph import Value
+from moec.ir.types import Type
+from moec.structure import structure_key
+
+_ROWS = 5
+_MOST_GROUPS = 16  # each has a dispatch of its own
+
+
+@dataclass(frozen=True)
+class ExpertGroups:
+    """Experts of several kinds, one after the other: the body of each kind, in order."""
+
+    bodies: Sequence[ExpertsBody]
+    experts: int
+    hidden: int
+    form: Form
+
+    def inline(
+        self, b: Builder, x: Value, idx: Value, w: Value, weight: Callable[[str], Value]
+    ) -> Value:
+        """As :meth:`ExpertsBody.inline`: the sum over the groups, each with its own choices."""
+        idx, w = as_indices(b, self.form, idx, w, self.experts)
+        parts = [self._part(b, body, x, idx, w, weight) for body in self.bodies]
+        total = parts[0]
+        for part in parts[1:]:
+            total = b("t.add", total, part, hint="routed")
+        return total
+
+    def _part(
+        self,
+        b: Builder,
+        body: ExpertsBody,
+        x: Value,
+        idx: Value,
+        w: Value,
+        weight: Callable[[str], Value],
+    ) -> Value:
+        local = b("t.sub", idx, other=body.first) if body.first else idx
+        inside = b(
+            "t.logical_and",
+            b("t.ge", idx, other=body.first),
+            b("t.lt", idx, other=body.first + body.experts),
+        )
+        none = b.full(Type("i32", ()), body.experts)
+        return body.inline(b, x, b("t.where", inside, local, none, hint="idx"), w, weight)
+
+
+def read_experts(module: nn.Module, path: str = "") -> ExpertsBody | ExpertGroups:
+    """The body of an experts module; :class:`CaptureError` says why if there is none.
+
+    The module's forward takes tokens ``[T, H]`` and then indices and weights, or masks and
+    weights, in one of :data:`moec.capture.forms.FORMS`.
+    """
+    refusals: list[CaptureError] = []
+    reasons: dict[int, str] = {}
+    core = core_of(module) or module
+    _refuse_parametrized(core)
+    for experts, hidden, form in product(expert_counts(core), hidden_sizes(core), FORMS):
+        span = Span(0, experts, experts, form, hidden)
+        try:
+            with plain_forward(core):
+                return _read(module, span, path)
+        except CaptureError as error:
+            refusals.append(error)
+        except (RuntimeError, IndexError, TypeError, ValueError, KeyError) as error:
+            reasons.setdefault(hidden, f"{hidden}: {str(error).splitlines()[0]}")
+    if refusals:
+        raise refusals[0]
+    reason = "; ".join(reasons.values())
+    raise CaptureError(f"{type(module).__name__} ran with no hidden size ({reason})")
+
+
+def _refuse_parametrized(module: nn.Module) -> None:
+    for child in module.modules():
+        if parametrize.is_parametrized(child):
+            computed = ", ".join(child.parametrizations)  # type: ignore[arg-type]
+            raise CaptureError(
+                f"{computed} of {type(child).__name__} is computed by a "
+                "parametrization at each use; parametrize.remove_parametrizations makes it a weight"
+            )
+
+
+def _read(module: nn.Module, span: Span, path: str) -> ExpertsBody | ExpertGroups:
+    if not _differ(module, span.total):
+        try:
+            return read_span(module, span, path)
+        except CaptureError:
+            if len(_groups(module, span)) < 2:
+                raise
+    spans = _groups(module, span)
+    if len(spans) > _MOST_GROUPS:
+        raise CaptureError(
+            f"{type(module).__name__} has {len(spans)} kinds of experts in turn; at most "
+            f"{_MOST_GROUPS} are compiled, so put equal ones next to each other"
+        )
+    bodies = [read_span(module, group, path) for group in spans if _adds(module, group)]
+    if not bodies:
+        raise CaptureError(f"{type(module).__name__}: no expert gives anything")
+    bodies = [replace(body, form=_plain(body.form)) for body in bodies]
+    return ExpertGroups(bodies, span.total, span.hidden, span.form)
+
+
+def _differ(module: nn.Module, experts: int) -> bool:
+    """Whether a list's members are of several kinds."""
+    for owner in module.modules():
+        keys = expert_keys(owner, experts)
+        if keys is not None and not isinstance(owner, nn.ParameterList):
+            return len({structure_key(owner.get_submodule(k)) for k in keys}) > 1
+    return False
+
+
+def _plain(form: Form) -> Form:
+    """The form in which a group is called: by indices, as often as in its recording."""
+    return replace(INDICES, choices=form.choices)
+
+
+def _groups(module: nn.Module, span: Span) -> list[Span]:
+    """Runs of neighbouring experts that do the same operations."""
+    signatures = [_signature(module, span, expert) for expert in range(span.total)]
+    spans, first = [], 0
+    for _, members in groupby(signatures):
+        stop = first + len(list(members))
+        spans.append(replace(span, first=first, stop=stop))
+        first = stop
+    return spans
+
+
+def _signature(module: nn.Module, span: Span, expert: int) -> tuple[str, ...]:
+    """The operations behind one expert's result, with the sizes of what they give."""
+    recorder, out = record(module, span, expert, _ROWS)
+    node = recorder.node_of(out)
+    if node is None:
+        return ()
+    kept = with_ancestors(node)
+    return tuple(
+        f"{n.target if n.op != 'placeholder' else ''} {_shape(n.meta.get('val'))} {_numbers(n)}"
+        for n in recorder.graph.nodes
+        if n in kept
+    )
+
+
+def _numbers(node: fx.Node) -> list[float]:
+    """The settings of an op: a number of an expert is an integer."""
+    return [a for a in node.args if isinstance(a, float)]
+
+
+def _shape(value: object) -> str:
+    return str(tuple(value.shape)) if isinstance(value, torch.Tensor) else ""
+
+
+def _adds(module: nn.Module, span: Span) -> bool:
+    """Whether the experts of a group give anything: some are there to do nothing."""
+    recorder, out = record(module, span, span.first, _ROWS)
+    return recorder.node_of(out) is not None and bool(out.any())
+
+
+__all__ = ["ExpertGroups", "read_experts"]
