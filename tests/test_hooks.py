@@ -141,6 +141,8 @@ def test_a_hook_on_every_module_sees_those_inside() -> None:
 class Biased(Block):
     """Chooses by scores plus a bias that balances the experts' load."""
 
+    bias: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("bias", torch.zeros(4))
