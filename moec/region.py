@@ -484,6 +484,8 @@ def _types_below(module: nn.Module) -> list[type]:
 
 def _has_hooks(module: nn.Module, region: Region) -> bool:
     """Whether a module inside has hooks: they must see their own inputs and outputs."""
+    if torch.nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]  # those of every module in the process
+        return True
     return any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
         for m in module.modules()

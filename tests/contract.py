@@ -21,7 +21,7 @@ class Experts(nn.Module):
 
     def forward(self, x: torch.Tensor, idx: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         out = torch.zeros_like(x)
-        for number in idx.unique():
+        for number in idx.unique():  # type: ignore[no-untyped-call]
             token, place = torch.where(idx == number)
             inner = F.silu(F.linear(x[token], self.up[number]))
             rows = F.linear(inner, self.down[number]) * w[token, place, None]
@@ -61,7 +61,7 @@ def outputs_and_gradients(
     weights = [torch.linspace(-1, 1, t.numel(), dtype=t.dtype).reshape(t.shape) for t in tensors]
     loss = torch.stack([(t * w).sum() for t, w in zip(tensors, weights, strict=True)]).sum()
     if loss.requires_grad:
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
     parameters = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
     arguments = {
         n: a.grad for n, a in leaves.items() if isinstance(a, torch.Tensor) and a.grad is not None
@@ -88,4 +88,4 @@ def assert_same(module: nn.Module, compiled: nn.Module, *args: Any, **kwargs: An
     assert nonzero <= actual_gradients.keys()
     for name, gradient in actual_gradients.items():
         wanted = expected_gradients.get(name, torch.zeros_like(gradient))
-        torch.testing.assert_close(gradient, wanted, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(gradient, wanted, msg=f"gradient of {name}")

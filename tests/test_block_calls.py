@@ -19,12 +19,14 @@ VOCABULARY = 11
 class Hashed(Block):
     """The token's number picks its experts."""
 
+    table: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         table = torch.stack([torch.randperm(EXPERTS)[:2] for _ in range(VOCABULARY)])
         self.register_buffer("table", table)
 
-    def forward(self, x: torch.Tensor, ids: torch.Tensor | None = None) -> Any:
+    def forward(self, x: torch.Tensor, ids: Any = None) -> Any:
         flat = x.reshape(-1, HIDDEN)
         chosen = self.table[ids.reshape(-1)]
         weights = self.gate(flat).sigmoid().gather(1, chosen)
@@ -51,7 +53,7 @@ class Stateful(Block):
 class ByBatch(Block):
     """Each sequence has a vector of its own that shifts the router's scores."""
 
-    def forward(self, x: torch.Tensor, condition: torch.Tensor, sharpness: float = 1.0) -> Any:
+    def forward(self, x: torch.Tensor, condition: Any = None, sharpness: float = 1.0) -> Any:
         scores = (self.gate(x) + condition[:, None, :]) * sharpness
         weights, chosen = scores.reshape(-1, EXPERTS).softmax(-1).topk(2)
         return self.experts(x.reshape(-1, HIDDEN), chosen, weights).view(x.shape)

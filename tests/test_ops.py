@@ -54,6 +54,7 @@ BOOL, MATRIX, ROWS = Type("bool", (T, 4)), f64(T, 4), f64(A, 4)
 INDEX = Type("i64", (T, 2))
 
 UNARY = ["neg", "abs", "sign", "exp", "erf", "sigmoid", "tanh", "relu", "silu", "floor"]
+UNARY += ["log_sigmoid"]
 POSITIVE = ["log", "log1p", "sqrt", "rsqrt", "reciprocal"]
 BINARY = ["add", "sub", "mul", "div", "maximum", "minimum"]
 COMPARE = ["eq", "ne", "lt", "le", "gt", "ge"]
@@ -105,12 +106,23 @@ CASES = [
     Case("t.sum", [BOOL], {"dims": (0,)}),
     Case("t.mean", [f64(T, 2, 3)], {"dims": (1, 2)}),
     Case("t.amax", [f64(T, 2, 3)], {"dims": (1, 2)}),
+    Case("t.logsumexp", [f64(T, 2, 3)], {"dims": (-1,), "keepdim": True}),
+    Case("t.logsumexp", [f64(T, 2, 3)], {"dims": (1, 2)}),
     Case("t.softmax", [MATRIX], {"dim": -1}),
     Case("t.softmax", [f64(T, 2, 3)], {"dim": 1}),
     Case("t.cumsum", [MATRIX], {"dim": 0}),
     Case("t.topk", [MATRIX], {"k": 3}),
     Case("t.topk", [f64(3, 4)], {"k": 2, "dim": 0, "largest": False}),
     Case("t.gather", [MATRIX, INDEX], {"dim": -1}),
+    Case("t.take", [f64(4, 3), INDEX]),
+    Case("t.take", [f64(5), Type("i64", (T, 1))]),
+    Case("t.backward", [MATRIX, MATRIX], {"of": "softmax", "dim": -1}),
+    Case("t.backward", [MATRIX, MATRIX], {"of": "softplus", "beta": 2.0, "threshold": 1.5}),
+    Case("t.backward", [MATRIX, MATRIX], {"of": "gelu", "approximate": "tanh"}),
+    *(
+        Case("t.backward", [MATRIX, MATRIX], {"of": of})
+        for of in ("sigmoid", "tanh", "silu", "log_sigmoid")
+    ),
     Case("t.scatter_add", [MATRIX, INDEX, f64(T, 2)], {"dim": 1}),
     Case("t.scatter", [MATRIX, Type("i64", (T, 1)), f64(T, 1)], {"dim": 1}),
     Case("t.scatter", [MATRIX, INDEX], {"dim": 1, "value": 2.0}),

@@ -154,7 +154,7 @@ EXPRESSIONS: dict[str, Expression] = {
     "t.erf": _format("tl.erf({0})"),
     "t.sigmoid": _format("tl.sigmoid({0})"),
     "t.log_sigmoid": _format(
-        "tl.where({0} < 0, {0}, 0.0 * {0}) - log1p(tl.exp(-tl.abs({0})))",
+        "tl.where({0} < 0, {0}, 0.0) - log1p(tl.exp(-tl.abs({0})))",
     ),
     "t.tanh": _format("tanh({0})"),
     "t.relu": _format("tl.where({0} < 0, 0.0, {0})"),

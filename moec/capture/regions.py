@@ -235,8 +235,10 @@ def _captured(
 
 
 def _did_not_run(module: nn.Module, tokens: torch.Tensor, trial: Trial) -> str:
-    alone = " alone" if trial.form.is_tokens_alone else ", with the other arguments of its call"
-    return f"{type(module).__name__} did not run on tokens of shape {tuple(tokens.shape)}{alone}"
+    said = f"{type(module).__name__} did not run on tokens of shape {tuple(tokens.shape)}"
+    if not trial.form.is_tokens_alone:
+        return f"{said} with the other arguments of its call"
+    return f"{said} alone; a call with more arguments is captured when it first comes"
 
 
 def _runs(module: nn.Module, trial: Trial, data: list[torch.Tensor]) -> bool:

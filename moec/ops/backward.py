@@ -16,25 +16,25 @@ aten = torch.ops.aten
 
 def softmax(g: torch.Tensor, y: torch.Tensor, dim: int) -> torch.Tensor:
     """Of the gradient and the result."""
-    return aten._softmax_backward_data(g, y, dim, y.dtype)  # type: ignore[no-any-return]
+    return aten._softmax_backward_data(g, y, dim, y.dtype)
 
 
 def log_sigmoid(g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Of the gradient and the argument; the forward kernel makes what the backward one needs."""
     _, buffer = aten.log_sigmoid_forward(x)
-    return aten.log_sigmoid_backward(g, x, buffer)  # type: ignore[no-any-return]
+    return aten.log_sigmoid_backward(g, x, buffer)
 
 
 def gelu(g: torch.Tensor, x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
     """Of the gradient and the argument."""
-    return aten.gelu_backward(g, x, approximate=approximate)  # type: ignore[no-any-return]
+    return aten.gelu_backward(g, x, approximate=approximate)
 
 
 def softplus(
     g: torch.Tensor, x: torch.Tensor, beta: float = 1.0, threshold: float = 20.0
 ) -> torch.Tensor:
     """Of the gradient and the argument."""
-    return aten.softplus_backward(g, x, beta, threshold)  # type: ignore[no-any-return]
+    return aten.softplus_backward(g, x, beta, threshold)
 
 
 # of the gradient, and of the argument or the result of the function

@@ -18,6 +18,10 @@ from moec.ops.backward import backward as _backward
 from moec.ops.routing import combine as _combine
 from moec.ops.routing import dispatch as _dispatch
 
+# Up to so many rows, products are rounded before they are added, as in eager's loop over experts;
+# beyond, the fused sum saves an intermediate as large as all rows.
+FEW_ROWS = 64
+
 Weights = torch.Tensor | Sequence[torch.Tensor]
 
 
@@ -97,6 +101,8 @@ def combine(
         or rows.dtype not in (torch.float32, torch.float64)
         or not rows.shape[0]
     ):
+        return _combine(rows, inverse, w, dtype or rows.dtype)
+    if rows.shape[0] <= FEW_ROWS:
         return _combine(rows, inverse, w, dtype or rows.dtype)
     weights = None if w is None else w.to(rows.dtype)
     if perm.shape[0] and int(inverse.min()) < 0:

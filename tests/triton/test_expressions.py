@@ -22,6 +22,7 @@ SPECIAL = [float("nan"), float("inf"), float("-inf")]
 CASES: list[tuple[str, int, dict[str, Any]]] = [
     *((f"t.{n}", 1, {}) for n in ("neg", "abs", "sign", "exp", "log", "log1p", "sqrt", "rsqrt")),
     *((f"t.{n}", 1, {}) for n in ("reciprocal", "erf", "sigmoid", "tanh", "relu", "silu", "floor")),
+    ("t.log_sigmoid", 1, {}),
     *((f"t.{n}", 2, {}) for n in ("add", "sub", "mul", "div", "maximum", "minimum")),
     *((f"t.{n}", 1, {"other": 0.1}) for n in ("add", "sub", "mul", "div", "maximum", "minimum")),
     *((f"t.{n}", 2, {}) for n in ("eq", "ne", "lt", "le", "gt", "ge")),
