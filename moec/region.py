@@ -29,7 +29,7 @@ from moec.ir.graph import Graph, Value
 from moec.manager import Step
 from moec.runtime.artifact import Artifact
 from moec.session import Session
-from moec.structure import structure_key
+from moec.structure import plain_settings, structure_key
 from moec.targets import choose_target
 from moec.traced import number
 
@@ -64,6 +64,7 @@ class Region:
         self.number = number(self)
         self._types = _types_below(candidate.module)
         self._guard = Guard(candidate.module)
+        self.settings = plain_settings(candidate.module)
         self._tensors: dict[tuple[str, ...], list[tuple[nn.Module, str]]] = {}
 
     # what a user sees
@@ -340,6 +341,7 @@ class Region:
         self.found.clear()
         self._tensors.clear()
         self._types, self._guard = types, Guard(module)
+        self.settings = plain_settings(module)
         return False
 
     def _look_again(self, module: nn.Module) -> None:

@@ -36,20 +36,25 @@ def _prepare(
     weight_dtype: str,
     grad: bool,
     data_grad: int,
+    settings: tuple[Any, ...],
 ) -> tuple[Any, ...] | None:
-    """Compile for a call's mode while the tracer waits; constants that describe the op."""
+    """Compile for a call's mode while the tracer waits; constants that describe the op.
+
+    ``settings`` are there for the tracer alone: it traces again once one has another value.
+    """
     from moec.runtime.library import op_name
 
     owner = _REGIONS[region]
-    prepared = owner.prepare(
-        training,
-        getattr(torch, dtype),
-        rank,
-        choices,
-        getattr(torch, weight_dtype),
-        grad,
-        data_grad,
-    )
+    with torch._guards.tracing(None):  # a capture traces too: its guards are not the caller's
+        prepared = owner.prepare(
+            training,
+            getattr(torch, dtype),
+            rank,
+            choices,
+            getattr(torch, weight_dtype),
+            grad,
+            data_grad,
+        )
     if prepared is None:
         return None
     found, artifact = prepared
@@ -88,6 +93,7 @@ def call_traced(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
         str(weight_dtype).split(".")[-1],
         torch.is_grad_enabled(),
         grads,
+        tuple([_attribute(module, path) for path in region.settings]),
     )
     if prepared is None:
         return NotImplemented
@@ -105,8 +111,8 @@ def call_traced(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
     return _pytree.tree_unflatten(shaped, tree) if tree is not None else shaped[0]
 
 
-def _attribute(module: nn.Module, path: str) -> torch.Tensor:
+def _attribute(module: nn.Module, path: str) -> Any:
     value: Any = module
     for part in path.split("."):
         value = getattr(value, part)
-    return value  # type: ignore[no-any-return]
+    return value
