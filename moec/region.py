@@ -41,7 +41,7 @@ from moec.manager import Step
 from moec.result_form import ResultForm
 from moec.runtime.artifact import Artifact
 from moec.session import Session
-from moec.structure import structure_key
+from moec.structure import plain_settings, structure_key
 from moec.surroundings import is_traced, is_transformed, isolated, odd_reason, odd_tensor
 from moec.targets import choose_target
 from moec.traced import call_traced, number
@@ -82,6 +82,7 @@ class Region:
         self.number = number(self)
         self._types = _types_below(candidate.module)
         self._guard = Guard(candidate.module)
+        self.settings = plain_settings(candidate.module)
         self._tensors: dict[tuple[str, ...], list[tuple[nn.Module, str]]] = {}
 
     # what a user sees
@@ -451,7 +452,7 @@ class Region:
             return True
         if types != self._types:
             self._look_again(module)
-        self._types = types
+        self._types, self.settings = types, plain_settings(module)
         self._forget()
         return False
 

@@ -51,6 +51,22 @@ def settings_read(module: nn.Module) -> list[tuple[str, Any]]:
     ]
 
 
+def plain_settings(module: nn.Module) -> tuple[str, ...]:
+    """The paths of the attributes of :func:`settings_read`, below too, that are plain values or
+    containers of such.
+    """
+    below = [(f"{path}.".lstrip("."), child) for path, child in module.named_modules()]
+    return tuple(path + k for path, m in below for k, v in settings_read(m) if _is_plain(v))
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
+    return isinstance(value, int | float | str | None)
+
+
 class _Same:
     """Equal to itself alone; keeps the object alive, so that no other gets its address."""
 

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from moec.call_form import CallForm, TensorForm, flattened, graph_inputs, parameters, without_defaults
+from moec.call_form import (
+    CallForm,
+    TensorForm,
+    flattened,
+    graph_inputs,
+    parameters,
+    without_defaults,
+)
 
 if TYPE_CHECKING:
     from moec.region import Region
@@ -48,23 +55,28 @@ def _prepare(
     tokens: str,
     tensors: tuple[tuple[str, str, str, tuple[int, ...]], ...],
     plain: tuple[tuple[str, Any], ...],
+    settings: tuple[Any, ...],
 ) -> tuple[Any, ...] | None:
-    """Compile for a call's mode while the tracer waits; constants that describe the op."""
+    """Compile for a call's mode while the tracer waits; constants that describe the op.
+
+    ``settings`` are there for the tracer alone: it traces again once one has another value.
+    """
     from moec.runtime.library import op_name
 
     owner = _REGIONS[region]
     further = tuple(TensorForm(n, getattr(torch, d), where, rest) for n, d, where, rest in tensors)
     form = CallForm(tokens, further, without_defaults(type(owner.candidate.module), dict(plain)))
-    prepared = owner.prepare(
-        training,
-        getattr(torch, dtype),
-        rank,
-        choices,
-        getattr(torch, weight_dtype),
-        grad,
-        data_grad,
-        form,
-    )
+    with torch._guards.tracing(None):  # a capture traces too: its guards are not the caller's
+        prepared = owner.prepare(
+            training,
+            getattr(torch, dtype),
+            rank,
+            choices,
+            getattr(torch, weight_dtype),
+            grad,
+            data_grad,
+            form,
+        )
     if prepared is None:
         return None
     found, artifact = prepared
@@ -94,8 +106,9 @@ def call_traced(
     if not _can_be_traced(region.kind, named, plain):
         return NotImplemented
     data = list(named.values())
+    settings = tuple([_attribute(module, path) for path in region.settings])
     if region.kind == "experts":
-        return run_experts(module, region.number, data)
+        return run_experts(module, region.number, data, settings)
     x = data[0]
     further = _forms(named, x)
     if further is None:
@@ -113,6 +126,7 @@ def call_traced(
         "" if first == _names(region.number)[0] else first,
         further,
         tuple(plain.items()),
+        settings,
     )
     if prepared is None:
         return NotImplemented
@@ -123,7 +137,9 @@ def call_traced(
     return result.build(outputs, x.shape[:-1])
 
 
-def run_experts(module: nn.Module, region: int, data: Sequence[torch.Tensor]) -> Any:
+def run_experts(
+    module: nn.Module, region: int, data: Sequence[torch.Tensor], settings: tuple[Any, ...] = ()
+) -> Any:
     """The result of an experts region's op for tokens, indices and weights, or
     ``NotImplemented``.
     """
@@ -140,6 +156,7 @@ def run_experts(module: nn.Module, region: int, data: Sequence[torch.Tensor]) ->
         "",
         (),
         (),
+        settings,
     )
     if prepared is None:
         return NotImplemented
@@ -173,8 +190,8 @@ def _forms(named: Mapping[str, Any], x: torch.Tensor) -> tuple[Any, ...] | None:
     return tuple(found)
 
 
-def _attribute(module: nn.Module, path: str) -> torch.Tensor:
+def _attribute(module: nn.Module, path: str) -> Any:
     value: Any = module
     for part in path.split("."):
         value = getattr(value, part)
-    return value  # type: ignore[no-any-return]
+    return value

@@ -16,10 +16,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 import moec
+from examples.lora_experts import Largest, main
 from moec.cost import saved_values
 from tests.lora import ALPHA, EXPERTS, RANK, adapted, merged_delta, randomize_adapters, settings
 from tests.models import assert_equal_gradients, build, gradients, relative_error, tokens
@@ -135,39 +134,14 @@ def test_training_steps_equal_those_of_peft(family: str) -> None:
         assert relative_error(tensor, wanted[name]) <= 1e-4, name
 
 
-class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Keeps the size of the largest tensor that is created."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {_storage(t) for t in tree_flatten((args, kwargs))[0] if _is_tensor(t)}
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_flatten(out)[0]:
-            new = _is_tensor(tensor) and _storage(tensor) not in known
-            if new and tensor.numel() > self.elements:
-                self.elements = tensor.numel()
-        return out
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
 def largest_tensor(block: nn.Module, x: torch.Tensor) -> int:
-    """The elements of the largest tensor that one training step of a block creates."""
+    """The bytes of the largest tensor that one training step of a block creates."""
     out = block(x)  # what is compiled at the first call is no part of it
     with Largest() as largest:
         out = block(x)
         out = out[0] if isinstance(out, tuple) else out
         out.sum().backward()
-    return int(largest.elements)
+    return int(largest.bytes)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -180,7 +154,7 @@ def test_no_tensor_is_as_large_as_a_weight(family: str, order: str, adapters: in
             model.add_adapter(f"more{number}", settings(3))
             model.base_model.set_adapter(["default", f"more{number}"])
     core = block_of(plain).experts.base_layer.base_layer
-    weight = min(getattr(core, name).numel() for name in ("gate_up_proj", "down_proj"))
+    weight = min(getattr(core, name).nbytes for name in ("gate_up_proj", "down_proj"))
     x = torch.randn(1, 3, 32, requires_grad=True)
     assert largest_tensor(block_of(plain), x) >= weight
     assert largest_tensor(block_of(compiled), x) < weight / 2
@@ -415,7 +389,7 @@ def test_a_parametrization_of_the_same_form_gains_too() -> None:
     assert_equal_gradients(found, wanted)
     x = torch.randn(1, 3, 32, requires_grad=True)
     largest = largest_tensor(compiled.model.layers[0].mlp, x)
-    assert largest < model.model.layers[0].mlp.experts.down_proj.numel() / 2
+    assert largest < model.model.layers[0].mlp.experts.down_proj.nbytes / 2
 
 
 def test_a_parametrization_after_compilation_runs_as_it_is() -> None:
@@ -431,6 +405,11 @@ def test_a_parametrization_after_compilation_runs_as_it_is() -> None:
     with pytest.warns(UserWarning, match="got a parametrization after compilation"):
         actual = compiled(**tokens(2, 7)).logits
     assert relative_error(actual, reference(**tokens(2, 7)).logits) <= 1e-5
+
+
+def test_the_example_succeeds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main() == 0
+    assert "largest tensor of a step, moec" in capsys.readouterr().out
 
 
 class Passing(nn.Module):
