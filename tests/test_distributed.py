@@ -66,9 +66,9 @@ def test_fsdp_trains_with_the_losses_of_the_original(name: str) -> None:
     expected = single_process(FAMILIES[name])
     for found in results():
         assert found[f"{name} statuses"] == ["compiled"]
-        assert found["plain"] == pytest.approx(single_process("olmoe"), rel=1e-9)
+        assert found["plain"] == pytest.approx(single_process("olmoe"), rel=1e-6)
         for way in ("compiled before", "compiled after"):
-            assert found[f"{name} {way}"] == pytest.approx(expected, rel=1e-9), way
+            assert found[f"{name} {way}"] == pytest.approx(expected, rel=1e-6), way
 
 
 def test_a_sharded_state_dict_is_saved_and_loaded() -> None:
@@ -84,6 +84,6 @@ def test_a_block_called_while_its_weights_are_sharded_is_refused() -> None:
 @pytest.mark.parametrize("unused", [False, True])
 def test_ddp_trains_with_the_losses_of_the_original(unused: bool) -> None:
     for found in results():
-        assert found[f"ddp compiled {unused}"] == pytest.approx(found["ddp plain"], rel=1e-9)
-        assert found[f"ddp compiled {unused}"] == pytest.approx(single_process("olmoe"), rel=1e-9)
+        assert found[f"ddp compiled {unused}"] == pytest.approx(found["ddp plain"], rel=1e-6)
+        assert found[f"ddp compiled {unused}"] == pytest.approx(single_process("olmoe"), rel=1e-6)
         assert found[f"ddp counts {unused}"] == [1], "each parameter's gradient comes once"
