@@ -81,7 +81,7 @@ def test_one_graph_for_every_length() -> None:
     call: Any = torch.compile(compiled, backend="aot_eager", fullgraph=True, dynamic=True)
     for length in (9, 2, 33, 64):
         # The sliding window of an attention cache is what would specialise here.
-        arguments = {**tokens(2, length), "use_cache": False}
+        arguments: dict[str, Any] = {**tokens(2, length), "use_cache": False}
         with torch._dynamo.config.patch(error_on_recompile=length != 9):
             output = call(**arguments)
         compiled.zero_grad()

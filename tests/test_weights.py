@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 import moec
-from moec.errors import MoecError
+from moec.errors import CallError, MoecError
 from tests.models import assert_equal_gradients, build, gradients, relative_error, tokens
 
 FAMILIES = ["olmoe", "deepseek_v3", "gpt_oss"]
@@ -314,7 +314,8 @@ def test_forward_mode_derivatives() -> None:
     ours, theirs = (torch.func.jvp(block, (x,), (t,)) for block in blocks)
     torch.testing.assert_close(ours, theirs)
     with forward_ad.dual_level():
-        tangents = [forward_ad.unpack_dual(b(forward_ad.make_dual(x, t)))[1] for b in blocks]
+        dual: Any = forward_ad.make_dual(x, t)  # type: ignore[no-untyped-call]
+        tangents = [forward_ad.unpack_dual(b(dual))[1] for b in blocks]  # type: ignore[no-untyped-call]
     torch.testing.assert_close(tangents[0], tangents[1])
 
 
@@ -324,12 +325,25 @@ def test_vmap_is_refused_as_eager_refuses_it() -> None:
             torch.vmap(each.model.layers[1].mlp, randomness="same")(torch.randn(3, 2, 4, 32))
 
 
+def test_a_second_derivative_is_refused() -> None:
+    _, compiled = fresh("olmoe")
+    x = torch.randn(2, 4, 32, requires_grad=True)
+    y = compiled.model.layers[1].mlp(x)
+    with pytest.raises(CallError, match="no second derivative"):
+        torch.autograd.grad(y.square().sum(), x, create_graph=True)
+
+
 # Quantised layers.
 
 
 quantising = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore:.*quantize_per_tensor"
 )
+
+
+def quantized(*arguments: Any) -> Any:
+    """A copy with dynamically quantised layers."""
+    return quantization.quantize_dynamic(*arguments)  # type: ignore[no-untyped-call]
 
 
 def attention_only(model: nn.Module) -> dict[str, Any]:
@@ -341,9 +355,9 @@ def attention_only(model: nn.Module) -> dict[str, Any]:
 @quantising
 def test_quantised_attention_before_and_after() -> None:
     model = build("olmoe")
-    expected = quantization.quantize_dynamic(model, attention_only(model))
+    expected = quantized(model, attention_only(model))
     before = moec.compile(expected, strict=True)
-    after = quantization.quantize_dynamic(moec.compile(model, strict=True), attention_only(model))
+    after = quantized(moec.compile(model, strict=True), attention_only(model))
     for found in (before, after):
         with torch.no_grad():
             ours, theirs = found(**tokens(2, 7)).logits, expected(**tokens(2, 7)).logits
@@ -370,7 +384,7 @@ class Listed(nn.Module):
 
 @quantising
 def test_quantised_experts_are_left_alone_with_a_message() -> None:
-    block = quantization.quantize_dynamic(Listed().eval(), {nn.Linear})
+    block = quantized(Listed().eval(), {nn.Linear})
     with pytest.warns(UserWarning, match="quantised"):
         compiled = moec.compile(block)
     x = torch.randn(5, 8)
@@ -386,9 +400,9 @@ def test_experts_quantised_after_compilation_are_noticed() -> None:
     x = torch.randn(5, 8)
     with torch.no_grad():
         compiled(x)
-        expected = quantization.quantize_dynamic(compiled, {nn.Linear})
+        expected = quantized(compiled, {nn.Linear})
         with pytest.warns(UserWarning, match="replaced after compilation|quantised"):
             found = expected(x)
         plain = pickle.loads(pickle.dumps(compiled))
-        wanted = quantization.quantize_dynamic(plain, {nn.Linear})(x)
+        wanted = quantized(plain, {nn.Linear})(x)
     torch.testing.assert_close(found, wanted)

@@ -12,6 +12,7 @@ import torch
 from moec import cache
 from moec.codegen import emit_module
 from moec.codegen.host import partition
+from moec.errors import CallError
 from moec.ir.graph import Graph, Value
 from moec.manager import Step
 
@@ -105,9 +106,14 @@ class _Differentiable(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         artifact: Artifact = ctx.artifact
+        if torch.is_grad_enabled():  # what came out would look constant, not fail
+            raise CallError(
+                f"@{artifact.graph.name}: a compiled block has no second derivative "
+                "(create_graph=True); take it from the original model, which has the same "
+                "parameters"
+            )
         floats = [
             c.contiguous()
             for c, o in zip(cotangents, artifact.graph.outputs, strict=True)
