@@ -36,7 +36,12 @@ class CompiledMixin:
             result = call_traced(self, args, kwargs, self._moec_region)  # type: ignore[arg-type]
         else:
             result = self._moec_region.call(self, args, kwargs)
-        return super().forward(*args, **kwargs) if result is NotImplemented else result  # type: ignore[misc]
+        if result is not NotImplemented:
+            return result
+        own = super().forward(*args, **kwargs)  # type: ignore[misc]
+        if not torch.compiler.is_compiling():
+            self._moec_region.settle(self)
+        return own
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         plain = copy.copy(self)

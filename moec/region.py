@@ -478,6 +478,15 @@ class Region:
             self.inner = Region(self.session, inner, "experts")
             install(experts, self.inner)
 
+    def settle(self, module: nn.Module) -> None:
+        """After the module's own code ran: settings that it changed itself are no change by the
+        user. What was captured under the old ones is dropped; what could not be is not tried again.
+        """
+        if not self._guard.holds() and _types_below(module) == self._types:
+            self.found = {mode: f for mode, f in self.found.items() if f.graph is None}
+            self._tensors.clear()
+            self._guard = Guard(module)
+
 
 def _types_below(module: nn.Module) -> list[type]:
     return [getattr(m, "_moec_original", type(m)) for m in module.modules()]

@@ -80,8 +80,8 @@ def _tiles(source: fx.Node) -> bool:
     size = source.meta["val"].shape[0]
     for user in source.users:
         if user.target is aten.slice.Tensor:
-            given: Any = user.args[1:4]
-            axis, start, stop = (*given, *(0, 0, size)[len(given) :])
+            given: list[Any] = list(user.args[1:4])
+            axis, start, stop = [*given, *[0, 0, size][len(given) :]]
             if axis != 0:
                 return False
             bounds.append((start or 0, stop))

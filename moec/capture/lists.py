@@ -40,7 +40,7 @@ def expert_list(module: nn.Module) -> tuple[str, list[nn.Module]] | None:
         return None
     for name, owner in _lists(module):
         members = list(owner.children())
-        if _are_experts(members) and _routes(module, name, len(members)):
+        if _are_experts(members) and _routes(module, name, members):
             return name, members
     return None
 
@@ -70,11 +70,19 @@ def _are_experts(members: Sequence[nn.Module]) -> bool:
     return len(weighty) > 1 and all(takes_rows(m) for m in members)
 
 
-def _routes(module: nn.Module, experts: str, count: int) -> bool:
-    outside = [p for n, p in module.named_parameters() if not n.startswith(f"{experts}.")]
-    scored = any(p.dim() == 2 and count in p.shape for p in outside)
+def _routes(module: nn.Module, experts: str, members: Sequence[nn.Module]) -> bool:
+    """Whether something scores the experts; or equal ones have rows picked for them."""
+    if is_scored(module, experts, len(members)):
+        return True
     cls: Any = type(module)
-    return scored or not names_read(cls).isdisjoint(PICKING)
+    same = len({type(m) for m in members}) == 1
+    return same and not names_read(cls).isdisjoint(PICKING)
 
 
-__all__ = ["PICKING", "expert_list", "has_code", "has_expert_list"]
+def is_scored(module: nn.Module, experts: str, count: int) -> bool:
+    """Whether a matrix outside the experts has as many rows or columns as there are experts."""
+    outside = [p for n, p in module.named_parameters() if not n.startswith(f"{experts}.")]
+    return any(p.dim() == 2 and count in p.shape for p in outside)
+
+
+__all__ = ["PICKING", "expert_list", "has_code", "has_expert_list", "is_scored"]

@@ -21,7 +21,7 @@ from moec.capture.check import (
 from moec.capture.counts import hidden_sizes
 from moec.capture.experts import ExpertsBody, named_weights
 from moec.capture.flatten import flatten_tokens
-from moec.capture.lists import has_expert_list
+from moec.capture.lists import expert_list, has_expert_list, is_scored
 from moec.capture.loops import capture_loop
 from moec.capture.reading import ExpertGroups, read_experts
 from moec.capture.stacks import stacked_experts
@@ -127,7 +127,22 @@ def _is_loop(module: nn.Module) -> bool:
     """Whether a module holds a list of experts, and none of its submodules is a region itself."""
     inside = (m for m in module.modules() if m is not module)
     holds = has_expert_list(module) or stacked_experts(module) is not None
-    return holds and not any(_surely_experts(m) or has_expert_list(m) for m in inside)
+    if not holds or any(_surely_experts(m) or has_expert_list(m) for m in inside):
+        return False
+    return _has_scores(module) or _is_captured(module)
+
+
+def _has_scores(module: nn.Module) -> bool:
+    """Whether a matrix has a row for each expert: without one, a list may be one of layers."""
+    found = expert_list(module)
+    count = len(found[1]) if found is not None else stacked_experts(module)
+    return count is not None and is_scored(module, found[0] if found is not None else "-", count)
+
+
+def _is_captured(module: nn.Module) -> bool:
+    """Whether a module that may be a block turns out to be one."""
+    candidate = Candidate("", module, None)
+    return any(capture_whole(candidate, None, rank).graph is not None for rank in (3, 2))
 
 
 def is_experts(module: nn.Module) -> bool:
