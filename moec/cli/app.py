@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moec.cli import graphs, lists, models
+from moec.cli.doctor import doctor
 from moec.cli.console import DEBUG_FLAG, Commands
 from moec.reproducer import version_of
 
@@ -15,6 +16,7 @@ HELP = """A compiler for Mixture-of-Experts models in PyTorch: look at what it d
 
 \b
 Typical use, from a model to kernels:
+  moec doctor config.json              what would be compiled, what not, why
   moec explain mixtral                 what becomes of each block, and why
   moec trace mixtral -o a.moe          the model's MoE blocks as text
   moec opt a.moe --dump steps -o b.moe optimise; steps/ has the IR after each pass
@@ -58,6 +60,7 @@ def options(
 
 
 for _command in (
+    doctor,
     models.explain,
     models.trace,
     graphs.opt,

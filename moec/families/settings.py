@@ -23,7 +23,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "deepseek_ocr2": {"text_config": {"num_key_value_heads": 4, "mlp_layer_types": _SPARSE}},
     "deepseek_v4": {"index_topk": 4, "swiglu_limit": 0.5},
-    "dots1": {"norm_topk_prob": True, "routed_scaling_factor": 2.5, "n_group": 4, "topk_group": 2},
+    "dots1": {"norm_topk_prob": True, "n_shared_experts": 1, "n_group": 4, "topk_group": 2},
     "ernie4_5_vl_moe": {
         "text_config": {
             "moe_intermediate_size": [48, 32],
@@ -32,6 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         },
         "vision_config": {"patch_size": 4},
     },
+    "flint": {"mlp_only_layers": [0]},
     "gemma4": {"enable_moe_block": True},
     "glm4v_moe": {
         "text_config": _rope(partial_rotary_factor=0.5, mrope_section=[2, 1, 1]),
@@ -40,7 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "glm5_next": {"text_config": {**_DSA, "swiglu_limit": 0.5}},
     "gpt_oss": {"swiglu_limit": 0.5},
     "granitemoehybrid": {"layer_types": ["mamba", "full_attention"]},
-    "hunyuan_v1_moe": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 8, "moe_topk": 2},
     "jamba": {
         "num_hidden_layers": 3,
         "attn_layer_period": 2,

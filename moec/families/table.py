@@ -45,12 +45,13 @@ def page(found: Sequence[Row]) -> str:
     counts: dict[str, int] = {}
     for row in found:
         counts[row.compiled] = counts.get(row.compiled, 0) + 1
+    differing = [row.family for row in found if row.same != "yes"]
     summary = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
     introduction = _INTRODUCTION.format(version=transformers().__version__)
     head = f"| {' | '.join(_HEADS)} |\n|{' --- |' * len(_HEADS)}"
     table = "\n".join([head, *map(line, found)])
     return "\n\n".join(
-        ["# Support", NOTE, introduction, f"{len(found)} families: {summary}.", table]
+        ["# Support", NOTE, introduction, f"{len(found)} families: {summary}. Different from eager: {', '.join(differing) or 'none'}.", table]
     ) + "\n"
 
 
@@ -60,7 +61,9 @@ def line(row: Row) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def stale_rows(text: str, found: Sequence[Row]) -> list[str]:
-    """The families whose line in a page's text is not what was found."""
-    lines = set(text.splitlines())
-    return [row.family for row in found if line(row) not in lines]
+def with_rows(text: str, found: Sequence[Row]) -> str:
+    """A page's text with the lines of some families replaced."""
+    lines = {row.family: line(row) for row in found}
+    known = (one.split("|")[1].strip() if one.startswith("|") else "" for one in text.splitlines())
+    pairs = zip(known, text.splitlines(), strict=True)
+    return "".join(f"{lines.get(name, one)}\n" for name, one in pairs)
