@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from moec.capture.disagreement import odd_experts
 from moec.capture.regions import Candidate, find_candidates, join
 from moec.compiled import install, region_of
 from moec.errors import CompileError
@@ -62,12 +63,25 @@ def compile(
     candidates = list(find_candidates(compiled))
     for candidate in candidates:
         _install(session, candidate)
-    if not candidates:
+    odd = _warn_of_odd_experts(session, compiled, candidates)
+    if not candidates and not odd:
         session.warn(
             f"moec: found no MoE block in {type(model).__name__}; the model is returned unchanged. "
             "See docs/tour.md for what is looked for."
         )
     return compiled
+
+
+def _warn_of_odd_experts(
+    session: Session, model: nn.Module, candidates: Sequence[Candidate]
+) -> bool:
+    """Say which blocks are no region because their experts differ; whether there are any."""
+    taken = {module for candidate in candidates for module in candidate.module.modules()}
+    found = list(odd_experts(model, taken))
+    for path, reason in found:
+        kind = type(model.get_submodule(path)).__name__
+        session.warn(f"moec: {path or 'the model'} ({kind}) stays as it was: {reason}", reason)
+    return bool(found)
 
 
 def _install(session: Session, candidate: Candidate) -> None:

@@ -82,6 +82,10 @@ class Region:
     def reason(self) -> str:
         """Why the region is not compiled as a whole; empty if it is."""
         reason = "" if self.first is None else self.first.reason
+        if self.first is None and _is_empty(self.candidate.module):
+            reason = (
+                "its weights are on the meta device; the first call after they are loaded captures"
+            )
         return reason or ("" if self.artifacts else self.unserved)
 
     @property
@@ -126,13 +130,15 @@ class Region:
         """Capture in the model's present mode, so that what stays as it was is known at once."""
         module = self.candidate.module
         parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
-        if parameter is None:
-            return
+        if parameter is None or _is_empty(module):
+            return  # without weights there is nothing to compare: the first call captures
         if self.kind == "block":
             self._try_ranks(_Mode(module.training, parameter.dtype, 3, None))
         if self.status != "compiled":
             inner = self.inner if self.inner is not None else self
-            if inner.kind == "experts":
+            if _is_empty(inner.candidate.module):
+                self._tell(self.reason)
+            elif inner.kind == "experts":
                 inner.capture(_Mode(module.training, parameter.dtype, 2, None, 2, parameter.dtype))
 
     def _try_ranks(self, mode: _Mode) -> None:
@@ -179,11 +185,15 @@ class Region:
     def _report(self, found: FoundRegion) -> None:
         if found.graph is not None or self.inner is not None:
             return  # a block whose experts are a region of their own reports through that one
+        self._tell(found.reason)
+
+    def _tell(self, reason: str) -> None:
+        """Warn of the reason why the region stays as it was, or raise it in strict mode."""
         kind = type(self.candidate.module).__name__
         self.session.warn(
-            f"moec: {self.name or 'the model'} ({kind}) stays as it was: {found.reason}. "
+            f"moec: {self.name or 'the model'} ({kind}) stays as it was: {reason}. "
             "moec.explain(model) lists all regions.",
-            kind + found.reason.replace(self.name, ""),
+            kind + reason.replace(self.name, ""),
         )
 
     # calls
@@ -193,7 +203,7 @@ class Region:
         if data is None:
             self._note_form(len(args) + len(kwargs))
             return NotImplemented
-        if self._is_changed(module) or _has_hooks(module, self):
+        if self._is_changed(module) or _has_hooks(module, self) or _is_empty(module):
             return NotImplemented
         found = self.capture(self._mode(module, data))
         if found.graph is None:
@@ -300,7 +310,7 @@ class Region:
         self, graph: Graph, found: FoundRegion, data: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
         return [
-            t.reshape(-1, *t.shape[t.dim() - v.type.rank + 1 :]) if t.dim() > v.type.rank else t
+            t.flatten(0, t.dim() - v.type.rank) if t.dim() > v.type.rank else t
             for t, v in zip(data, graph.inputs, strict=False)
         ]
 
@@ -331,6 +341,11 @@ class Region:
 
 def _types_below(module: nn.Module) -> list[type]:
     return [getattr(m, "_moec_original", type(m)) for m in module.modules()]
+
+
+def _is_empty(module: nn.Module) -> bool:
+    """Whether a module's weights, all of them, have no values yet."""
+    return all(p.is_meta for p in module.parameters())
 
 
 def _has_hooks(module: nn.Module, region: Region) -> bool:

@@ -103,7 +103,7 @@ def _compare_call(
 ) -> None:
     x = data[0]
     expected = [t for t in tree_flatten(module(*data))[0] if isinstance(t, torch.Tensor)]
-    flat = x.reshape(-1, x.shape[-1]) if graph.inputs[0].type.rank == 2 else x
+    flat = x.flatten(0, -2) if graph.inputs[0].type.rank == 2 else x
     with torch.autocast(x.device.type, enabled=False):
         found = run(graph, [flat, *data[1:], *inputs])
     for ours, theirs in zip(found, expected, strict=True):

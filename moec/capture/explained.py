@@ -51,8 +51,12 @@ def refuse_unexplained(module: nn.Module, reads: Sequence[fx.Node], match: Match
 def _follows_from(read: fx.Node, match: Match) -> bool:
     stops = {n for n in with_ancestors(match.idx) if _is_integer(n)}
     pending = [(read, False)]
+    seen: set[tuple[fx.Node, bool]] = set()  # values are read on many ways: once each is enough
     while pending:
         node, only_zero = pending.pop()
+        if (node, only_zero) in seen:
+            continue
+        seen.add((node, only_zero))
         if node in stops or (only_zero and node is match.w):
             continue
         if not node.all_input_nodes:

@@ -12,6 +12,7 @@ from torch import nn
 
 from moec.capture.block import CapturedBlock, capture_block, opaque_experts, weight_hint
 from moec.capture.check import SIZES, compare, compare_experts, unchanged
+from moec.capture.disagreement import refuse_split_devices
 from moec.capture.experts import ExpertsBody, hidden_sizes, named_weights, read_experts
 from moec.capture.flatten import flatten_tokens
 from moec.capture.loops import capture_loop, has_expert_list
@@ -155,12 +156,15 @@ def capture_whole(
     name, module = candidate.name, candidate.module
     kind = "loop" if candidate.experts is None else "block"
     try:
+        refuse_split_devices(module)
         with unchanged(module):
             captured = _captured(candidate, dtype, rank)
             return _checked(_finished(name, module, kind, captured), dtype, rank)
     except MoecError as error:
         ran = not isinstance(error, NotRunError)
         return FoundRegion(name, module, kind, None, reason=str(error), ran=ran)
+    except Exception as error:  # a fault in reading a model must not stop that model
+        return FoundRegion(name, module, kind, None, reason=_unread(module, error))
 
 
 def _captured(candidate: Candidate, dtype: torch.dtype | None, rank: int) -> CapturedBlock:
@@ -220,6 +224,7 @@ def capture_experts(
     """
     name, module = candidate.name, candidate.module
     try:
+        refuse_split_devices(module)
         with unchanged(module):
             body = read_experts(module, name)
             token_dtype = None if dtype is None else dtype_name(dtype)
@@ -229,7 +234,14 @@ def capture_experts(
             compare_experts(module, graph, weights, body.experts)
     except MoecError as error:
         return FoundRegion(name, module, "experts", None, reason=str(error))
+    except Exception as error:  # a fault in reading a model must not stop that model
+        return FoundRegion(name, module, "experts", None, reason=_unread(module, error))
     return FoundRegion(name, module, "experts", graph, weights)
+
+
+def _unread(module: nn.Module, error: Exception) -> str:
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(module).__name__} could not be read ({type(error).__name__}: {first})"
 
 
 def join(*parts: str) -> str:

@@ -118,7 +118,9 @@ def _keep_layers(config: Any, layers: int, total: int) -> None:
     per_layer = {
         n: v
         for n, v in vars(config).items()
-        if isinstance(v, list | tuple) and len(v) == total and n not in EXPERT_FIELDS | set(_CHOICES)
+        if isinstance(v, list | tuple)
+        and len(v) == total
+        and n not in EXPERT_FIELDS | set(_CHOICES)
     }
     for name, value in {
         **{n: v[:layers] for n, v in per_layer.items()},

@@ -12,7 +12,9 @@ _FIRST_ORDINARY = 3  # below are the tokens for padding, begin and end
 _LAST_ORDINARY = 100  # above are those that stand for images
 
 
-def inputs_for(model: nn.Module, sequence: int = 7, batch: int = 2, seed: int = 0) -> dict[str, Any]:
+def inputs_for(
+    model: nn.Module, sequence: int = 7, batch: int = 2, seed: int = 0
+) -> dict[str, Any]:
     """Keyword arguments for a call: tokens ``[batch, sequence]``, or images for models that see."""
     generator = torch.Generator().manual_seed(seed)
     taken = inspect.signature(model.forward).parameters
@@ -30,9 +32,7 @@ def inputs_for(model: nn.Module, sequence: int = 7, batch: int = 2, seed: int = 
     return found
 
 
-def _images(
-    model: Any, taken: Any, batch: int, generator: torch.Generator
-) -> dict[str, Any]:
+def _images(model: Any, taken: Any, batch: int, generator: torch.Generator) -> dict[str, Any]:
     config = getattr(model.config, "backbone_config", None) or model.config
     height, width = config.image_size
     pixels = torch.randn(batch, config.num_channels, height, width, generator=generator)

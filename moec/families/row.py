@@ -95,7 +95,7 @@ def _place_free(reason: str, found: Sequence[Region]) -> str:
 
 
 def comparison(model: nn.Module, compiled: nn.Module) -> str:
-    """"yes", or what differs between a model and its compiled form: output or gradients."""
+    """ "yes", or what differs between a model and its compiled form: output or gradients."""
     inputs = inputs_for(model)
     try:
         expected, wanted = _run(model, inputs)

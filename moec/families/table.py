@@ -8,7 +8,14 @@ from moec.families.discover import Family, families, transformers
 from moec.families.row import Row, row_of
 
 NOTE = "<!-- Written by `python -m moec.docs support` from tiny models of each family. -->"
-_HEADS = ("family", "compiled", "equals eager", "router", "experts", "what is not compiled, and why")
+_HEADS = (
+    "family",
+    "compiled",
+    "equals eager",
+    "router",
+    "experts",
+    "what is not compiled, and why",
+)
 _INTRODUCTION = """
 Every family of Hugging Face models with experts, as found in the configurations of transformers
 {version}. Of each a tiny model with random weights is built, compiled, and compared with itself:
@@ -50,9 +57,18 @@ def page(found: Sequence[Row]) -> str:
     introduction = _INTRODUCTION.format(version=transformers().__version__)
     head = f"| {' | '.join(_HEADS)} |\n|{' --- |' * len(_HEADS)}"
     table = "\n".join([head, *map(line, found)])
-    return "\n\n".join(
-        ["# Support", NOTE, introduction, f"{len(found)} families: {summary}. Different from eager: {', '.join(differing) or 'none'}.", table]
-    ) + "\n"
+    return (
+        "\n\n".join(
+            [
+                "# Support",
+                NOTE,
+                introduction,
+                f"{len(found)} families: {summary}. Different from eager: {', '.join(differing) or 'none'}.",
+                table,
+            ]
+        )
+        + "\n"
+    )
 
 
 def line(row: Row) -> str:

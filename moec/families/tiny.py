@@ -20,7 +20,13 @@ VOCABULARY = 128
 _SIZES: dict[int, tuple[str, ...]] = {
     VOCABULARY: ("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"),
     512: ("max_position_embeddings", "max_seq_len"),
-    96: ("intermediate_size", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "intermediate_size_mlp"),
+    96: (
+        "intermediate_size",
+        "d_ff",
+        "encoder_ffn_dim",
+        "decoder_ffn_dim",
+        "intermediate_size_mlp",
+    ),
     64: (
         *("hidden_size", "d_model", "out_hidden_size", "text_hidden_size", "projector_hidden_size"),
         *("dense_intermediate_size", "prefix_dense_intermediate_size", "ffn_hidden_size"),
@@ -51,9 +57,20 @@ _SIZES: dict[int, tuple[str, ...]] = {
         *("subsampling_conv_channels", "rotary_dim", "canvas_length", "expert_capacity"),
     ),
     4: (
-        *("num_attention_heads", "num_heads", "n_heads", "linear_num_heads", "linear_num_value_heads"),
+        *(
+            "num_attention_heads",
+            "num_heads",
+            "n_heads",
+            "linear_num_heads",
+            "linear_num_value_heads",
+        ),
         *("linear_conv_kernel_dim", "encoder_attention_heads", "decoder_attention_heads"),
-        *("swa_num_attention_heads", "num_sliding_attention_heads", "index_block_size", "index_kpool"),
+        *(
+            "swa_num_attention_heads",
+            "num_sliding_attention_heads",
+            "index_block_size",
+            "index_kpool",
+        ),
         *("mamba_dt_rank", "zero_expert_num", "d_rel", "indexer_compress_ratio", "pos_emb_height"),
         *("pos_emb_width", "hc_sinkhorn_iters"),
     ),
@@ -72,13 +89,24 @@ _SIZES: dict[int, tuple[str, ...]] = {
     ),
     0: (
         *("pad_token_id", "num_mtp_layers", "num_nextn_predict_layers", "decoder_start_token_id"),
-        *("router_jitter_noise", "dropout", "attention_dropout", "dropout_rate", "moe_token_dropout"),
+        *(
+            "router_jitter_noise",
+            "dropout",
+            "attention_dropout",
+            "dropout_rate",
+            "moe_token_dropout",
+        ),
         *("encoder_layerdrop", "decoder_layerdrop"),
     ),
 }
 _TINY = {name: value for value, names in _SIZES.items() for name in names}
 # Sizes that a configuration without a default still needs.
-_NEEDED = EXPERT_FIELDS | {"num_experts_per_tok", "moe_topk", "top_k_experts", "moe_intermediate_size"}
+_NEEDED = EXPERT_FIELDS | {
+    "num_experts_per_tok",
+    "moe_topk",
+    "top_k_experts",
+    "moe_intermediate_size",
+}
 # Fields that count layers at the start without experts: one is enough.
 _DENSE_LAYERS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 
@@ -209,6 +237,8 @@ def build(family: Family, config: Any = None) -> Any:
 
 def _by_name(family: Family) -> Any:
     """A model class of a family that no auto class knows, by its ``config_class``."""
-    module = importlib.import_module(family.config.__module__.replace("configuration_", "modeling_"))
+    module = importlib.import_module(
+        family.config.__module__.replace("configuration_", "modeling_")
+    )
     named = [m for m in vars(module).values() if getattr(m, "config_class", None) is family.config]
     return [m for m in named if m.forward is not torch.nn.Module.forward][-1]
