@@ -157,7 +157,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.folder.is_dir():
         parser.error(f"there is no folder {options.folder}; run this in the root of the checkout")
     if options.page == "support":
-        return _support(options.folder / "support.md", options.check, options.only)
+        try:
+            return _support(options.folder / "support.md", options.check, options.only)
+        except KeyError as error:
+            parser.error(f"no family: {error.args[0]}")
     if options.only:
         parser.error("--only is for the page support")
     pages = {options.folder / name: page() for name, page in PAGES.items()}

@@ -153,9 +153,7 @@ def _unseen(counted: Census, groups: dict[Any, list[int]]) -> list[str]:
 def _installation() -> list[str]:
     found = []
     if importlib.util.find_spec("triton") is None:
-        found.append(
-            "triton is not installed: GPUs are served by library calls; pip install triton"
-        )
+        found.append("triton is not installed: library calls serve GPUs; pip install triton")
     elif not torch.cuda.is_available():
         found.append("there is no GPU here: kernels were generated, and not compiled")
     return found

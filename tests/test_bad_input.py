@@ -29,7 +29,8 @@ def quietly(model: nn.Module) -> nn.Module:
     """The compiled model; what stays as it was may be warned about."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return moec.compile(model)
+        compiled: nn.Module = moec.compile(model)
+        return compiled
 
 
 def status(compiled: nn.Module) -> list[str]:
@@ -51,6 +52,10 @@ def step(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, tor
     return out.detach(), {**found, "tokens": tokens.grad}
 
 
+def _named(name: str) -> Callable[[str], str]:
+    return lambda message: f"{name}: {message}"
+
+
 def assert_same(model: nn.Module, compiled: nn.Module, x: torch.Tensor | None = None) -> None:
     """Both give the same output and gradients."""
     x = torch.randn(2, 7, HIDDEN) if x is None else x
@@ -62,7 +67,7 @@ def assert_same(model: nn.Module, compiled: nn.Module, x: torch.Tensor | None = 
     zero = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
     for name in wanted.keys() | got.keys():
         ours, theirs = got.get(name, zero.get(name)), wanted.get(name, zero.get(name))
-        torch.testing.assert_close(ours, theirs, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(ours, theirs, equal_nan=True, msg=_named(name))
 
 
 # Experts that disagree.
@@ -187,7 +192,7 @@ def test_expanded_weights_get_the_gradient_of_eager() -> None:
             del self.down
 
         @property
-        def down(self) -> torch.Tensor:
+        def down(self) -> torch.Tensor:  # type: ignore[override]
             return self.one.expand(EXPERTS, -1, -1)
 
     model = Block(Expanded())
@@ -205,7 +210,8 @@ def test_router_and_experts_share_one_parameter() -> None:
     class Tied(Block):
         def forward(self, x: torch.Tensor) -> Any:
             flat = x.reshape(-1, x.shape[-1])
-            w, idx = functional.linear(flat, self.experts.gate_up[:, 0]).softmax(-1).topk(2)
+            shared: Any = self.experts
+            w, idx = functional.linear(flat, shared.gate_up[:, 0]).softmax(-1).topk(2)
             return self.experts(flat, idx, w).view(x.shape)
 
     model = Tied()
@@ -348,7 +354,7 @@ def test_values_that_are_no_numbers(make: Any, bad: float) -> None:
 @pytest.mark.parametrize("index", [-1, EXPERTS, EXPERTS + 3])
 def test_indices_out_of_range_do_what_eager_does(index: int) -> None:
     experts = Stacked()
-    compiled = quietly(Block(experts)).experts
+    compiled: Any = quietly(Block(experts)).experts
     x, w = torch.randn(5, HIDDEN), torch.rand(5, 2)
     idx = torch.tensor([[0, 1], [2, index], [3, 0], [index, index], [1, 2]])
     with warnings.catch_warnings():

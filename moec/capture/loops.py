@@ -211,12 +211,11 @@ def _merged(
     module: nn.Module, runs: Sequence[_Run], members: Sequence[nn.Module], sizes: Sizes
 ) -> fx.Graph:
     """The block's graph with the loop as one opaque op, from the first matches that agree."""
-    matches = [list(_matches(run, members)) for run in runs]
+    matches = [_explained(module, run, members) for run in runs]
     reason = "no tokens, indices and weights of the block explain what its loop computes"
     for pair in product(*matches):
         try:
             for run, match in zip(runs, pair, strict=True):
-                refuse_unexplained(module, run.recorder.reads, match)
                 _replace_loop(run, match)
             return merge(
                 runs[0].recorder,
@@ -230,6 +229,20 @@ def _merged(
             for run, match in zip(runs, pair, strict=True):
                 _undo(run, match)
     raise CaptureError(reason)
+
+
+def _explained(module: nn.Module, run: _Run, members: Sequence[nn.Module]) -> list[Match]:
+    """The matches of a run that explain all that the loop does; the last refusal if none does."""
+    found, refusal = [], None
+    for match in _matches(run, members):
+        try:
+            refuse_unexplained(module, run.recorder.reads, match)
+            found.append(match)
+        except CaptureError as error:
+            refusal = error
+    if refusal is not None and not found:
+        raise refusal
+    return found
 
 
 def _matches(run: _Run, members: Sequence[nn.Module]) -> Iterator[Match]:

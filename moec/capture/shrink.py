@@ -77,9 +77,10 @@ def _shrink(config: Any, whole: nn.Module) -> None:
         elif _WIDTH.search(name):
             setattr(config, name, _mapped(value, _SMALL_WIDTH))
     total = getattr(config, "num_hidden_layers", None)
-    layers = _layers_needed(whole, total) if isinstance(total, int) else None
-    if layers is not None:
-        _keep_layers(config, layers, total)
+    if isinstance(total, int):
+        layers = _layers_needed(whole, total)
+        if layers is not None:
+            _keep_layers(config, layers, total)
 
 
 def _mapped(value: Any, limit: int) -> Any:

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from moec.cli import graphs, lists, models
-from moec.cli.doctor import doctor
 from moec.cli.console import DEBUG_FLAG, Commands
+from moec.cli.doctor import doctor
 from moec.reproducer import version_of
 
 HELP = """A compiler for Mixture-of-Experts models in PyTorch: look at what it does to a model.

@@ -122,5 +122,6 @@ def model_class(config: type) -> type | None:
         known = getattr(transformers(), auto)._model_mapping
         if config in known:
             found = known[config]
-            return found[0] if isinstance(found, tuple) else found
+            first: type = found[0] if isinstance(found, tuple) else found
+            return first
     return None

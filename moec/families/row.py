@@ -119,7 +119,7 @@ def _run(model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[s
     torch.manual_seed(1)
     output = first_tensor(model(**copy.copy(inputs)))
     weights = torch.linspace(-1, 1, output.numel()).reshape(output.shape)
-    (output * weights).sum().backward()
+    (output * weights).sum().backward()  # type: ignore[no-untyped-call]
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return output.detach(), gradients
 

@@ -54,21 +54,15 @@ def page(found: Sequence[Row]) -> str:
         counts[row.compiled] = counts.get(row.compiled, 0) + 1
     differing = [row.family for row in found if row.same != "yes"]
     summary = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
+    counted = f"{len(found)} families: {summary}. Different from eager: {_listed(differing)}."
     introduction = _INTRODUCTION.format(version=transformers().__version__)
     head = f"| {' | '.join(_HEADS)} |\n|{' --- |' * len(_HEADS)}"
     table = "\n".join([head, *map(line, found)])
-    return (
-        "\n\n".join(
-            [
-                "# Support",
-                NOTE,
-                introduction,
-                f"{len(found)} families: {summary}. Different from eager: {', '.join(differing) or 'none'}.",
-                table,
-            ]
-        )
-        + "\n"
-    )
+    return "\n\n".join(["# Support", NOTE, introduction, counted, table]) + "\n"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"
 
 
 def line(row: Row) -> str:
