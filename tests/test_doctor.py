@@ -106,11 +106,12 @@ def test_a_small_model_has_the_structure_of_the_large_one(tmp_path: Path) -> Non
     file.write_text(json.dumps(DEEPSEEK))
     loaded = load_small(str(file))
     assert loaded.whole is not None
-    small, large = loaded.model.model.layers, loaded.whole.model.layers  # type: ignore[union-attr]
-    assert len(small) == 3 and len(large) == 5  # type: ignore[arg-type]
-    assert signature(small[2]) == signature(large[4])  # type: ignore[index]
-    assert signature(small[0]) != signature(small[2])  # type: ignore[index]
-    assert small[2].mlp.experts.gate_up_proj.shape[0] < 64  # type: ignore[index]
+    models: list[Any] = [loaded.model, loaded.whole]
+    small, large = (m.model.layers for m in models)
+    assert len(small) == 3 and len(large) == 5
+    assert signature(small[2]) == signature(large[4])
+    assert signature(small[0]) != signature(small[2])
+    assert small[2].mlp.experts.gate_up_proj.shape[0] < 64
     assert all(p.is_meta for p in loaded.whole.parameters())
 
 

@@ -26,6 +26,9 @@ TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
 
 
+_NOTHING = "no module takes tokens, indices and weights, and none loops over a list of experts"
+
+
 @dataclass(frozen=True)
 class Row:
     """What became of one family: distinct routers and experts, what is compiled, and why not."""
@@ -56,7 +59,7 @@ def row_of(family: Family) -> Row:
         _joined([w.experts for w in words]),
         _joined([r.status for r in found]) or "no MoE block found",
         same,
-        _joined([_place_free(r.reason, found) for r in found]),
+        _joined([_place_free(r.reason, found) for r in found]) if found else _NOTHING,
     )
 
 

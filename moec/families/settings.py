@@ -67,7 +67,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         },
         "vision_config": {"patch_size": 8},
     },
-    "nemotron3_5_transcribe": {"diarization_config": {"head_config": {"audio_hidden_size": 64}}},
+    "nemotron3_5_transcribe": {
+        "audio_config": {"diarization_config": {"head_config": {"audio_hidden_size": 64}}}
+    },
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2, "patch_size": 8}},
     "qwen3_omni_moe": {"vision_start_token_id": 120},
     "qwen3_vl_moe": {"text_config": _rope(mrope_section=[2, 3, 3])},
