@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,9 +23,13 @@ from moec.ir.graph import Graph, Value
 from moec.manager import Step
 from moec.runtime.artifact import Artifact
 from moec.session import Session
+from moec.share import share
 from moec.structure import structure_key
 from moec.targets import choose_target
 from moec.traced import number
+
+# Tracers have state of the whole process: one capture at a time.
+_READING = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -118,11 +124,10 @@ class Region:
     def _capture(self, mode: _Mode) -> FoundRegion:
         if mode not in self.found:
             module = self.candidate.module
-            with as_original(module):
-                key = (structure_key(module), mode, self.kind)
+            key = (structure_key(module), mode, self.kind)
+            with _READING:
                 if key not in self.session.captures:
-                    with _capture_autocast(mode, module):
-                        self.session.captures[key] = self._read(mode)
+                    self.session.captures[key] = self._read(mode)
             self.found[mode] = replace(self.session.captures[key], name=self.name, module=module)
         return self.found[mode]
 
@@ -163,11 +168,18 @@ class Region:
         return new
 
     def _read(self, mode: _Mode) -> FoundRegion:
+        """Capture a twin of the module: other threads may be calling the module itself."""
+        twin = share(self.candidate.module)
+        candidate = replace(self.candidate, module=twin)
+        with as_original(twin), _capture_autocast(mode, twin):
+            return self._read_twin(candidate, mode)
+
+    def _read_twin(self, candidate: Candidate, mode: _Mode) -> FoundRegion:
         if self.kind == "experts":
             return capture_experts(
-                self.candidate, mode.dtype, mode.choices, mode.weight_dtype or torch.float32
+                candidate, mode.dtype, mode.choices, mode.weight_dtype or torch.float32
             )
-        return capture_whole(self.candidate, mode.dtype, mode.rank)
+        return capture_whole(candidate, mode.dtype, mode.rank)
 
     def _refuse_dtype(self, found: FoundRegion, mode: _Mode) -> None:
         """Refuse tokens of a dtype with which the module's own code does not run either."""
@@ -206,7 +218,7 @@ class Region:
         if self._is_changed(module) or _has_hooks(module, self) or _is_empty(module):
             return NotImplemented
         found = self.capture(self._mode(module, data))
-        if found.graph is None:
+        if found.graph is None or (self.kind == "experts" and _is_out_of_range(found.graph, data)):
             return NotImplemented
         return self._run(found, module, data)
 
@@ -341,6 +353,24 @@ class Region:
 
 def _types_below(module: nn.Module) -> list[type]:
     return [getattr(m, "_moec_original", type(m)) for m in module.modules()]
+
+
+def _is_out_of_range(graph: Graph, data: Sequence[torch.Tensor]) -> bool:
+    """Whether an index names neither an expert nor "none", seen only where it costs nothing.
+
+    What the module's own code does then, an error mostly, is up to that code. On a GPU nobody can
+    look without waiting; there such a pair adds nothing.
+    """
+    idx = data[1]
+    if idx.device.type != "cpu" or idx.numel() == 0:
+        return False
+    low, high = torch.aminmax(idx)
+    return bool(low < 0) or int(high) > _experts_of(graph)
+
+
+@functools.cache
+def _experts_of(graph: Graph) -> int:
+    return int(next(op.attrs["experts"] for op in graph.ops if op.kind == "moe.dispatch"))
 
 
 def _is_empty(module: nn.Module) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -498,6 +500,87 @@ def test_threads_that_race_for_the_first_call(make: Any) -> None:
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
     assert len(regions(compiled)[0].session.artifacts) == 1
+
+
+@pytest.mark.parametrize("make", [Loop, Block])
+def test_a_capture_does_not_disturb_calls_of_other_threads(make: Any) -> None:
+    model = make()
+    compiled = quietly(model)
+    deep, flat = torch.randn(1, 5, HIDDEN), torch.randn(5, HIDDEN)
+    expected, wrong, done = model(deep), [], threading.Event()
+
+    def call_again_and_again() -> None:
+        while not done.is_set():
+            if not torch.allclose(compiled(deep), expected, atol=1e-5):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=call_again_and_again) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        torch.testing.assert_close(compiled(flat), expected[0])  # another rank: captured anew
+        (compiled(flat).sum() + compiled(deep).sum()).backward()
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("make", [Loop, Block])
+def test_a_process_that_forks_after_compilation(make: Any) -> None:
+    model = make()
+    compiled = quietly(model)
+    x = torch.randn(1, 5, HIDDEN)
+    with torch.no_grad():
+        compiled(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # newer Pythons warn about threads at every fork
+            child = os.fork()
+        if child == 0:
+            same = torch.allclose(compiled(x[:, :3]), model(x[:, :3]), atol=1e-5)
+            os._exit(0 if same else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_model_on_two_devices_by_accelerate(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Sequential(Block(), Loop())
+    x = torch.randn(2, 3, HIDDEN)
+    expected = model(x)
+    parted = copy.deepcopy(model)
+    accelerate.disk_offload(parted[1], str(tmp_path), execution_device=torch.device("cpu"))
+    compiled = quietly(parted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.testing.assert_close(compiled(x), expected)
+    assert status(compiled) == ["compiled", "left as it was"]
+
+
+def test_indices_that_eager_refuses_are_refused() -> None:
+    class Strict(Stacked):
+        def forward(self, x: torch.Tensor, idx: torch.Tensor, w: torch.Tensor) -> Any:
+            mask = functional.one_hot(idx, EXPERTS + 1).permute(2, 1, 0)
+            out = torch.zeros_like(x)
+            for number in mask[:EXPERTS].sum((-1, -2)).nonzero():
+                place, token = torch.where(mask[number[0]])
+                gate, up = functional.linear(x[token], self.gate_up[number[0]]).chunk(2, -1)
+                rows = functional.linear(functional.silu(gate) * up, self.down[number[0]])
+                out.index_add_(0, token, rows * w[token, place, None])
+            return out
+
+    experts = Strict()
+    compiled: Any = quietly(Block(experts)).experts
+    x, w = torch.randn(2, HIDDEN), torch.rand(2, 2)
+    torch.testing.assert_close(
+        compiled(x, torch.tensor([[0, EXPERTS], [1, 2]]), w),
+        experts(x, torch.tensor([[0, EXPERTS], [1, 2]]), w),
+    )
+    for index in (-1, EXPERTS + 1):
+        with pytest.raises(RuntimeError):
+            experts(x, torch.tensor([[0, index], [1, 2]]), w)
+        with pytest.raises(RuntimeError):
+            compiled(x, torch.tensor([[0, index], [1, 2]]), w)
 
 
 @pytest.mark.parametrize("make", [Loop, Block])

@@ -79,7 +79,6 @@ def test_a_page_reads_back_row_by_row() -> None:
 
 
 def test_the_command_says_which_row_is_stale(tmp_path: Path, capsys: Any) -> None:
-    (family,) = table.chosen(["mixtral"])
     stale = Row("mixtral", "none", "none", "left as it was", "yes", "")
     (tmp_path / "support.md").write_text(table.page([stale]))
     arguments = ["support", "--only", "mixtral", "--folder", str(tmp_path)]
