@@ -76,6 +76,8 @@ def test_a_page_reads_back_row_by_row() -> None:
     changed = Row("two", "router", "experts", "experts only", "yes", "a | b")
     lines = table.with_rows(text, [changed]).splitlines()
     assert table.line(changed) in lines and table.line(rows[0]) in lines
+    assert "2 families: 1 compiled, 1 experts only." in "\n".join(lines)
+    assert table.rows_in("\n".join(lines)) == [rows[0], changed]
 
 
 def test_the_command_says_which_row_is_stale(tmp_path: Path, capsys: Any) -> None:

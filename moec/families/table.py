@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Sequence
 
 from moec.families.discover import Family, families, transformers
@@ -71,9 +72,19 @@ def line(row: Row) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
+def rows_in(text: str) -> list[Row]:
+    """The rows of a page, read back."""
+    lines = [one for one in text.splitlines() if one.startswith("| ")]
+    return [_row(one) for one in lines if not one.startswith(("| family |", "| ---"))]
+
+
+def _row(text: str) -> Row:
+    cells = [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", text)[1:-1]]
+    family, compiled, same, router, experts, reason = cells
+    return Row(family, router, experts, compiled, same, reason)
+
+
 def with_rows(text: str, found: Sequence[Row]) -> str:
-    """A page's text with the lines of some families replaced."""
-    lines = {row.family: line(row) for row in found}
-    known = (one.split("|")[1].strip() if one.startswith("|") else "" for one in text.splitlines())
-    pairs = zip(known, text.splitlines(), strict=True)
-    return "".join(f"{lines.get(name, one)}\n" for name, one in pairs)
+    """A page's text with some of its rows replaced."""
+    new = {row.family: row for row in found}
+    return page([new.get(row.family, row) for row in rows_in(text)])
