@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-main test-triton lint format clean
+.PHONY: help setup demo test test-main test-triton support lint format clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -42,6 +42,9 @@ test-main: $(STAMP)
 # Triton decides at import whether kernels are interpreted, so these have a process of their own.
 test-triton: $(STAMP)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/triton
+
+support: $(STAMP) ## compare docs/support.md with what every family of transformers does
+	OMP_NUM_THREADS=1 $(BIN)/python -m moec.docs support --check
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import ScriptObject, nn
 
+from moec.capture.disagreement import odd_experts
 from moec.capture.regions import Candidate, find_candidates
 from moec.compiled import install, model_scope_of, region_of
 from moec.errors import CompileError
@@ -70,7 +71,8 @@ def compile(
     candidates = list(find_candidates(compiled))
     for candidate in candidates:
         _install(session, candidate)
-    if not candidates:
+    odd = _warn_of_odd_experts(session, compiled, candidates)
+    if not candidates and not odd:
         session.warn(
             f"moec: found no MoE block in {type(model).__name__}; the model is returned unchanged. "
             f"{_quantised_text(model)}See docs/tour.md for what is looked for."
@@ -99,6 +101,18 @@ def _quantised_text(model: nn.Module) -> str:
     )
     first = next(packed, None)
     return "" if first is None else f"Its layer {first} is quantised, and left alone. "
+
+
+def _warn_of_odd_experts(
+    session: Session, model: nn.Module, candidates: Sequence[Candidate]
+) -> bool:
+    """Say which blocks are no region because their experts differ; whether there are any."""
+    taken = {module for candidate in candidates for module in candidate.module.modules()}
+    found = list(odd_experts(model, taken))
+    for path, reason in found:
+        kind = type(model.get_submodule(path)).__name__
+        session.warn(f"moec: {path or 'the model'} ({kind}) stays as it was: {reason}", reason)
+    return bool(found)
 
 
 def _install(session: Session, candidate: Candidate) -> None:

@@ -1,4 +1,6 @@
-"""Reference pages from docstrings: ``python -m moec.docs`` writes, ``--check`` compares (CI)."""
+"""Reference pages: ``python -m moec.docs`` writes those from docstrings, ``python -m moec.docs
+support`` the table of model families; ``--check`` compares (CI).
+"""
 
 from __future__ import annotations
 
@@ -145,11 +147,22 @@ PAGES = {"ops.md": ops_page, "passes.md": passes_page}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the pages, or with ``--check`` say which are stale; the exit code."""
     parser = argparse.ArgumentParser(prog="python -m moec.docs", description=__doc__)
+    parser.add_argument(
+        "page", nargs="?", choices=["support"], help="the table of families, minutes of work"
+    )
+    parser.add_argument("--only", default="", help="of the table only these families, by comma")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if stale")
     parser.add_argument("--folder", type=Path, default=Path("docs"), help="where the pages are")
     options = parser.parse_args(arguments)
     if not options.folder.is_dir():
         parser.error(f"there is no folder {options.folder}; run this in the root of the checkout")
+    if options.page == "support":
+        try:
+            return _support(options.folder / "support.md", options.check, options.only)
+        except KeyError as error:
+            parser.error(f"no family: {error.args[0]}")
+    if options.only:
+        parser.error("--only is for the page support")
     pages = {options.folder / name: page() for name, page in PAGES.items()}
     stale = [path for path, text in pages.items() if _read(path) != text]
     if not options.check:
@@ -158,6 +171,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path in stale:
         print(f"{path} is stale; run python -m moec.docs" if options.check else f"wrote {path}")
     return int(bool(options.check and stale))
+
+
+def _support(path: Path, check: bool, only: str) -> int:
+    """Write the table of families, or compare it (with ``only``: some of its rows); the exit code.
+
+    Without ``check``, rows that ``only`` does not name are left as they were.
+    """
+    from moec.families import table
+
+    names = [name for name in only.split(",") if name]
+    text = _read(path) or ""
+    found = table.rows(names, lambda row: print(f"{row.family}: {row.compiled}", flush=True))
+    written = table.with_rows(text, found) if names else table.page(found)
+    stale = [row.family for row in found if table.line(row) not in text.splitlines()]
+    if check:
+        for family in stale:
+            print(f"{path}: the row of {family} is stale; run python -m moec.docs support")
+        return int(written != text)
+    path.write_text(written, encoding="utf-8")
+    print(f"wrote {path}: {len(stale)} rows are new")
+    return 0
 
 
 def _read(path: Path) -> str | None:

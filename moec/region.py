@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,12 +43,16 @@ from moec.manager import Step
 from moec.result_form import ResultForm
 from moec.runtime.artifact import Artifact
 from moec.session import Session
+from moec.share import share
 from moec.structure import plain_settings, structure_key
 from moec.surroundings import is_traced, is_transformed, isolated, odd_reason, odd_tensor
 from moec.targets import choose_target
 from moec.traced import call_traced, number
 
 _CPU = torch.device("cpu")
+
+# Tracers have state of the whole process: one capture at a time.
+_READING = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,10 @@ class Region:
         """Why the region is not compiled as a whole; empty if it is."""
         if self.status == "compiled":
             return ""
+        if self.first is None and _is_empty(self.candidate.module):
+            return (
+                "its weights are on the meta device; the first call after they are loaded captures"
+            )
         return self.unserved or ("" if self.first is None else self.first.reason)
 
     @property
@@ -159,8 +169,8 @@ class Region:
     def _capture(self, mode: Mode, values: Mapping[str, torch.Tensor] | None = None) -> FoundRegion:
         if mode not in self.found:
             module = self.candidate.module
-            with as_original(module):
-                key = (structure_key(module), mode, self.kind)
+            key = (structure_key(module), mode, self.kind)
+            with _READING:
                 if key not in self.session.captures:
                     self.session.captures[key] = isolated(
                         lambda: self._read(mode, values or {}), mode.device
@@ -172,8 +182,8 @@ class Region:
         """Capture in the model's present mode, so that what stays as it was is known at once."""
         module = self.candidate.module
         parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
-        if parameter is None:
-            return
+        if parameter is None or _is_empty(module):
+            return  # without weights there is nothing to compare: the first call captures
         odd = odd_tensor(module.parameters())
         if odd is not None:  # the call may find others: sharded weights are gathered for it
             self.unserved = odd_reason(odd)
@@ -183,7 +193,9 @@ class Region:
             self._try_ranks(plain)
         if self.status != "compiled":
             inner = self.inner if self.inner is not None else self
-            if inner.kind == "experts":
+            if _is_empty(inner.candidate.module):
+                self._tell(self.reason)
+            elif inner.kind == "experts":
                 inner.capture(replace(plain, rank=2, choices=2, weight_dtype=parameter.dtype))
 
     def _try_ranks(self, mode: Mode) -> None:
@@ -209,13 +221,15 @@ class Region:
         return new
 
     def _read(self, mode: Mode, values: Mapping[str, torch.Tensor]) -> FoundRegion:
-        with _capture_autocast(mode):
+        """Capture a twin of the module: other threads may be calling the module itself."""
+        twin = share(self.candidate.module)
+        candidate = replace(self.candidate, module=twin)
+        with as_original(twin), _capture_autocast(mode):
             if self.kind == "experts":
                 return capture_experts(
-                    self.candidate, mode.dtype, mode.choices, mode.weight_dtype or torch.float32
+                    candidate, mode.dtype, mode.choices, mode.weight_dtype or torch.float32
                 )
-            trial = Trial(mode.form, values)
-            return capture_whole(self.candidate, mode.dtype, mode.rank, trial)
+            return capture_whole(candidate, mode.dtype, mode.rank, Trial(mode.form, values))
 
     def _refuse_dtype(self, found: FoundRegion, mode: Mode) -> None:
         """Refuse tokens of a dtype with which the module's own code does not run either."""
@@ -233,11 +247,15 @@ class Region:
     def _report(self, found: FoundRegion) -> None:
         if found.graph is not None or self.inner is not None:
             return  # a block whose experts are a region of their own reports through that one
+        self._tell(found.reason)
+
+    def _tell(self, reason: str) -> None:
+        """Warn of the reason why the region stays as it was, or raise it in strict mode."""
         kind = type(self.candidate.module).__name__
         self.session.warn(
-            f"moec: {self.name or 'the model'} ({kind}) stays as it was: {found.reason}. "
+            f"moec: {self.name or 'the model'} ({kind}) stays as it was: {reason}. "
             "moec.explain(model) lists all regions.",
-            kind + found.reason.replace(self.name, ""),
+            kind + reason.replace(self.name, ""),
         )
 
     # calls
@@ -279,6 +297,8 @@ class Region:
         for _ in range(2):
             found = find()
             if found is None or found.graph is None or data[0].dim() not in found.ranks:
+                return NotImplemented
+            if self.kind == "experts" and _is_out_of_range(found.graph, data[1]):
                 return NotImplemented
             if fits(found.graph, self._weights(found, module)):
                 return self._run(found, module, data)
@@ -435,7 +455,9 @@ class Region:
     def _must_run_own_code(self, module: nn.Module) -> bool:
         # Experts of which other processes hold some are called with indices that mean "not here".
         split = self.kind == "experts" and getattr(module, "_is_expert_parallel", False)
-        return bool(split) or self._is_changed(module) or _has_hooks(module, self)
+        if split or _is_empty(module):
+            return True
+        return self._is_changed(module) or _has_hooks(module, self)
 
     def _is_changed(self, module: nn.Module) -> bool:
         """Whether the module's own code must run since it was changed; else it is read again where
@@ -490,6 +512,34 @@ class Region:
 
 def _types_below(module: nn.Module) -> list[type]:
     return [getattr(m, "_moec_original", type(m)) for m in module.modules()]
+
+
+def _is_out_of_range(graph: Graph, idx: torch.Tensor) -> bool:
+    """Whether an index names neither an expert nor "none", seen only where it costs nothing.
+
+    What the module's own code does then, an error mostly, is up to that code. On a GPU nobody can
+    look without waiting; there such a pair adds nothing.
+    """
+    experts = _experts_of(graph)
+    if experts is None or idx.device.type != "cpu" or idx.numel() == 0:
+        return False
+    low, high = torch.aminmax(idx)
+    return bool(low < 0) or int(high) > experts
+
+
+@functools.cache
+def _experts_of(graph: Graph) -> int | None:
+    """How many experts the indices of an experts module name; ``None`` if it is called with masks
+    or has groups of experts.
+    """
+    counts = [int(op.attrs["experts"]) for op in graph.ops if op.kind == "moe.dispatch"]
+    by_index = graph.inputs[1].type.dtype == "i64" and graph.inputs[1].type.rank == 2
+    return counts[0] if by_index and len(counts) == 1 else None
+
+
+def _is_empty(module: nn.Module) -> bool:
+    """Whether a module's weights, all of them, have no values yet."""
+    return all(p.is_meta for p in module.parameters())
 
 
 def _has_hooks(module: nn.Module, region: Region) -> bool:

@@ -4,6 +4,7 @@ artifacts.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,9 @@ from moec.reproducer import Reproducer
 from moec.runtime.artifact import Artifact, build
 from moec.surroundings import isolated
 from moec.targets import choose_target, has_descriptors
+
+# Threads that race for the first call compile once.
+_COMPILING = threading.RLock()
 
 
 @dataclass
@@ -74,6 +78,19 @@ class Session:
         target = choose_target(self.target, device)
         target = "aten" if graph.fingerprint in self.demoted else target
         key = (graph.fingerprint, wanted, target)
+        with _COMPILING:
+            return self._known(key, graph, wanted, device, inputs, name)
+
+    def _known(
+        self,
+        key: tuple[str, tuple[bool, ...] | None, str],
+        graph: Graph,
+        wanted: tuple[bool, ...] | None,
+        device: torch.device,
+        inputs: Sequence[torch.Tensor],
+        name: str,
+    ) -> Artifact | None:
+        target = key[2]
         if key not in self.artifacts:
             made = self._compile(graph, wanted, target, device, name)
             if made is not None and target != "aten" and not self._runs(made, inputs):

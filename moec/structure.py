@@ -37,7 +37,8 @@ def _module_key(name: str, module: nn.Module) -> Hashable:
     tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     settings = [(k, value_key(v)) for k, v in settings_read(module)]
     shapes = tuple((n, tuple(t.shape), t.dtype, t.device) for n, t in tensors)
-    return name, type(module), module.training, shapes, tuple(settings)
+    kind = getattr(module, "_moec_original", type(module))
+    return name, kind, module.training, shapes, tuple(settings)
 
 
 def settings_read(module: nn.Module) -> list[tuple[str, Any]]:

@@ -121,7 +121,8 @@ def count_pairs(
     """histogram[e, block] = how many of the block's pairs go to e; the last bucket is no expert."""
     block = tl.program_id(0)
     pair = block * PAIRS + tl.arange(0, PAIRS)
-    e = tl.minimum(tl.load(index + pair, mask=pair < pairs, other=EP), BUCKETS - 1)
+    e = tl.load(index + pair, mask=pair < pairs, other=EP)
+    e = tl.where(e < 0, BUCKETS - 1, tl.minimum(e, BUCKETS - 1))
     e = tl.where(pair < pairs, e, EP)
     expert = tl.arange(0, EP)
     count = tl.sum((e[:, None] == expert[None, :]).to(tl.int32), 0)
@@ -161,7 +162,8 @@ def place_pairs(
     slot = tl.arange(0, PAIRS)
     pair = block * BLOCK + slot
     live = (slot < BLOCK) & (pair < pairs)
-    e = tl.minimum(tl.load(index + pair, mask=live, other=0), BUCKETS - 1)
+    e = tl.load(index + pair, mask=live, other=0)
+    e = tl.where(e < 0, BUCKETS - 1, tl.minimum(e, BUCKETS - 1))
     earlier = (e[:, None] == e[None, :]) & (slot[None, :] < slot[:, None])
     rank = tl.sum(earlier.to(tl.int32), 1)
     before = tl.load(histogram + e * (blocks + 1) + block, mask=live, other=0)

@@ -95,8 +95,12 @@ def _follows_from(read: fx.Node, match: Match) -> bool:
     stops = {n for r in routing for n in with_ancestors(r) if _is_integer(n)}
     zeros = {match.w, match.routing}
     pending = [(read, False)]
+    seen: set[tuple[fx.Node, bool]] = set()  # values are read on many ways: once each is enough
     while pending:
         node, only_zero = pending.pop()
+        if (node, only_zero) in seen:
+            continue
+        seen.add((node, only_zero))
         if node in stops or (only_zero and node in zeros):
             continue
         if not node.all_input_nodes or _compares_with_number(node):

@@ -10,13 +10,14 @@ import json
 import os
 import re
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moec.capture.shrink import shrunk_config
 from moec.errors import CompileError
 
 # A larger model is built with its first layers only, and with weights that share memory.
@@ -34,10 +35,14 @@ _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model, and what was changed to be able to hold it (nothing, if ``note`` is empty)."""
+    """A model, and what was changed to be able to hold it (nothing, if ``note`` is empty).
+
+    ``whole`` is the unchanged one on the meta device, where a smaller one stands for it.
+    """
 
     model: torch.nn.Module
     note: str = ""
+    whole: torch.nn.Module | None = None
 
 
 def load_model(spec: str) -> torch.nn.Module:
@@ -60,13 +65,24 @@ def load(spec: str) -> LoadedModel:
         CompileError: nothing of that name, a file that is no configuration, transformers is not
             installed, or a factory that fails or makes something else.
     """
+    return _load(spec, _from_config)
+
+
+def load_small(spec: str) -> LoadedModel:
+    """As :func:`load`, but a configuration gives a small model of the same structure, with few
+    layers and experts; :attr:`LoadedModel.whole` is the configuration's own, without memory.
+    """
+    return _load(spec, _small_from_config)
+
+
+def _load(spec: str, from_config: Callable[[Any], LoadedModel]) -> LoadedModel:
     path = Path(spec)
     if path.exists() or path.suffix == ".json" or os.sep in spec:
-        return _from_config(_read_config(path))
+        return from_config(_read_config(path))
     if match := _FACTORY.match(spec):
         return LoadedModel(_from_factory(match["module"], match["name"]))
     if _NAME.match(spec):
-        return _from_config(_default_config(spec))
+        return from_config(_default_config(spec))
     raise CompileError(
         f"{spec!r} names no model: give the path of a config.json, an architecture such as mixtral,"
         " or module:factory"
@@ -227,6 +243,18 @@ def _from_config(config: Any) -> LoadedModel:
     return LoadedModel(
         _with_weights(part), f"{note}, and of {total} layers the first {layers} are built"
     )
+
+
+def _small_from_config(config: Any) -> LoadedModel:
+    whole = _build(config, "meta")
+    size = sum(p.numel() * p.element_size() for p in whole.parameters())
+    try:
+        small = _with_weights(_build(shrunk_config(config, whole), "meta"))
+    except Exception as error:  # a configuration may check sizes in ways of its own
+        loaded = _from_config(config)
+        return LoadedModel(loaded.model, f"not made smaller ({error}); {loaded.note}".strip("; "))
+    note = f"a small model of the same structure stands for {size / 1e9:.1f} GB of weights"
+    return LoadedModel(small, note, whole)
 
 
 def _build(config: Any, device: str) -> torch.nn.Module:

@@ -19,6 +19,7 @@ from moec.capture.check import (
     unchanged,
 )
 from moec.capture.counts import hidden_sizes
+from moec.capture.disagreement import refuse_split_devices
 from moec.capture.experts import ExpertsBody, named_weights
 from moec.capture.flatten import flatten_tokens
 from moec.capture.lists import expert_list, has_expert_list, is_scored
@@ -191,6 +192,7 @@ def capture_whole(
     name, module = candidate.name, candidate.module
     kind = "loop" if candidate.experts is None else "block"
     try:
+        refuse_split_devices(module)
         with unchanged(module, plain=True) as writes:
             captured = _captured(candidate, dtype, rank, trial)
             found = _checked(_finished(name, module, kind, captured, trial), dtype, rank, trial)
@@ -198,6 +200,8 @@ def capture_whole(
     except MoecError as error:
         ran = not isinstance(error, NotRunError)
         return FoundRegion(name, module, kind, None, reason=str(error), ran=ran)
+    except Exception as error:  # a fault in reading a model must not stop that model
+        return FoundRegion(name, module, kind, None, reason=_unread(module, error))
 
 
 def _with_writes(
@@ -287,6 +291,7 @@ def capture_experts(
     """
     name, module = candidate.name, candidate.module
     try:
+        refuse_split_devices(module)
         with unchanged(module):
             body = read_experts(module, name)
             token_dtype = None if dtype is None else dtype_name(dtype)
@@ -297,8 +302,15 @@ def capture_experts(
             ranks = ranks_taken(module, graph, body.experts, body.form)
     except MoecError as error:
         return FoundRegion(name, module, "experts", None, reason=str(error))
+    except Exception as error:  # a fault in reading a model must not stop that model
+        return FoundRegion(name, module, "experts", None, reason=_unread(module, error))
     result = ResultForm(axes=(1,))
     return FoundRegion(name, module, "experts", graph, weights, result=result, ranks=ranks)
+
+
+def _unread(module: nn.Module, error: Exception) -> str:
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(module).__name__} could not be read ({type(error).__name__}: {first})"
 
 
 def join(*parts: str) -> str:

@@ -11,6 +11,7 @@ from moec.cli import graphs, lists, models
 from moec.cli.bisect import bisect
 from moec.cli.console import DEBUG_FLAG, Commands
 from moec.cli.diff import diff
+from moec.cli.doctor import doctor
 from moec.cli.reduce import reduce
 from moec.cli.show import show
 from moec.reproducer import version_of
@@ -19,6 +20,7 @@ HELP = """A compiler for Mixture-of-Experts models in PyTorch: look at what it d
 
 \b
 Typical use, from a model to kernels:
+  moec doctor config.json              what would be compiled, what not, why
   moec explain mixtral                 what becomes of each block, and why
   moec trace mixtral -o a.moe          the model's MoE blocks as text
   moec opt a.moe --dump steps -o b.moe optimise; steps/ has the IR after each pass
@@ -62,6 +64,7 @@ def options(
 
 
 for _command in (
+    doctor,
     models.explain,
     models.trace,
     graphs.opt,

@@ -167,7 +167,8 @@ class Dispatch:
     """The order of rows by expert: ``perm: i32[A]``, ``offsets: i32[E+1]``, ``inverse: i32[T, K]``.
 
     ``perm[p]`` is the pair (token * K + choice) of row ``p``; pairs of one expert keep their order
-    (stable). ``inverse`` is the row of each pair, -1 for none.
+    (stable). ``inverse`` is the row of each pair, -1 for none: where the index is no
+    expert's, below 0 or ``E`` and above.
     """
 
     def infer(idx: Type, *, experts: int) -> tuple[Type, Type, Type]:

@@ -193,8 +193,12 @@ def limit(idx: torch.Tensor, experts: int, capacity: int, order: str) -> torch.T
 
 
 def dispatch(idx: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``perm``, ``offsets``, ``inverse`` of indices ``[T, K]`` by one stable sort."""
+    """``perm``, ``offsets``, ``inverse`` of indices ``[T, K]`` by one stable sort.
+
+    An index that names no expert, ``E`` and above or below 0, gives a pair without a row.
+    """
     flat = idx.reshape(-1)
+    flat = flat.masked_fill(flat < 0, experts)
     ordered, perm = torch.sort(flat, stable=True)
     offsets = torch.searchsorted(
         ordered, torch.arange(experts + 1, device=idx.device, dtype=flat.dtype)
