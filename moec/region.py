@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
+from moec.capture.arguments import Extra, arguments_of
 from moec.capture.check import autocast_dtype
 from moec.capture.regions import Candidate, FoundRegion, capture_experts, capture_whole
 from moec.compiled import as_original, region_of
@@ -36,6 +37,7 @@ class _Mode:
     autocast: torch.dtype | None
     choices: int = 0
     weight_dtype: torch.dtype | None = None
+    extras: tuple[Extra, ...] = ()
 
 
 class Region:
@@ -128,7 +130,9 @@ class Region:
         parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
         if parameter is None:
             return
-        if self.kind == "block":
+        if self.candidate.dense is not None and self.candidate.dense.extra:
+            self._try_forms(_Mode(module.training, parameter.dtype, 3, None))
+        elif self.kind == "block":
             self._try_ranks(_Mode(module.training, parameter.dtype, 3, None))
         if self.status != "compiled":
             inner = self.inner if self.inner is not None else self
@@ -147,6 +151,16 @@ class Region:
             del self.found[flat]
         self._report(self.found[mode])
 
+    def _try_forms(self, mode: _Mode) -> None:
+        """Capture for the first form of arguments after the tokens that can be captured."""
+        form: Any = self.candidate.dense
+        modes = [replace(mode, rank=r, extras=e) for r in (3, 2) for e in form.arguments(r)]
+        for one in modes:
+            if self._capture(one).graph is not None:
+                self.found = {one: self.found[one]}
+                return
+        self._report(self._capture(modes[0]))
+
     def bound_to(self, module: nn.Module) -> Region:
         """This region for a copy of its module: same captures and artifacts, the copy's weights."""
         new = Region(self.session, replace(self.candidate, module=module), self.kind)
@@ -161,7 +175,7 @@ class Region:
             return capture_experts(
                 self.candidate, mode.dtype, mode.choices, mode.weight_dtype or torch.float32
             )
-        return capture_whole(self.candidate, mode.dtype, mode.rank)
+        return capture_whole(self.candidate, mode.dtype, mode.rank, mode.extras)
 
     def _refuse_dtype(self, found: FoundRegion, mode: _Mode) -> None:
         """Refuse tokens of a dtype with which the module's own code does not run either."""
@@ -189,6 +203,8 @@ class Region:
     # calls
     def call(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Serve a call, or give ``NotImplemented`` if the module's own code must run."""
+        if self.candidate.dense is not None and self.candidate.dense.extra:
+            return self._call_form(module, [*args, *self._in_order(kwargs).values()])
         data = _tensor_arguments(self.kind, args, self._in_order(kwargs))
         if data is None:
             self._note_form(len(args) + len(kwargs))
@@ -199,6 +215,22 @@ class Region:
         if found.graph is None:
             return NotImplemented
         return self._run(found, module, data)
+
+    def _call_form(self, module: nn.Module, values: Sequence[Any]) -> Any:
+        """Serve a call with arguments after the tokens, in the first form that fits."""
+        form, x = self.candidate.dense, values[0] if values else None
+        if not isinstance(x, torch.Tensor) or x.dim() not in (2, 3) or form is None:
+            return NotImplemented
+        if self._is_changed(module) or _has_hooks(module, self):
+            return NotImplemented
+        for extras in form.arguments(x.dim()):
+            data = arguments_of(extras, x, values[1:])
+            if data is None:
+                continue
+            found = self._capture(replace(self._mode(module, [x]), extras=extras))
+            if found.graph is not None:
+                return self._run(found, module, data)
+        return NotImplemented
 
     def _note_form(self, count: int) -> None:
         """Remember, and say once, that a call had arguments which the captured form does not

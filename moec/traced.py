@@ -71,6 +71,8 @@ def call_traced(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
     data = [*args, *kwargs.values()]
     region: Any = module._moec_region
     wanted = 3 if region.kind == "experts" else 1
+    if region.candidate.dense is not None and region.candidate.dense.extra:
+        return NotImplemented
     if len(data) != wanted or not all(isinstance(v, torch.Tensor) for v in data):
         return NotImplemented
     if len(kwargs) > 1:  # their order would have to be looked up, which tracers cannot do

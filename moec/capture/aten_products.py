@@ -83,7 +83,7 @@ def topk(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
         "sorted": bool(kwargs.get("sorted", ordered)),
     }
     attrs = {n: v for n, v in attrs.items() if v != {"dim": -1, "largest": True, "sorted": True}[n]}
-    return i.b("t.topk", i.value(args[0]), k=int(k), hint=i.hints(node, 2), **attrs)
+    return i.b("t.topk", i.value(args[0]), k=k, hint=i.hints(node, 2), **attrs)
 
 
 @handles(aten.max.dim)
@@ -146,7 +146,7 @@ def scatter(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
 
 @handles(aten.one_hot.default)
 def one_hot(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
-    return i.b("t.one_hot", i.value(args[0]), classes=int(args[1]), hint=i.hint(node))
+    return i.b("t.one_hot", i.value(args[0]), classes=args[1], hint=i.hint(node))
 
 
 # products

@@ -47,12 +47,14 @@ def _experts_fake(x: torch.Tensor, idx: torch.Tensor, w: torch.Tensor) -> torch.
 class CapturedBlock:
     """A block's IR. ``weights`` are the parameter paths of the graph's inputs after the tokens.
 
-    ``tree`` is the structure of the module's result.
+    ``tree`` is the structure of the module's result; ``doubtful`` are sizes of the token axes that
+    the tracer left out, to be compared with the module.
     """
 
     graph: Graph
     weights: tuple[str, ...]
     tree: Any
+    doubtful: tuple[tuple[int, ...], ...] = ()
 
 
 @contextlib.contextmanager
@@ -88,22 +90,30 @@ def capture_block(
     names = ("B", "S") if tokens.dim() == 3 else ("T",)
     experts = block.get_submodule(experts_path)
     with opaque_experts(experts):
-        exported = _export(block, tokens, len(names))
-    importer = _ExportImporter(exported, names, body, experts_path, path)
+        dynamic = {i: ExportDim.DYNAMIC for i in range(len(names))}
+        exported = export(block, (tokens,), (dynamic,))
+    importer = _ExpertsImporter(exported, names, path, body, experts_path)
     return importer.run(block)
 
 
-def _export(block: nn.Module, tokens: torch.Tensor, leading: int) -> Any:
-    dynamic = {i: ExportDim.DYNAMIC for i in range(leading)}
+def export(
+    block: nn.Module,
+    arguments: tuple[torch.Tensor, ...],
+    dynamic: tuple[dict[int, Any], ...],
+    *,
+    strict: bool = False,
+) -> Any:
+    """The exported program of a block; ``dynamic`` names the free axes of each argument.
+
+    Raises :class:`CaptureError` with the first line of what the tracer says.
+    """
     logger = logging.getLogger("torch.export")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the tracer warns about its own internals
-            exported = torch.export.export(
-                block, (tokens,), dynamic_shapes=(dynamic,), strict=False
-            )
+            exported = torch.export.export(block, arguments, dynamic_shapes=dynamic, strict=strict)
             return exported.run_decompositions({})
     except (
         Exception
@@ -116,33 +126,18 @@ def _export(block: nn.Module, tokens: torch.Tensor, leading: int) -> Any:
         logger.setLevel(level)
 
 
-class _ExportImporter:
-    """Imports an exported program; inputs become the tokens, then the parameters that are used."""
+class ExportImporter:
+    """Imports an exported program; inputs become the data, then the parameters that are used."""
 
-    def __init__(
-        self, exported: Any, names: Sequence[str], body: ExpertsBody, experts_path: str, path: str
-    ) -> None:
-        self.exported, self.names, self.body = exported, names, body
-        self.experts_path, self.path = experts_path, path
+    def __init__(self, exported: Any, names: Sequence[str], path: str) -> None:
+        self.exported, self.names, self.path = exported, names, path
         self.builder = Builder({n: (0, MAX_TOKENS) for n in names})
+        self.data: list[Value] = []
         self.weights: dict[str, Value] = {}
         self.symbols: dict[Any, Dim] = {}
 
-    def run(self, block: nn.Module) -> CapturedBlock:
-        graph: fx.Graph = self.exported.graph
-        tensors = {**dict(block.named_parameters()), **dict(block.named_buffers())}
-        importer = _BlockImporter(self, tensors)
-        tokens = self.bind_inputs(importer, graph, block)
-        self.check_ranges()
-        importer.run(graph)
-        output = next(n for n in graph.nodes if n.op == "output")
-        results = [importer.value(importer.env[n]) for n in output.args[0]]
-        graph_ = self.builder.graph(
-            block_name(self.path, block), [tokens, *self.weights.values()], results
-        )
-        return CapturedBlock(graph_, tuple(self.weights), self.exported.call_spec.out_spec)
-
-    def bind_inputs(self, importer: Importer, graph: fx.Graph, block: nn.Module) -> Value:
+    def bind_inputs(self, importer: Importer, graph: fx.Graph) -> None:
+        """Make each input of the program a value: a parameter, or an argument of the call."""
         signature = self.exported.graph_signature
         paths = {
             **signature.inputs_to_parameters,
@@ -151,18 +146,22 @@ class _ExportImporter:
         }
         if signature.buffers_to_mutate or signature.inputs_to_lifted_tensor_constants:
             raise CaptureError("the block changes a buffer or builds a constant tensor in forward")
-        tokens = None
         for node in graph.nodes:
             if node.op != "placeholder":
                 continue
             if node.name in paths:
                 importer.env[node] = self.weight(paths[node.name], node.meta["val"])
-            elif tokens is None:
-                tokens = self.tokens(node)
-                importer.env[node] = tokens
-        if tokens is None:
+            else:
+                importer.env[node] = self.argument(node)
+        if not self.data:
             raise CaptureError("the block takes no tensor")
-        return tokens
+
+    def argument(self, node: fx.Node) -> Value:
+        """An argument of the call: the tokens."""
+        if self.data:
+            raise CaptureError("the block takes more than tokens")
+        self.data.append(self.tokens(node))
+        return self.data[0]
 
     def tokens(self, node: fx.Node) -> Value:
         value = node.meta["val"]
@@ -185,10 +184,6 @@ class _ExportImporter:
             if symbol in self.symbols and (int(interval.lower) > 2 or bounded):
                 raise CaptureError(f"the block works for sizes in [{interval.lower}, {upper}] only")
 
-    def expert_weight(self, path: str, tensors: dict[str, torch.Tensor]) -> Value:
-        full = f"{self.experts_path}.{path}" if self.experts_path else path
-        return self.weight(full, tensors[full])
-
     def shape(self, node: fx.Node) -> tuple[Dim, ...]:
         return tuple(map(self.size, node.meta["val"].shape))
 
@@ -210,10 +205,38 @@ class _ExportImporter:
         return dims.canon(expression.xreplace(self.symbols))
 
 
+class _ExpertsImporter(ExportImporter):
+    """Imports a block whose experts are one opaque op."""
+
+    def __init__(
+        self, exported: Any, names: Sequence[str], path: str, body: ExpertsBody, experts_path: str
+    ) -> None:
+        super().__init__(exported, names, path)
+        self.body, self.experts_path = body, experts_path
+
+    def run(self, block: nn.Module) -> CapturedBlock:
+        graph: fx.Graph = self.exported.graph
+        tensors = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+        importer = _BlockImporter(self, tensors)
+        self.bind_inputs(importer, graph)
+        self.check_ranges()
+        importer.run(graph)
+        output = next(n for n in graph.nodes if n.op == "output")
+        results = [importer.value(importer.env[n]) for n in output.args[0]]
+        graph_ = self.builder.graph(
+            block_name(self.path, block), [*self.data, *self.weights.values()], results
+        )
+        return CapturedBlock(graph_, tuple(self.weights), self.exported.call_spec.out_spec)
+
+    def expert_weight(self, path: str, tensors: dict[str, torch.Tensor]) -> Value:
+        full = f"{self.experts_path}.{path}" if self.experts_path else path
+        return self.weight(full, tensors[full])
+
+
 class _BlockImporter(Importer):
     """Imports the block's ops; the opaque op becomes the experts' body."""
 
-    def __init__(self, owner: _ExportImporter, tensors: dict[str, torch.Tensor]) -> None:
+    def __init__(self, owner: _ExpertsImporter, tensors: dict[str, torch.Tensor]) -> None:
         super().__init__(owner.builder, owner.shape, owner.size, module_path=owner.path)
         self.owner, self.tensors = owner, tensors
 

@@ -68,7 +68,7 @@ def compare_experts(module: nn.Module, graph: Graph, weights: Sequence[str], exp
         for (tokens,) in (*SIZES[2], EQUAL[2]):
             for scale in SCALES:
                 data = _routed(graph, tokens, experts, scale, generator, device)
-                _compare_call(module, graph, data, inputs)
+                compare_call(module, graph, data, inputs)
 
 
 def _routed(
@@ -95,17 +95,26 @@ def _routed(
 def _compare_once(
     module: nn.Module, graph: Graph, inputs: list[torch.Tensor], x: torch.Tensor
 ) -> None:
-    _compare_call(module, graph, [x], inputs)
+    compare_call(module, graph, [x], inputs)
 
 
-def _compare_call(
-    module: nn.Module, graph: Graph, data: list[torch.Tensor], inputs: list[torch.Tensor]
+def compare_call(
+    module: nn.Module,
+    graph: Graph,
+    data: list[torch.Tensor],
+    inputs: list[torch.Tensor],
+    call: Sequence[Any] | None = None,
 ) -> None:
+    """Compare one call: ``data`` goes to the graph, ``call`` (default: the same) to the module."""
     x = data[0]
-    expected = [t for t in tree_flatten(module(*data))[0] if isinstance(t, torch.Tensor)]
-    flat = x.reshape(-1, x.shape[-1]) if graph.inputs[0].type.rank == 2 else x
+    results = module(*(data if call is None else call))
+    expected = [t for t in tree_flatten(results)[0] if isinstance(t, torch.Tensor)]
+    flat = [
+        t.flatten(0, t.dim() - v.type.rank) if t.dim() > v.type.rank else t
+        for t, v in zip(data, graph.inputs, strict=False)
+    ]
     with torch.autocast(x.device.type, enabled=False):
-        found = run(graph, [flat, *data[1:], *inputs])
+        found = run(graph, [*flat, *inputs])
     for ours, theirs in zip(found, expected, strict=True):
         if theirs.is_floating_point() and not theirs.isfinite().all():
             continue  # weights that nobody has set yet: nothing to compare

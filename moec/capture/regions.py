@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,11 @@ import torch
 from torch import nn
 
 from moec.capture.block import CapturedBlock, capture_block, opaque_experts, weight_hint
+from moec.capture.arguments import Extra
 from moec.capture.check import SIZES, compare, compare_experts, unchanged
+from moec.capture.dense import capture_dense
+from moec.capture.dense_blocks import DenseForm, dense_form
+from moec.capture.dense_check import compare_dense
 from moec.capture.experts import ExpertsBody, hidden_sizes, named_weights, read_experts
 from moec.capture.flatten import flatten_tokens
 from moec.capture.loops import capture_loop, has_expert_list
@@ -55,17 +60,18 @@ class FoundRegion:
 @dataclass(frozen=True)
 class Candidate:
     """A place in the module tree that looks like a region; ``experts`` is the path of the experts
-    below it.
+    below it; ``dense`` says how a block without such experts and without a loop is called.
     """
 
     name: str
     module: nn.Module
     experts: str | None
+    dense: DenseForm | None = None
 
     @property
     def is_experts(self) -> bool:
         """Whether the module itself is called with tokens, indices and weights."""
-        return self.experts is None and is_experts(self.module)
+        return self.experts is None and self.dense is None and is_experts(self.module)
 
 
 def find_candidates(model: nn.Module) -> Iterator[Candidate]:
@@ -79,8 +85,10 @@ def find_candidates(model: nn.Module) -> Iterator[Candidate]:
         if module in taken:
             continue
         experts = next((n for n, child in module.named_children() if _surely_experts(child)), None)
-        if experts is not None or _surely_experts(module) or _is_loop(module):
-            yield Candidate(name, module, experts)
+        known = experts is not None or _surely_experts(module) or _is_loop(module)
+        dense = None if known else dense_form(module)
+        if known or dense is not None:
+            yield Candidate(name, module, experts, dense)
             taken.update(module.modules())
 
 
@@ -149,22 +157,60 @@ def capture(candidate: Candidate, dtype: torch.dtype | None = None, rank: int = 
 
 
 def capture_whole(
-    candidate: Candidate, dtype: torch.dtype | None = None, rank: int = 3
+    candidate: Candidate,
+    dtype: torch.dtype | None = None,
+    rank: int = 3,
+    extras: Sequence[Extra] = (),
 ) -> FoundRegion:
-    """Capture a whole block: experts module and router, or a loop over a list of experts."""
+    """Capture a whole block: experts module and router, a loop over a list of experts, or a block
+    without a loop, called with arguments of the forms ``extras`` after the tokens.
+    """
     name, module = candidate.name, candidate.module
     kind = "loop" if candidate.experts is None else "block"
+    kind = "dense" if candidate.dense is not None else kind
     try:
         with unchanged(module):
-            captured = _captured(candidate, dtype, rank)
-            return _checked(_finished(name, module, kind, captured), dtype, rank)
+            if candidate.dense is None:
+                try:
+                    captured = _captured(candidate, dtype, rank)
+                    return _checked(_finished(name, module, kind, captured), dtype, rank)
+                except CaptureError:
+                    if candidate.experts is not None:
+                        raise
+                    return _dense_loop(candidate, dtype, rank)
+            return _dense(candidate, dtype, rank, extras)
     except MoecError as error:
         ran = not isinstance(error, NotRunError)
         return FoundRegion(name, module, kind, None, reason=str(error), ran=ran)
 
 
-def _captured(candidate: Candidate, dtype: torch.dtype | None, rank: int) -> CapturedBlock:
-    name, module = candidate.name, candidate.module
+def _dense(
+    candidate: Candidate, dtype: torch.dtype | None, rank: int, extras: Sequence[Extra]
+) -> FoundRegion:
+    """A block without a loop that depends on data, compared with its module."""
+    _check_call(candidate.module, rank)
+    captured = capture_dense(candidate.module, candidate.name, dtype, rank, extras)
+    found = _finished(candidate.name, candidate.module, "dense", captured)
+    if found.graph is not None:
+        compare_dense(found.module, found.graph, found.weights, rank, extras, captured.doubtful)
+    return found
+
+
+def _dense_loop(candidate: Candidate, dtype: torch.dtype | None, rank: int) -> FoundRegion:
+    """A list of experts that is no loop over choices, as straight-line code if it is that; why it
+    is no loop is the better reason if not.
+    """
+    error = sys.exception()
+    try:
+        return _dense(candidate, dtype, rank, ())
+    except MoecError:
+        if error is None:
+            raise
+        raise error from None
+
+
+def _check_call(module: nn.Module, rank: int) -> None:
+    """Refuse tokens of a rank that no form has, and a forward that is not the class's."""
     if rank not in SIZES:
         ranks = " or ".join(map(str, sorted(SIZES)))
         raise CaptureError(
@@ -174,6 +220,11 @@ def _captured(candidate: Candidate, dtype: torch.dtype | None, rank: int) -> Cap
         raise CaptureError(
             f"{type(module).__name__} has a forward of its own instance, put there by a library"
         )
+
+
+def _captured(candidate: Candidate, dtype: torch.dtype | None, rank: int) -> CapturedBlock:
+    name, module = candidate.name, candidate.module
+    _check_call(module, rank)
     if candidate.experts is None:
         return capture_loop(module, name, dtype, rank)
     body = read_experts(module.get_submodule(candidate.experts), join(name, candidate.experts))

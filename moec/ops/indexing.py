@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from moec.ir.dims import Dim
 from moec.ir.graph import Op, Value
 from moec.ir.opdef import defop
 from moec.ir.types import Type
@@ -19,7 +20,7 @@ class TopK:
     """
 
     def infer(
-        x: Type, *, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
+        x: Type, *, k: Dim, dim: int = -1, largest: bool = True, sorted: bool = True
     ) -> tuple[Type, Type]:
         d = axis(dim, x.rank)
         values = x.with_shape(*x.shape[:d], k, *x.shape[d + 1 :])
@@ -121,7 +122,7 @@ class Scatter:
 class OneHot:
     """``i64[..., classes]`` with a one at each index; an index of ``classes`` or more has none."""
 
-    def infer(index: Type, *, classes: int) -> Type:
+    def infer(index: Type, *, classes: Dim) -> Type:
         require(index.dtype in ("i32", "i64"), f"an index must be i32 or i64, got {index}")
         return Type("i64", (*index.shape, classes))
 

@@ -1,0 +1,146 @@
+"""Finding blocks that hold several experts without an experts module or a loop of a known form.
+
+By structure: weights with one part an expert (stacked, or rows of tables, or a list of equal
+modules), and something of the same number that scores them, or an argument that names them. What
+looks so must also run on tokens; whether it is compiled is decided by capture and comparison.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from moec.capture.arguments import Extra, forms, required_arguments
+from moec.capture.check import unchanged
+from moec.capture.dense import example
+from moec.errors import MoecError
+from moec.structure import structure_key
+
+_RANKS = (3, 2)
+# Layers with weights of rank 3 and more that are no experts.
+_OTHER = (nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.Bilinear)
+
+
+@dataclass(frozen=True)
+class DenseForm:
+    """How a dense block is called: ``extra`` arguments after the tokens, naming ``experts``."""
+
+    experts: int
+    extra: int = 0
+
+    def arguments(self, rank: int) -> Iterator[tuple[Extra, ...]]:
+        """Every form that the further arguments may have for tokens of a rank."""
+        return forms(self.extra, rank, self.experts)
+
+
+def dense_form(module: nn.Module) -> DenseForm | None:
+    """How a module that looks like a dense block is called; ``None`` if it is none."""
+    if (
+        _plain(module)
+        or not _has_forward(module)
+        or not any(p.is_floating_point() for p in module.parameters())
+    ):
+        return None
+    experts = _scored_experts(module) or _named_experts(module)
+    if experts is None or _inner_blocks(module):
+        return None
+    form = DenseForm(experts, max(required_arguments(module) - 1, 0))
+    return form if _runs(module, form) else None
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether a module is a layer or a container of torch's own."""
+    return type(module).__module__.startswith("torch.")
+
+
+def _inner_blocks(module: nn.Module) -> bool:
+    """Whether a submodule looks like a block itself: the innermost is taken."""
+    inside = (m for m in module.modules() if m is not module and not _plain(m))
+    return any((_scored_experts(m) or _named_experts(m)) is not None for m in inside)
+
+
+def _scored_experts(module: nn.Module) -> int | None:
+    """The number of experts of a module with weights by expert and something that scores them."""
+    for name, count in _stacks(module):
+        if any(_scores(n, p, name, count) for n, p in module.named_parameters()):
+            return count
+    return _table_experts(module)
+
+
+def _stacks(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """Weights with a part an expert: a module's own and its children's."""
+    for name, owner in [("", module), *module.named_children()]:
+        if isinstance(owner, _OTHER):
+            continue
+        for own, parameter in owner.named_parameters(recurse=False):
+            if parameter.dim() >= 3 and parameter.shape[0] >= 2:
+                yield f"{name}.{own}".lstrip("."), int(parameter.shape[0])
+
+
+def _scores(name: str, parameter: torch.Tensor, stack: str, count: int) -> bool:
+    """Whether a weight can give one score an expert (or several slots of each)."""
+    if name == stack or parameter.dim() < 2:
+        return False
+    if parameter.dim() == 2:
+        return any(s % count == 0 for s in parameter.shape)
+    return count in parameter.shape[1:]
+
+
+def _table_experts(module: nn.Module) -> int | None:
+    """The rows of tables that keys of another weight select: one each, or one for each pair."""
+    tables = [c for c in module.children() if isinstance(c, nn.Embedding | nn.EmbeddingBag)]
+    rows = {int(t.num_embeddings) for t in tables}
+    own = {id(t.weight) for t in tables}
+    keys = {int(s) for p in module.parameters() if id(p) not in own for s in p.shape}
+    for count in sorted(rows):
+        root = math.isqrt(count)
+        if count >= 4 and (count in keys or (root * root == count and keys & {root, 2 * root})):
+            return count
+    return None
+
+
+def _named_experts(module: nn.Module) -> int | None:
+    """The number of experts of a list or a stacked weight with a forward that takes which one to
+    use, or how many rows are whose.
+    """
+    if not _has_forward(module) or required_arguments(module) < 2:
+        return None
+    own = [p for p in module.parameters(recurse=False) if p.dim() >= 3]
+    if own and required_arguments(module) == 2 and not isinstance(module, _OTHER):
+        return int(own[0].shape[0])
+    lists = [module, *module.children()]
+    for members in lists:
+        if isinstance(members, nn.ModuleList) and len(members) >= 2 and _alike(list(members)):
+            return len(members)
+    return None
+
+
+def _has_forward(module: nn.Module) -> bool:
+    return getattr(type(module), "forward", None) is not nn.Module.forward
+
+
+def _alike(members: list[nn.Module]) -> bool:
+    simple = not any(isinstance(m, nn.ModuleList) for e in members for m in e.modules())
+    weights = any(True for _ in members[0].parameters())
+    return simple and weights and len({structure_key(m) for m in members}) == 1
+
+
+def _runs(module: nn.Module, form: DenseForm) -> bool:
+    """Whether a module runs on tokens and arguments of one of the forms."""
+    dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
+    for rank in _RANKS:
+        for extras in form.arguments(rank):
+            try:
+                with unchanged(module):
+                    example(module, dtype, rank, extras)
+                return True
+            except MoecError:
+                continue
+    return False
+
+
+__all__ = ["DenseForm", "dense_form"]
