@@ -16,7 +16,8 @@ from torch import nn
 
 from moec.capture.arguments import Extra, forms, required_arguments
 from moec.capture.check import unchanged
-from moec.capture.dense import example
+from moec.capture.dense import capture_dense, example
+from moec.capture.evidence import refuse_without_scores
 from moec.errors import MoecError
 from moec.structure import structure_key
 
@@ -27,10 +28,14 @@ _OTHER = (nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.Bilinear)
 
 @dataclass(frozen=True)
 class DenseForm:
-    """How a dense block is called: ``extra`` arguments after the tokens, naming ``experts``."""
+    """How a dense block is called: ``extra`` arguments after the tokens, naming ``experts``.
+
+    ``scores`` are the sizes that an axis of scores may have.
+    """
 
     experts: int
     extra: int = 0
+    scores: frozenset[int] = frozenset()
 
     def arguments(self, rank: int) -> Iterator[tuple[Extra, ...]]:
         """Every form that the further arguments may have for tokens of a rank."""
@@ -39,17 +44,20 @@ class DenseForm:
 
 def dense_form(module: nn.Module) -> DenseForm | None:
     """How a module that looks like a dense block is called; ``None`` if it is none."""
-    if (
-        _plain(module)
-        or not _has_forward(module)
-        or not any(p.is_floating_point() for p in module.parameters())
-    ):
+    if _plain(module) or not _has_forward(module) or _inner_blocks(module):
         return None
-    experts = _scored_experts(module) or _named_experts(module)
-    if experts is None or _inner_blocks(module):
+    if not any(p.is_floating_point() for p in module.parameters()):
         return None
-    form = DenseForm(experts, max(required_arguments(module) - 1, 0))
-    return form if _runs(module, form) else None
+    scored = scored_experts(module)
+    if scored:
+        extra = max(required_arguments(module) - 1, 0)
+        form = DenseForm(min(scored), extra, frozenset(scored))
+        return form if _works(module, form, capture=False) else None
+    experts = _named_experts(module)
+    if experts is None:
+        return None
+    form = DenseForm(experts, required_arguments(module) - 1, frozenset({experts}))
+    return form if _works(module, form, capture=True) else None
 
 
 def _plain(module: nn.Module) -> bool:
@@ -58,17 +66,21 @@ def _plain(module: nn.Module) -> bool:
 
 
 def _inner_blocks(module: nn.Module) -> bool:
-    """Whether a submodule looks like a block itself: the innermost is taken."""
+    """Whether a submodule scores experts itself: the innermost is taken."""
     inside = (m for m in module.modules() if m is not module and not _plain(m))
-    return any((_scored_experts(m) or _named_experts(m)) is not None for m in inside)
+    return any(scored_experts(m) for m in inside)
 
 
-def _scored_experts(module: nn.Module) -> int | None:
-    """The number of experts of a module with weights by expert and something that scores them."""
-    for name, count in _stacks(module):
-        if any(_scores(n, p, name, count) for n, p in module.named_parameters()):
-            return count
-    return _table_experts(module)
+def scored_experts(module: nn.Module) -> set[int]:
+    """The sizes that scores may have in a module with weights by expert and something that scores
+    them; none in another module.
+    """
+    for name, count in [*_stacks(module), *_lists(module)]:
+        sizes = [_score_size(module, n, p, name, count) for n, p in module.named_parameters()]
+        found = {s for s in sizes if s is not None}
+        if found:
+            return found | {count}
+    return _table_scores(module)
 
 
 def _stacks(module: nn.Module) -> Iterator[tuple[str, int]]:
@@ -81,26 +93,41 @@ def _stacks(module: nn.Module) -> Iterator[tuple[str, int]]:
                 yield f"{name}.{own}".lstrip("."), int(parameter.shape[0])
 
 
-def _scores(name: str, parameter: torch.Tensor, stack: str, count: int) -> bool:
-    """Whether a weight can give one score an expert (or several slots of each)."""
-    if name == stack or parameter.dim() < 2:
-        return False
-    if parameter.dim() == 2:
-        return any(s % count == 0 for s in parameter.shape)
-    return count in parameter.shape[1:]
+def _lists(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """Lists of equal modules."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList) and len(child) >= 2 and _alike(list(child)):
+            yield name, len(child)
 
 
-def _table_experts(module: nn.Module) -> int | None:
-    """The rows of tables that keys of another weight select: one each, or one for each pair."""
+def _score_size(
+    module: nn.Module, name: str, parameter: torch.Tensor, experts: str, count: int
+) -> int | None:
+    """The number of scores that a weight gives: one an expert, or several (slots) if it is the
+    module's own.
+    """
+    if name == experts or name.startswith(f"{experts}.") or parameter.dim() < 2:
+        return None
+    shape = [int(s) for s in parameter.shape]
+    if count in (shape if parameter.dim() == 2 else shape[1:]):
+        return count
+    slots = [s for s in shape[1:] if s % count == 0 and parameter.dim() == 2 and "." not in name]
+    return slots[0] if slots else None
+
+
+def _table_scores(module: nn.Module) -> set[int]:
+    """The sizes of scores by which rows of tables are picked: one a row, or one for each half of a
+    pair.
+    """
     tables = [c for c in module.children() if isinstance(c, nn.Embedding | nn.EmbeddingBag)]
-    rows = {int(t.num_embeddings) for t in tables}
     own = {id(t.weight) for t in tables}
     keys = {int(s) for p in module.parameters() if id(p) not in own for s in p.shape}
-    for count in sorted(rows):
+    for count in sorted({int(t.num_embeddings) for t in tables}):
         root = math.isqrt(count)
-        if count >= 4 and (count in keys or (root * root == count and keys & {root, 2 * root})):
-            return count
-    return None
+        sizes = {count} | ({root, 2 * root} if root * root == count else set())
+        if count >= 4 and sizes & keys:
+            return sizes
+    return set()
 
 
 def _named_experts(module: nn.Module) -> int | None:
@@ -129,18 +156,24 @@ def _alike(members: list[nn.Module]) -> bool:
     return simple and weights and len({structure_key(m) for m in members}) == 1
 
 
-def _runs(module: nn.Module, form: DenseForm) -> bool:
-    """Whether a module runs on tokens and arguments of one of the forms."""
+def _works(module: nn.Module, form: DenseForm, *, capture: bool) -> bool:
+    """Whether a module runs on tokens and arguments of one of the forms; with ``capture``, whether
+    they decide what it computes.
+    """
     dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
     for rank in _RANKS:
         for extras in form.arguments(rank):
             try:
                 with unchanged(module):
                     example(module, dtype, rank, extras)
+                    if capture:
+                        found = capture_dense(module, "", dtype, rank, extras)
+                        data = len(found.graph.inputs) - len(found.weights)
+                        refuse_without_scores(found.graph, data, form.scores)
                 return True
             except MoecError:
                 continue
     return False
 
 
-__all__ = ["DenseForm", "dense_form"]
+__all__ = ["DenseForm", "dense_form", "scored_experts"]

@@ -15,8 +15,9 @@ from moec.capture.block import CapturedBlock, capture_block, opaque_experts, wei
 from moec.capture.arguments import Extra
 from moec.capture.check import SIZES, compare, compare_experts, unchanged
 from moec.capture.dense import capture_dense
-from moec.capture.dense_blocks import DenseForm, dense_form
+from moec.capture.dense_blocks import DenseForm, dense_form, scored_experts
 from moec.capture.dense_check import compare_dense
+from moec.capture.evidence import refuse_without_scores
 from moec.capture.experts import ExpertsBody, hidden_sizes, named_weights, read_experts
 from moec.capture.flatten import flatten_tokens
 from moec.capture.loops import capture_loop, has_expert_list
@@ -190,6 +191,8 @@ def _dense(
     """A block without a loop that depends on data, compared with its module."""
     _check_call(candidate.module, rank)
     captured = capture_dense(candidate.module, candidate.name, dtype, rank, extras)
+    sizes = candidate.dense.scores if candidate.dense else scored_experts(candidate.module)
+    refuse_without_scores(captured.graph, 1 + len(extras), sizes)
     found = _finished(candidate.name, candidate.module, "dense", captured)
     if found.graph is not None:
         compare_dense(found.module, found.graph, found.weights, rank, extras, captured.doubtful)
