@@ -302,3 +302,11 @@ def where_number(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Valu
         for a in args[1:3]
     ]
     return i.b("t.where", i.value(args[0]), *sides, hint=i.hint(node))
+
+
+@handles(aten.baddbmm.default)
+def baddbmm(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    if kwargs.get("alpha", 1) != 1 or kwargs.get("beta", 1) != 1:
+        raise CaptureError(f"baddbmm with {dict(kwargs)}")
+    made = i.b("t.matmul", i.value(args[1]), i.value(args[2]))
+    return i.b("t.add", made, i.value(args[0]), hint=i.hint(node))

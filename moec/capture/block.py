@@ -91,7 +91,7 @@ def capture_block(
     experts = block.get_submodule(experts_path)
     with opaque_experts(experts):
         dynamic = {i: ExportDim.DYNAMIC for i in range(len(names))}
-        exported = export(block, (tokens,), (dynamic,))
+        exported, _ = export(block, (tokens,), (dynamic,))
     importer = _ExpertsImporter(exported, names, path, body, experts_path)
     return importer.run(block)
 
@@ -102,8 +102,9 @@ def export(
     dynamic: tuple[dict[int, Any], ...],
     *,
     strict: bool = False,
-) -> Any:
-    """The exported program of a block; ``dynamic`` names the free axes of each argument.
+) -> tuple[Any, tuple[Any, ...]]:
+    """The exported program of a block, and what the tracer took for granted of its sizes;
+    ``dynamic`` names the free axes of each argument.
 
     Raises :class:`CaptureError` with the first line of what the tracer says.
     """
@@ -114,7 +115,8 @@ def export(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the tracer warns about its own internals
             exported = torch.export.export(block, arguments, dynamic_shapes=dynamic, strict=strict)
-            return exported.run_decompositions({})
+            guards = _guards(exported)  # what comes later checks these, in a form of its own
+            return exported.run_decompositions({}), guards
     except (
         Exception
     ) as error:  # the tracer raises errors of many kinds; all mean "cannot be captured"
@@ -124,6 +126,15 @@ def export(
         raise CaptureError(f"torch.export refused {type(block).__name__}: {first}") from error
     finally:
         logger.setLevel(level)
+
+
+def _guards(exported: Any) -> tuple[Any, ...]:
+    """Conditions on the sizes that hold for the example and were relied on."""
+    for node in exported.graph.nodes:
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        if mode is not None and mode.shape_env is not None:
+            return tuple(guard.expr for guard in mode.shape_env.guards)
+    return ()
 
 
 class ExportImporter:

@@ -9,7 +9,6 @@ every size, else the block is refused.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,7 +16,6 @@ from typing import Any
 import sympy
 import torch
 from torch import fx, nn
-from torch.overrides import TorchFunctionMode
 
 from moec.capture.arguments import Extra, axis_names
 from moec.capture.block import (
@@ -28,6 +26,7 @@ from moec.capture.block import (
 )
 from moec.capture.experts import hidden_sizes
 from moec.capture.importer import Importer
+from moec.capture.open_sizes import open_sizes
 from moec.capture.ragged import RaggedImporter
 from moec.capture.sizes import dim_of_expression
 from moec.errors import CaptureError, NotRunError
@@ -60,9 +59,10 @@ def capture_dense(
     reason: CaptureError | None = None
     for strict in (False, True):
         try:
-            with _traceable():
-                exported = export(called, data, _dynamic(data[0], rank, extras), strict=strict)
-            importer = _DenseImporter(exported, axis_names(rank), extras, path)
+            with open_sizes(module):
+                free = _dynamic(data[0], rank, extras)
+                exported, guards = export(called, data, free, strict=strict)
+            importer = _DenseImporter(exported, guards, axis_names(rank), extras, path)
             return importer.run(called)
         except _BoundToSizeError as error:
             reason = error  # the other tracer may keep the size open
@@ -124,40 +124,19 @@ def _dynamic(x: torch.Tensor, rank: int, extras: Sequence[Extra]) -> tuple[dict[
     return (tokens, *others)
 
 
-class _OneHot(TorchFunctionMode):
-    """``one_hot`` with a number of classes that depends on the number of tokens keeps it open."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.one_hot:
-            return _one_hot(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-_ONE_HOT = torch.nn.functional.one_hot
-
-
-def _one_hot(tensor: torch.Tensor, num_classes: Any = -1) -> torch.Tensor:
-    if isinstance(num_classes, torch.SymInt):
-        places = torch.arange(num_classes, device=tensor.device)
-        return (tensor.unsqueeze(-1) == places).to(torch.int64)
-    return _ONE_HOT(tensor, num_classes)
-
-
-@contextlib.contextmanager
-def _traceable() -> Iterator[None]:
-    """Within the context sizes that depend on the number of tokens survive ``one_hot``."""
-    with _OneHot():
-        yield
-
-
 class _DenseImporter(ExportImporter):
     """Imports an exported block; its inputs become the tokens, the other arguments, the weights."""
 
     def __init__(
-        self, exported: Any, names: Sequence[str], extras: Sequence[Extra], path: str
+        self,
+        exported: Any,
+        guards: Sequence[Any],
+        names: Sequence[str],
+        extras: Sequence[Extra],
+        path: str,
     ) -> None:
         super().__init__(exported, names, path)
-        self.extras = list(extras)
+        self.extras, self.guards = list(extras), guards
         self.importer: RaggedImporter | None = None
 
     def run(self, block: nn.Module) -> CapturedBlock:
@@ -167,7 +146,7 @@ class _DenseImporter(ExportImporter):
         self.importer = importer
         self.bind_inputs(importer, graph)
         self.check_ranges()
-        doubtful = self.check_guards(graph)
+        doubtful = self.check_guards()
         importer.run(graph)
         output = next(n for n in graph.nodes if n.op == "output")
         if not all(isinstance(n, fx.Node) for n in output.args[0]):
@@ -197,18 +176,17 @@ class _DenseImporter(ExportImporter):
             raise CaptureError(f"an argument of shape {shape} is not of the form {wanted}")
         return Value(Type(dtype_name(value.dtype), shape), node.name)
 
-    def check_guards(self, graph: fx.Graph) -> tuple[tuple[int, ...], ...]:
+    def check_guards(self) -> tuple[tuple[int, ...], ...]:
         """Refuse a graph that the tracer made for some sizes only; gives the single sizes that it
         left out.
         """
-        tokens = next(n for n in graph.nodes if n.op == "placeholder" and _is_symbolic(n))
         left_out: set[tuple[int, ...]] = set()
-        for guard in tokens.meta["val"].fake_mode.shape_env.guards:
-            failing = list(self.failing(guard.expr))
-            if failing and guard.expr.func is not sympy.Ne:
+        for guard in self.guards:
+            failing = list(self.failing(guard))
+            if failing and guard.func is not sympy.Ne:
                 names = ", ".join(f"{s} is {d}" for s, d in self.symbols.items())
                 raise _BoundToSizeError(
-                    f"the block works only where {guard.expr} holds of its sizes ({names})"
+                    f"the block works only where {guard} holds of its sizes ({names})"
                 )
             left_out.update(failing[:_DOUBTFUL])
         return tuple(sorted(left_out))
@@ -233,11 +211,6 @@ class _DenseImporter(ExportImporter):
             raise CaptureError(f"{argument!r} is no size")
         ragged = self.importer.counts if self.importer is not None else {}
         return dim_of_expression(argument.node.expr, {**self.symbols, **ragged})
-
-
-def _is_symbolic(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and any(isinstance(s, torch.SymInt) for s in value.shape)
 
 
 __all__ = ["capture_dense", "example"]
