@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-RAISE = "simplify, cse, dce, raise-router, simplify, dce"  # what the model means
+RAISE = "simplify, cse, dce, dispatch-dense, raise-router, simplify, dce"  # what the model means
 GRAD = "grad, simplify, cse, dce, adjoint, simplify, cse, dce"  # training only: one joint graph
 KEEP = "recompute, dce"  # what lives between forward and backward
 # fewer, larger kernels
