@@ -211,7 +211,7 @@ def _sum_of(cone: _Cone, op: Op) -> _Sum | None:
         known = cone.known.get(rows)
         if known is None or known.rest != 0 or known.score or rows.type.rank != 3:
             return None
-        axis = {(0, 1, 2): 0, (1, 0, 2): 1, (1, 2, 0): 2}[known.order]
+        axis = known.order.index(0)
         own = rows.type.shape[axis] == cone.frame.experts
         summed = [d % 3 for d in op.attrs["dims"]] == [axis]
         return _Sum(cone, op, rows) if own and summed and _three_axes(cone, rows, known) else None

@@ -65,7 +65,7 @@ class GShardTopTwo(Stacked):
         weight_one = torch.einsum("se,se->s", scores, first.float())
         weight_two = torch.einsum("se,se->s", scores, second.float())
         total = (weight_one + weight_two).clamp(min=1e-9)
-        combine = sum(
+        combine: Any = sum(
             torch.einsum(
                 "s,se,sc->sec",
                 weight / total,
@@ -77,7 +77,7 @@ class GShardTopTwo(Stacked):
                 (weight_two, second, place_two),
             )
         )
-        inside = torch.einsum("sec,sm->ecm", (combine > 0).float(), tokens)
+        inside = torch.einsum("sec,sm->ecm", torch.gt(combine, 0).float(), tokens)
         return torch.einsum("sec,ecm->sm", combine, self.experts(inside)).reshape(x.shape)
 
 
@@ -269,7 +269,7 @@ class SplitByCounts(nn.Module):
         values, chosen = self.gate(tokens).topk(2, dim=-1)
         order = chosen.flatten().argsort(stable=True)
         counts = F.one_hot(chosen, EXPERTS).sum(dim=(0, 1)).tolist()
-        rows = tokens[order // 2].split(counts)
+        rows = torch.split(tokens[order // 2], counts)
         joined = torch.cat(
             [
                 F.relu(F.linear(r, self.up[e], self.bias[e])) @ self.down[e].t()

@@ -60,7 +60,7 @@ def assert_same_function(net: nn.Module, compiled: nn.Module, arguments: Any, to
             return
         leaves = tree_flatten(out)[0]
         sum(((t * torch.cos(t.detach() + 1)).sum() for t in leaves), torch.zeros(())).backward()
-        grads = {n: p.grad for n, p in one.named_parameters() if p.requires_grad}
+        grads: dict[str, Any] = {n: p.grad for n, p in one.named_parameters() if p.requires_grad}
         results.append((out, own.grad, {n: g.clone() for n, g in grads.items() if g is not None}))
     (out, dx, grads), (ours, ours_dx, ours_grads) = results
     assert_equal(ours, out, tol)

@@ -25,7 +25,6 @@ from moec.capture.block import (
     export,
 )
 from moec.capture.experts import hidden_sizes
-from moec.capture.importer import Importer
 from moec.capture.open_sizes import open_sizes
 from moec.capture.ragged import RaggedImporter
 from moec.capture.sizes import dim_of_expression

@@ -52,7 +52,9 @@ class _AsInt(type):
         return isinstance(value, builtins.int)
 
     def __call__(cls, value: Any = 0, *rest: Any) -> Any:
-        return torch.sym_int(value) if isinstance(value, _SYMBOLS) else builtins.int(value, *rest)
+        if isinstance(value, _SYMBOLS):
+            return torch.sym_int(value)  # type: ignore[no-untyped-call]
+        return builtins.int(value, *rest)
 
 
 class _Int(metaclass=_AsInt):
@@ -86,9 +88,11 @@ class _OneHot(TorchFunctionMode):
 
 def _one_hot(tensor: torch.Tensor, num_classes: Any = -1) -> torch.Tensor:
     if isinstance(num_classes, torch.SymInt):
-        places = torch.arange(num_classes, device=tensor.device)
+        count: Any = num_classes
+        places = torch.arange(count, device=tensor.device)
         return (tensor.unsqueeze(-1) == places).to(torch.int64)
-    return _ONE_HOT(tensor, num_classes)
+    made: torch.Tensor = _ONE_HOT(tensor, num_classes)
+    return made
 
 
 __all__ = ["open_sizes"]

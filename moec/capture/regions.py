@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from moec.capture.block import CapturedBlock, capture_block, opaque_experts, weight_hint
 from moec.capture.arguments import Extra
+from moec.capture.block import CapturedBlock, capture_block, opaque_experts, weight_hint
 from moec.capture.check import SIZES, compare, compare_experts, unchanged
 from moec.capture.dense import capture_dense
 from moec.capture.dense_blocks import DenseForm, dense_form, scored_experts

@@ -75,8 +75,8 @@ def _constant(value: float) -> _Ratio:
     exact = Fraction(value)
     if exact.denominator > _MAX_DENOMINATOR or abs(exact.numerator) > _MAX_NUMERATOR:
         raise CaptureError(
-            f"a number of slots is {value} times a number of tokens: floating-point rounding decides "
-            "it at some sizes; use a factor such as 1.25 or 1.5, or whole numbers"
+            f"a number of slots is {value} times a number of tokens: floating-point rounding "
+            "decides it at some sizes; use a factor such as 1.25 or 1.5, or whole numbers"
         )
     return _Ratio(sympy.Integer(exact.numerator), exact.denominator)
 
