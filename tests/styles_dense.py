@@ -296,6 +296,70 @@ class ByTask(nn.Module):
         return out
 
 
+class IntCapacity(Stacked):
+    """Slots for a share of the tokens, rounded down by ``int``."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor) -> Any:
+        tokens = x.reshape(-1, HIDDEN)
+        capacity = max(int(self.factor * tokens.shape[0] / EXPERTS), 1)
+        scores = self.gate(tokens).softmax(dim=-1)
+        values, chosen = scores.t().topk(capacity, dim=-1)
+        picks = F.one_hot(chosen, num_classes=tokens.shape[0]).to(x.dtype)
+        inside = torch.einsum("ect,th->ech", picks, tokens)
+        outputs = self.experts(inside)
+        return torch.einsum("ect,ec,ech->th", picks, values, outputs).view_as(x)
+
+
+class ByNumbers(nn.Module):
+    """A stacked layer called with sorted rows and how many belong to each expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(EXPERTS, HIDDEN, HIDDEN) / 4)
+
+    def forward(self, rows: torch.Tensor, numbers: list[int]) -> torch.Tensor:
+        parts: Any = torch.split(rows, numbers)
+        return torch.cat([F.linear(part, self.weight[e]) for e, part in enumerate(parts)])
+
+
+class Shared(nn.Module):
+    """Two layers around work of the block's own that share one routing, in methods."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(HIDDEN, EXPERTS)
+        self.first, self.last = ByNumbers(), ByNumbers()
+
+    def forward(self, x: torch.Tensor) -> Any:
+        tokens = x.reshape(-1, HIDDEN)
+        value, chosen = self.gate(tokens).softmax(-1).max(dim=-1)
+        order = chosen.argsort()
+        numbers = torch.bincount(chosen, minlength=EXPERTS).tolist()
+        rows = self.last(torch.tanh(self.first(tokens[order], numbers)), numbers)
+        out = torch.empty_like(tokens).index_copy(0, order, rows * value[order].unsqueeze(-1))
+        return out.view_as(x)
+
+
+class HeadWeights(nn.Module):
+    """No MoE: attention with a weight for each head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (stacked(EXPERTS, HIDDEN, 8) for _ in range(3))
+        self.out = nn.Linear(EXPERTS * 8, HIDDEN)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        query, key, value = (
+            torch.einsum("bsh,ehd->besd", x, w) for w in (self.query, self.key, self.value)
+        )
+        mixed = (query @ key.transpose(-1, -2)).softmax(-1) @ value
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
 STYLES: list[type[nn.Module]] = [
     SwitchCapacity,
     GShardTopTwo,

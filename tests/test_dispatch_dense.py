@@ -76,7 +76,8 @@ def test_only_the_chosen_experts_are_computed(text: str, tokens: int) -> None:
     [
         before(base="0.0"),  # a sigmoid of zero is a half
         before(activation="t.sigmoid"),  # an expert gives something for zero
-        before().replace("t.topk(%logits) {k=2}", "t.sort(%logits) {dim=-1}")
+        before()
+        .replace("t.topk(%logits) {k=2}", "t.sort(%logits) {dim=-1}")
         .replace("%values, %chosen = ", "%v, %c = ")
         .replace(
             "f32[T, 2], i64[T, 2]",

@@ -25,7 +25,7 @@ def share(factor: float, experts: float) -> sympy.Expr:
 @pytest.mark.parametrize("experts", [3, 4, 7, 60])
 def test_capacities_are_those_of_floating_point_code(factor: float, experts: int) -> None:
     down = dim_of_expression(tracer.TruncToInt(share(factor, experts)), TOKENS)
-    up = dim_of_expression(tracer.Max(tracer.CeilToInt(share(factor, experts)), 4), TOKENS)
+    up = dim_of_expression(sympy.Max(tracer.CeilToInt(share(factor, experts)), 4), TOKENS)
     for tokens in (*range(300), 10**6 - 1, 2**31 - 1):
         assert evaluate(down, {"T": tokens}) == int(factor * tokens / experts)
         assert evaluate(up, {"T": tokens}) == max(math.ceil(factor * tokens / experts), 4)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten
 
 import moec
 from moec.api import regions
-from tests.styles_dense import EXPERTS, HIDDEN, STYLES, ByTask
+from tests.styles_dense import EXPERTS, HIDDEN, STYLES, ByTask, HeadWeights, IntCapacity, Shared
 
 SHAPES = ((2, 7), (1, 1), (3, 40), (1, 2), (1, 33), (4, 4), (0, 3))
 
@@ -112,3 +112,40 @@ def test_an_argument_may_name_the_expert() -> None:
         x = torch.randn(batch, length, HIDDEN)
         assert_same_function(net, compiled, (x, task), 1e-5)
     assert len(region.artifacts) == 1
+
+
+def test_int_of_a_share_of_the_tokens_stays_open() -> None:
+    torch.manual_seed(6)
+    net = Net(IntCapacity(1.25))
+    compiled = moec.compile(copy.deepcopy(net))
+    (region,) = regions(compiled)
+    assert region.status == "compiled", region.reason
+    for shape in ((2, 7), (1, 3), (3, 40)):
+        assert_same_function(net, compiled, (torch.randn(*shape, HIDDEN),), 1e-5)
+
+
+def test_a_share_that_rounding_decides_is_left_alone() -> None:
+    net = Net(IntCapacity(1.1))
+    with pytest.warns(UserWarning, match=r"IntCapacity.* stays as it was: .*rounding decides"):
+        compiled = moec.compile(copy.deepcopy(net))
+    x = torch.randn(2, 9, HIDDEN)
+    assert_equal(compiled(x), net(x), 1e-6)
+
+
+def test_experts_called_with_rows_and_their_numbers_are_compiled() -> None:
+    torch.manual_seed(7)
+    net = Net(Shared())
+    compiled = moec.compile(copy.deepcopy(net))
+    found = regions(compiled)
+    assert [r.name for r in found] == ["block.first", "block.last"]
+    assert {r.status for r in found} == {"compiled"}
+    for shape in ((2, 7), (1, 1), (3, 40)):
+        assert_same_function(net, compiled, (torch.randn(*shape, HIDDEN),), 1e-5)
+    assert [len(r.artifacts) for r in found] == [1, 1]
+
+
+def test_weights_by_head_are_no_experts() -> None:
+    net = Net(HeadWeights())
+    with pytest.warns(UserWarning, match="found no MoE block"):
+        compiled = moec.compile(net)
+    assert not regions(compiled)

@@ -10,6 +10,7 @@ every size, else the block is refused.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -36,8 +37,9 @@ from moec.ir.types import Type, dtype_name
 
 # Sizes of token axes at which the tracer's guards are tried; 1 is compared with the module itself.
 _GRID = (2, 3, 4, 5, 7, 16, 33, 64, 129, 1000, 4099, 2**20)
-# So many sizes that a guard of the form "is not" leaves out are compared with the module.
-_DOUBTFUL = 3
+# So many of the sizes that a guard leaves out are compared with the module.
+_DOUBTFUL = 8
+_SMALL = 64  # tokens
 _EXAMPLE = {"B": 3, "S": 5, "T": 15}
 
 
@@ -176,13 +178,16 @@ class _DenseImporter(ExportImporter):
         return Value(Type(dtype_name(value.dtype), shape), node.name)
 
     def check_guards(self) -> tuple[tuple[int, ...], ...]:
-        """Refuse a graph that the tracer made for some sizes only; gives the single sizes that it
-        left out.
+        """Refuse a graph that the tracer made for some sizes only.
+
+        Conditions that fail at a few sizes (of the form "is not"), or at small ones alone (the
+        layout of small tensors), are no refusal: gives such sizes, to be compared with the module.
         """
         left_out: set[tuple[int, ...]] = set()
         for guard in self.guards:
             failing = list(self.failing(guard))
-            if failing and guard.func is not sympy.Ne:
+            small = all(math.prod(sizes) <= _SMALL for sizes in failing)
+            if failing and guard.func is not sympy.Ne and not small:
                 names = ", ".join(f"{s} is {d}" for s, d in self.symbols.items())
                 raise _BoundToSizeError(
                     f"the block works only where {guard} holds of its sizes ({names})"

@@ -8,7 +8,7 @@ looks so must also run on tokens; whether it is compiled is decided by capture a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -42,8 +42,11 @@ class DenseForm:
         return forms(self.extra, rank, self.experts)
 
 
-def dense_form(module: nn.Module) -> DenseForm | None:
-    """How a module that looks like a dense block is called; ``None`` if it is none."""
+def dense_form(module: nn.Module, tried: dict[Hashable, DenseForm | None]) -> DenseForm | None:
+    """How a module that looks like a dense block is called; ``None`` if it is none.
+
+    ``tried`` remembers what became of structures that were tried before.
+    """
     if _plain(module) or not _has_forward(module) or _inner_blocks(module):
         return None
     if not any(p.is_floating_point() for p in module.parameters()):
@@ -52,12 +55,17 @@ def dense_form(module: nn.Module) -> DenseForm | None:
     if scored:
         extra = max(required_arguments(module) - 1, 0)
         form = DenseForm(min(scored), extra, frozenset(scored))
-        return form if _works(module, form, capture=False) else None
-    experts = _named_experts(module)
-    if experts is None:
-        return None
-    form = DenseForm(experts, required_arguments(module) - 1, frozenset({experts}))
-    return form if _works(module, form, capture=True) else None
+    else:
+        experts = _named_experts(module)
+        if experts is None:
+            return None
+        form = DenseForm(experts, required_arguments(module) - 1, frozenset({experts}))
+    # what can be taken by itself inside is better than a whole that cannot
+    capture = not scored or any(_named_experts(m) for m in module.modules() if m is not module)
+    key = structure_key(module)
+    if key not in tried:
+        tried[key] = form if _works(module, form, capture=capture) else None
+    return tried[key]
 
 
 def _plain(module: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,15 +79,16 @@ def find_candidates(model: nn.Module) -> Iterator[Candidate]:
     """Modules that look like MoE regions, outermost first, none inside another.
 
     A block has a child that takes three tensors and holds stacked or listed experts; a loop block
-    holds a list of experts itself.
+    holds a list of experts itself; a dense block holds weights by expert and what scores them.
     """
     taken: set[nn.Module] = set()
+    tried: dict[Hashable, DenseForm | None] = {}
     for name, module in model.named_modules():
         if module in taken:
             continue
         experts = next((n for n, child in module.named_children() if _surely_experts(child)), None)
         known = experts is not None or _surely_experts(module) or _is_loop(module)
-        dense = None if known else dense_form(module)
+        dense = None if known else dense_form(module, tried)
         if known or dense is not None:
             yield Candidate(name, module, experts, dense)
             taken.update(module.modules())
