@@ -311,9 +311,9 @@ class Softmax:
         return torch.softmax(x, dim=dim)
 
     def vjp(b: Any, op: Op, g: Value) -> tuple[Value]:
-        weighted = b("t.mul", g, op.result)
-        total = b("t.sum", weighted, dims=(op.attrs["dim"],), keepdim=True)
-        return (b("t.sub", weighted, b("t.mul", op.result, total)),)
+        # in the order of PyTorch's own gradient: the same bits in a float32 part of a float64 model
+        total = b("t.sum", b("t.mul", g, op.result), dims=(op.attrs["dim"],), keepdim=True)
+        return (b("t.mul", b("t.sub", g, total), op.result),)
 
 
 @defop("t.cumsum")
