@@ -109,7 +109,37 @@ def _topk(op: Op, a: Arguments) -> str:
     options = "".join(
         f", {k}={op.attrs[k]!r}" for k in ("dim", "largest", "sorted") if k in op.attrs
     )
-    return f"{a[0]}.topk({op.attrs['k']}{options})"
+    return f"{a[0]}.topk({python_source(op.attrs['k'])}{options})"
+
+
+def _arange(op: Op, a: Arguments) -> str:
+    start, step = op.attrs.get("start", 0), op.attrs.get("step", 1)
+    size, kind = python_source(op.attrs["size"]), dtype(op.attrs["dtype"])
+    stop = f"{start} + {step} * ({size})"
+    return f"torch.arange({start}, {stop}, {step}, dtype={kind}, device=device)"
+
+
+def _size(op: Op, a: Arguments) -> str:
+    size, kind = python_source(op.attrs["size"]), dtype(op.attrs["dtype"])
+    return f"torch.full((), {size}, dtype={kind}, device=device)"
+
+
+def _divisor(op: Op, a: Arguments) -> str:
+    return a[1] if len(a) > 1 else str(op.attrs["other"])
+
+
+def _sort(op: Op, a: Arguments) -> str:
+    dim, descending = op.attrs.get("dim", -1), op.attrs.get("descending", False)
+    return f"{a[0]}.sort(dim={dim}, descending={descending}, stable=True)"
+
+
+def _take(op: Op, a: Arguments) -> str:
+    x, index = (v.type for v in op.operands)
+    if index.rank == 1:
+        return f"{a[0]}.index_select(0, {a[1]})"
+    return (
+        f"{a[0]}.index_select(0, {a[1]}.reshape(-1)).reshape({shape((*index.shape, *x.shape[1:]))})"
+    )
 
 
 def _index(name: str) -> Expression:
@@ -175,7 +205,6 @@ TABLE: dict[str, Expression] = {
     "t.silu": _call("F.silu"),
     "t.log_sigmoid": _call("F.logsigmoid"),
     "t.backward": _grouped("backward"),
-    "t.take": lambda op, a: f"{a[0]}[{a[1]}.long()]",
     "t.maximum": _extreme("maximum"),
     "t.minimum": _extreme("minimum"),
     "t.gelu": lambda op, a: f"F.gelu({a[0]}, approximate={op.attrs.get('approximate', 'none')!r})",
@@ -197,6 +226,18 @@ TABLE: dict[str, Expression] = {
     "t.cumsum": lambda op, a: f"{a[0]}.cumsum({op.attrs['dim']})",
     "t.topk": _topk,
     "t.one_hot": _grouped("one_hot"),
+    "t.arange": _arange,
+    "t.size": _size,
+    "t.quotient": lambda op, a: (
+        f"torch.div({a[0]}, {_divisor(op, a)}, rounding_mode={op.attrs['mode']!r})"
+    ),
+    "t.remainder": lambda op, a: f"torch.remainder({a[0]}, {_divisor(op, a)})",
+    "t.take": _take,
+    "t.index_add": lambda op, a: f"torch.index_add({a[0]}, 0, {a[1]}, {a[2]})",
+    "t.sort": _sort,
+    "t.norm": lambda op, a: (
+        f"torch.linalg.vector_norm({a[0]}, dim={op.attrs['dim']}, keepdim=True)"
+    ),
     "t.linear": _call("F.linear"),
     "t.matmul": lambda op, a: f"{a[0]} @ {a[1]}",
 }

@@ -182,13 +182,11 @@ def graph_inputs(
 
 def flattened(tensor: torch.Tensor, rank: int) -> torch.Tensor:
     """A tensor with its leading axes as one, so that it has a rank."""
-    if tensor.dim() <= rank:
-        return tensor
-    return tensor.reshape(-1, *tensor.shape[tensor.dim() - rank + 1 :])
+    return tensor if tensor.dim() <= rank else tensor.flatten(0, tensor.dim() - rank)
 
 
 def _fitted(tensor: torch.Tensor, rank: int, leading: int) -> torch.Tensor:
-    return tensor if tensor.dim() == rank else tensor.reshape(-1, *tensor.shape[leading:])
+    return tensor if tensor.dim() == rank else tensor.flatten(0, leading - 1)
 
 
 __all__ = [

@@ -61,6 +61,10 @@ def _chosen(op: Op, place: int) -> Role:
     return Role("index", op.operands[0].type.shape[-1])
 
 
+def _rows(op: Op, place: int) -> Role:
+    return Role("index", op.operands[0].type.shape[0], 0)
+
+
 def _classes(op: Op, place: int) -> Role:
     return Role("index", op.attrs["classes"])
 
@@ -90,6 +94,8 @@ _READERS: dict[str, dict[int, Callable[[Op, int], Role]]] = {
     "t.scatter": {1: _index},
     "t.scatter_add": {1: _index},
     "t.one_hot": {0: _classes},
+    "t.take": {1: _rows},
+    "t.index_add": {1: _rows},
     "t.linear": {1: _weight},
     "t.matmul": {1: _weight},
     "moe.dispatch": {0: _experts},

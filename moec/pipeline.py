@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # what the model means
-RAISE = "simplify, cse, dce, raise-router, split-low-rank, simplify, cse, dce"
+RAISE = "simplify, cse, dce, dispatch-dense, raise-router, split-low-rank, simplify, cse, dce"
 # without the router: float64 models whose routers work in float32
 CLEAN = "simplify, cse, dce, split-low-rank, simplify, cse, dce"
 GRAD = "grad, simplify, cse, dce, adjoint, simplify, cse, dce"  # training only: one joint graph

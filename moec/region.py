@@ -24,6 +24,7 @@ from moec.call_form import (
     graph_inputs,
     read_call,
 )
+from moec.capture.arguments import Extra, arguments_of
 from moec.capture.check import autocast_dtype
 from moec.capture.regions import (
     Candidate,
@@ -67,6 +68,7 @@ class Mode:
     weight_dtype: torch.dtype | None = None
     form: CallForm = TOKENS_ALONE
     device: torch.device = _CPU
+    extras: tuple[Extra, ...] = ()
 
 
 class Region:
@@ -189,7 +191,9 @@ class Region:
             self.unserved = odd_reason(odd)
             return
         plain = Mode(module.training, parameter.dtype, 3, None, device=parameter.device)
-        if self.kind == "block":
+        if self.candidate.dense is not None and self.candidate.dense.extra:
+            self._try_forms(plain)
+        elif self.kind == "block":
             self._try_ranks(plain)
         if self.status != "compiled":
             inner = self.inner if self.inner is not None else self
@@ -210,6 +214,16 @@ class Region:
             del self.found[flat]
         self._report(self.found[mode])
 
+    def _try_forms(self, mode: Mode) -> None:
+        """Capture for the first form of arguments after the tokens that can be captured."""
+        form: Any = self.candidate.dense
+        modes = [replace(mode, rank=r, extras=e) for r in (3, 2) for e in form.arguments(r)]
+        for one in modes:
+            if self._capture(one).graph is not None:
+                self.found = {one: self.found[one]}
+                return
+        self._report(self._capture(modes[0]))
+
     def bound_to(self, module: nn.Module) -> Region:
         """This region for a copy of its module: same captures and artifacts, the copy's weights."""
         self._is_changed(self.candidate.module)  # what the copy takes over must be up to date
@@ -229,7 +243,8 @@ class Region:
                 return capture_experts(
                     candidate, mode.dtype, mode.choices, mode.weight_dtype or torch.float32
                 )
-            return capture_whole(candidate, mode.dtype, mode.rank, Trial(mode.form, values))
+            trial = Trial(mode.form, values)
+            return capture_whole(candidate, mode.dtype, mode.rank, trial, mode.extras)
 
     def _refuse_dtype(self, found: FoundRegion, mode: Mode) -> None:
         """Refuse tokens of a dtype with which the module's own code does not run either."""
@@ -265,6 +280,8 @@ class Region:
             return NotImplemented
         if is_traced():
             return call_traced(module, args, kwargs, self)
+        if self.candidate.dense is not None and self.candidate.dense.extra:
+            return self._call_with_extras(module, [*args, *self._in_order(kwargs).values()])
         if self.kind == "experts":
             return self._call_experts(module, [*args, *self._in_order(kwargs).values()])
         call = read_call(type(self.candidate.module), args, kwargs)
@@ -274,6 +291,24 @@ class Region:
         if self._must_run_own_code(module):
             return NotImplemented
         return self._serve(module, call.tensors, lambda: self._found_for(module, call))
+
+    def _call_with_extras(self, module: nn.Module, values: Sequence[Any]) -> Any:
+        """Serve a call with arguments after the tokens that name experts, in the first form that
+        fits.
+        """
+        form, x = self.candidate.dense, values[0] if values else None
+        if not isinstance(x, torch.Tensor) or x.dim() not in (2, 3) or form is None:
+            return NotImplemented
+        if self._must_run_own_code(module):
+            return NotImplemented
+        autocast = autocast_dtype(x.device.type)
+        plain = Mode(module.training, x.dtype, x.dim(), autocast, device=x.device)
+        for extras in form.arguments(x.dim()):
+            data = arguments_of(extras, x, values[1:])
+            mode = replace(plain, extras=extras)
+            if data is not None and self._capture(mode).graph is not None:
+                return self._serve(module, data, functools.partial(self._capture, mode))
+        return NotImplemented
 
     def _call_experts(self, module: nn.Module, data: Sequence[Any]) -> Any:
         if len(data) != 3 or not all(isinstance(v, torch.Tensor) for v in data):
@@ -439,7 +474,7 @@ class Region:
         self, graph: Graph, found: FoundRegion, data: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
         ranks = [v.type.rank for v in graph.inputs]
-        if self.kind == "experts":
+        if self.kind == "experts" or self.candidate.dense is not None:
             return [flattened(t, rank) for t, rank in zip(data, ranks, strict=False)]
         return graph_inputs(found.form, ranks, data)
 

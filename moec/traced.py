@@ -95,6 +95,8 @@ def call_traced(
     """As ``Region.call``, in terms that torch.compile and torch.export can trace."""
     if region.kind == "model":  # the tracer is about to see the whole
         return NotImplemented
+    if region.candidate.dense is not None and region.candidate.dense.extra:
+        return NotImplemented
     given = dict(zip(_names(region.number), args, strict=False))
     given.update(kwargs)
     if len(given) != len(args) + len(kwargs):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -70,9 +71,11 @@ def binary(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
         raise CaptureError(f"{name} with {dict(kwargs)}")
     dtype = i.dtype(node)
     x, y = args[0], args[1]
+    if isinstance(y, sympy.Expr):
+        y = i.b("t.size", size=y, dtype=dtype)
     if not isinstance(y, Value | ExpertSlice):
-        other = number(y) if dtype in FLOATS or not isinstance(y, int) else y
-        return i.b(f"t.{name}", i.cast(i.value(x), dtype), other=other, hint=i.hint(node))
+        fill = number(y) if dtype in FLOATS else int(number(y))
+        return i.b(f"t.{name}", i.cast(i.value(x), dtype), other=fill, hint=i.hint(node))
     if not isinstance(x, Value | ExpertSlice):
         x = i.b.full(Type(dtype, ()), number(x))
     return i.b(f"t.{name}", i.cast(i.value(x), dtype), i.cast(i.value(y), dtype), hint=i.hint(node))
@@ -88,6 +91,8 @@ def number(value: Any) -> float:
 def comparison(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
     name = _COMPARISON[node.target.overloadpacket]  # type: ignore[union-attr]
     x, y = i.value(args[0]), args[1]
+    if isinstance(y, sympy.Expr):
+        y = i.b("t.size", size=y, dtype=x.type.dtype)
     if not isinstance(y, Value | ExpertSlice):
         return i.b(f"t.{name}", x, other=number(y), hint=i.hint(node))
     other = i.value(y)
@@ -346,12 +351,10 @@ def select(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
     return i.b("t.reshape", one, shape=i.shape_of(node), hint=i.hint(node))
 
 
-@handles(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int)
+@handles(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 def split(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> tuple[Any, ...]:
     x = args[0].stack if isinstance(args[0], ExpertSlice) else i.value(args[0])
     shift = int(isinstance(args[0], ExpertSlice))
-    if node.target is aten.unbind.int:
-        raise CaptureError("unbind of a value")
     dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
     axis = int(dim) % (x.type.rank - shift) + shift
     sizes = [int(v.shape[axis - shift]) for v in node.meta["val"]]

@@ -13,7 +13,7 @@ from moec.capture.aten import number
 from moec.capture.importer import ExpertSlice, Importer, handles
 from moec.errors import CaptureError
 from moec.ir.graph import Value
-from moec.ir.types import FLOATS, Type
+from moec.ir.types import FLOATS
 
 aten = torch.ops.aten
 Args = Sequence[Any]
@@ -48,6 +48,9 @@ def norm(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
 
 def _norm(i: Importer, node: fx.Node, x: Value, order: float, dims: Any, keepdim: bool) -> Value:
     """The norm of an order over axes, summed in float32 at least."""
+    if order == 2 and dims is not None and len(dims) == 1:
+        length = i.b("t.norm", x, dim=int(dims[0]), hint=i.hint(node))
+        return length if keepdim else i.b("t.reshape", length, shape=i.shape_of(node))
     dims = tuple(dims) if dims else tuple(range(x.type.rank))
     size = i.b("t.abs", i.cast(x, "f64" if x.type.dtype == "f64" else "f32"))
     if order == math.inf:
@@ -115,7 +118,7 @@ def topk(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
         "sorted": bool(kwargs.get("sorted", ordered)),
     }
     attrs = {n: v for n, v in attrs.items() if v != {"dim": -1, "largest": True, "sorted": True}[n]}
-    return i.b("t.topk", i.value(args[0]), k=int(k), hint=i.hints(node, 2), **attrs)
+    return i.b("t.topk", i.value(args[0]), k=k, hint=i.hints(node, 2), **attrs)
 
 
 @handles(aten.max.dim)
@@ -179,54 +182,9 @@ def scatter(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
     return i.b("t.scatter", x, index, dim=dim, value=number(source), hint=i.hint(node))
 
 
-@handles(aten.embedding.default)
-def embedding(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
-    return i.b("t.take", i.value(args[0]), i.value(args[1]), hint=i.hint(node))
-
-
-@handles(aten.index_select.default)
-def index_select(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
-    table = i.value(args[0])
-    if int(args[1]) % table.type.rank != 0:
-        raise CaptureError("index_select along another axis than the first")
-    return i.b("t.take", table, i.value(args[2]), hint=i.hint(node))
-
-
-@handles(aten.arange.default, aten.arange.start)
-def arange(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
-    start, stop = (0, args[0]) if len(args) == 1 else args[:2]
-    if start != 0:
-        raise CaptureError(f"arange from {start}")
-    running = i.b("t.cumsum", i.b.full(Type("i64", (stop,)), 1), dim=0)
-    return i.cast(i.b("t.sub", running, other=1, hint=i.hint(node)), i.dtype(node))
-
-
-@handles(aten.remainder.Scalar)
-def remainder(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
-    """What is left of whole numbers by a division, with the divisor's sign, as in Python."""
-    x, divisor = i.value(args[0]), args[1]
-    if x.type.dtype in FLOATS or not isinstance(divisor, int):
-        raise CaptureError(f"the remainder of {x.type} by {divisor!r}")
-    times = i.b("t.floor", i.b("t.div", i.cast(x, "f64"), other=float(divisor)))
-    whole = i.b("t.mul", i.cast(times, x.type.dtype), other=divisor)
-    return i.cast(i.b("t.sub", x, whole, hint=i.hint(node)), i.dtype(node))
-
-
-@handles(aten.index.Tensor)
-def index(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
-    """Rows of a table: one integer tensor as index of the first axis."""
-    indices = [a for a in args[1] if a is not None]
-    if len(args[1]) != 1 or len(indices) != 1:
-        raise CaptureError("indexing by several tensors, or of another axis than the first")
-    rows = i.value(indices[0])
-    if rows.type.dtype not in ("i32", "i64"):
-        raise CaptureError("indexing by a mask: how many are chosen depends on data")
-    return i.b("t.take", i.value(args[0]), rows, hint=i.hint(node))
-
-
 @handles(aten.one_hot.default)
 def one_hot(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
-    return i.b("t.one_hot", i.value(args[0]), classes=int(args[1]), hint=i.hint(node))
+    return i.b("t.one_hot", i.value(args[0]), classes=args[1], hint=i.hint(node))
 
 
 # products

@@ -51,13 +51,15 @@ class CapturedBlock:
     """A block's IR. ``weights`` are the parameter paths of the graph's inputs after the tokens.
 
     ``tree`` is the structure of the module's result, ``constants`` its leaves that are no tensors,
-    by place.
+    by place; ``doubtful`` are sizes of the token axes that the tracer left out, to be compared with
+    the module.
     """
 
     graph: Graph
     weights: tuple[str, ...]
     tree: Any
     constants: tuple[tuple[int, Any], ...] = ()
+    doubtful: tuple[tuple[int, ...], ...] = ()
 
 
 @contextlib.contextmanager
@@ -89,10 +91,8 @@ def capture_block(
     names = ("B", "S") if data[0].dim() == 3 else ("T",)
     experts = block.get_submodule(experts_path)
     with opaque_experts(experts), idle_conversions(block):
-        exported = _export(block, data, form)
-    importer = _ExportImporter(exported, names, body, experts_path, path)
-    importer.leading = [len(names), *(_open_axes(t, len(names)) for t in form.tensors)]
-    importer.hints = [form.tokens or _first_parameter(block), *(t.name for t in form.tensors)]
+        exported = _exported(block, data, form)
+    importer = _ExpertsImporter(exported, names, path, body, experts_path, block, form)
     return importer.run(block)
 
 
@@ -127,11 +127,28 @@ class _Adapter(nn.Module):
 _PREFIX = "block."
 
 
-def _export(block: nn.Module, data: Sequence[torch.Tensor], form: CallForm) -> Any:
+def _exported(block: nn.Module, data: Sequence[torch.Tensor], form: CallForm) -> Any:
     lead = data[0].shape[:-1]
     opened = [t.reshape(f.open_shape(lead)) for f, t in zip(form.tensors, data[1:], strict=True)]
     axes = [len(lead), *(_open_axes(f, len(lead)) for f in form.tensors)]
     dynamic = [{i: ExportDim.DYNAMIC for i in range(n)} for n in axes]
+    exported, _ = export(_Adapter(block, form), ([data[0], *opened],), (dynamic,), block)
+    return exported
+
+
+def export(
+    called: nn.Module,
+    arguments: tuple[Any, ...],
+    dynamic: tuple[Any, ...],
+    block: nn.Module,
+    *,
+    strict: bool = False,
+) -> tuple[Any, tuple[Any, ...]]:
+    """The exported program of a block, and what the tracer took for granted of its sizes.
+
+    ``called`` is the block or a module around it; ``dynamic`` names the free axes of each argument.
+    Raises :class:`CaptureError` with the first line of what the tracer says.
+    """
     logger = logging.getLogger("torch.export")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -139,13 +156,9 @@ def _export(block: nn.Module, data: Sequence[torch.Tensor], form: CallForm) -> A
         # A call may come while a model is traced: that trace gets no guards of this one.
         with warnings.catch_warnings(), torch._guards.tracing(None):
             warnings.simplefilter("ignore")  # the tracer warns about its own internals
-            exported = torch.export.export(
-                _Adapter(block, form),
-                ([data[0], *opened],),
-                dynamic_shapes=(dynamic,),
-                strict=False,
-            )
-            return exported.run_decompositions({})
+            exported = torch.export.export(called, arguments, dynamic_shapes=dynamic, strict=strict)
+            guards = _guards(exported)  # what comes later checks these, in a form of its own
+            return exported.run_decompositions({}), guards
     except (
         Exception
     ) as error:  # the tracer raises errors of many kinds; all mean "cannot be captured"
@@ -157,43 +170,32 @@ def _export(block: nn.Module, data: Sequence[torch.Tensor], form: CallForm) -> A
         logger.setLevel(level)
 
 
-class _ExportImporter:
-    """Imports an exported program; inputs become the tokens, then the parameters that are used."""
+def _guards(exported: Any) -> tuple[Any, ...]:
+    """Conditions on the sizes that hold for the example and were relied on."""
+    for node in exported.graph.nodes:
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        if mode is not None and mode.shape_env is not None:
+            return tuple(guard.expr for guard in mode.shape_env.guards)
+    return ()
 
-    def __init__(
-        self,
-        exported: Any,
-        names: Sequence[str],
-        body: ExpertsBody | ExpertGroups,
-        experts_path: str,
-        path: str,
-    ) -> None:
-        self.exported, self.names, self.body = exported, names, body
-        self.experts_path, self.path = experts_path, path
+
+class ExportImporter:
+    """Imports an exported program; inputs become the data, then the parameters that are used.
+
+    ``prefix`` is the path of the block in the exported module.
+    """
+
+    prefix = ""
+
+    def __init__(self, exported: Any, names: Sequence[str], path: str) -> None:
+        self.exported, self.names, self.path = exported, names, path
         self.builder = Builder({n: (0, MAX_TOKENS) for n in names})
+        self.data: list[Value] = []
         self.weights: dict[str, Value] = {}
         self.symbols: dict[Any, Dim] = {}
-        self.leading: list[int] = [len(names)]
-        self.hints: list[str] = ["x"]
 
-    def run(self, block: nn.Module) -> CapturedBlock:
-        graph: fx.Graph = self.exported.graph
-        tensors = {**dict(block.named_parameters()), **dict(block.named_buffers())}
-        importer = _BlockImporter(self, tensors)
-        data = self.bind_inputs(importer, graph)
-        self.check_ranges()
-        importer.run(graph)
-        output = next(n for n in graph.nodes if n.op == "output")
-        leaves: Any = output.args[0]
-        results = [importer.value(importer.env[n]) for n in leaves if isinstance(n, fx.Node)]
-        constants = tuple((i, n) for i, n in enumerate(leaves) if not isinstance(n, fx.Node))
-        graph_ = self.builder.graph(
-            block_name(self.path, block), [*data, *self.weights.values()], results
-        )
-        tree = self.exported.call_spec.out_spec
-        return CapturedBlock(graph_, tuple(self.weights), tree, constants)
-
-    def bind_inputs(self, importer: Importer, graph: fx.Graph) -> list[Value]:
+    def bind_inputs(self, importer: Importer, graph: fx.Graph) -> None:
+        """Make each input of the program a value: a parameter, or an argument of the call."""
         signature = self.exported.graph_signature
         paths = {
             **signature.inputs_to_parameters,
@@ -204,20 +206,25 @@ class _ExportImporter:
             raise CaptureError("the block changes a buffer or builds a constant tensor in forward")
         if signature.user_inputs_to_mutate:
             raise CaptureError("the block changes its input in place")
-        data: list[Value] = []
         for node in graph.nodes:
             if node.op != "placeholder":
                 continue
             if node.name in paths:
-                path = paths[node.name].removeprefix(_PREFIX)
+                path = paths[node.name].removeprefix(self.prefix)
                 importer.env[node] = self.weight(path, node.meta["val"])
             else:
-                value = self.argument(node, self.leading[len(data)], self.hints[len(data)])
-                importer.env[node] = value
-                data.append(value)
-        return data
+                importer.env[node] = self.argument(node)
+        if not self.data:
+            raise CaptureError("the block takes no tensor")
 
-    def argument(self, node: fx.Node, leading: int, hint: str) -> Value:
+    def argument(self, node: fx.Node) -> Value:
+        """An argument of the call, in order: the tokens."""
+        if self.data:
+            raise CaptureError("the block takes more than tokens")
+        self.data.append(self.tensor(node, len(self.names), node.name))
+        return self.data[-1]
+
+    def tensor(self, node: fx.Node, leading: int, hint: str) -> Value:
         """A tensor of the call; its first axes are the tokens' leading axes."""
         value = node.meta["val"]
         for name, size in zip(self.names[:leading], value.shape, strict=False):
@@ -238,10 +245,6 @@ class _ExportImporter:
             bounded = upper is not None and upper.is_Integer and int(upper) < MAX_TOKENS
             if symbol in self.symbols and (int(interval.lower) > 2 or bounded):
                 raise CaptureError(f"the block works for sizes in [{interval.lower}, {upper}] only")
-
-    def expert_weight(self, path: str, tensors: dict[str, torch.Tensor]) -> Value:
-        full = f"{self.experts_path}.{path}" if self.experts_path else path
-        return self.weight(full, tensors[full])
 
     def shape(self, node: fx.Node) -> tuple[Dim, ...]:
         return tuple(map(self.size, node.meta["val"].shape))
@@ -264,10 +267,58 @@ class _ExportImporter:
         return dims.canon(expression.xreplace(self.symbols))
 
 
+class _ExpertsImporter(ExportImporter):
+    """Imports a block whose experts are one opaque op."""
+
+    prefix = _PREFIX
+
+    def __init__(
+        self,
+        exported: Any,
+        names: Sequence[str],
+        path: str,
+        body: ExpertsBody | ExpertGroups,
+        experts_path: str,
+        block: nn.Module,
+        form: CallForm,
+    ) -> None:
+        super().__init__(exported, names, path)
+        self.body, self.experts_path = body, experts_path
+        self.leading = [len(names), *(_open_axes(t, len(names)) for t in form.tensors)]
+        self.hints = [form.tokens or _first_parameter(block), *(t.name for t in form.tensors)]
+
+    def run(self, block: nn.Module) -> CapturedBlock:
+        graph: fx.Graph = self.exported.graph
+        tensors = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+        importer = _BlockImporter(self, tensors)
+        self.bind_inputs(importer, graph)
+        self.check_ranges()
+        importer.run(graph)
+        output = next(n for n in graph.nodes if n.op == "output")
+        leaves: Any = output.args[0]
+        results = [importer.value(importer.env[n]) for n in leaves if isinstance(n, fx.Node)]
+        constants = tuple((i, n) for i, n in enumerate(leaves) if not isinstance(n, fx.Node))
+        graph_ = self.builder.graph(
+            block_name(self.path, block), [*self.data, *self.weights.values()], results
+        )
+        tree = self.exported.call_spec.out_spec
+        return CapturedBlock(graph_, tuple(self.weights), tree, constants)
+
+    def argument(self, node: fx.Node) -> Value:
+        """An argument of the call, in order: its first axes are the tokens' leading axes."""
+        place = len(self.data)
+        self.data.append(self.tensor(node, self.leading[place], self.hints[place]))
+        return self.data[-1]
+
+    def expert_weight(self, path: str, tensors: dict[str, torch.Tensor]) -> Value:
+        full = f"{self.experts_path}.{path}" if self.experts_path else path
+        return self.weight(full, tensors[full])
+
+
 class _BlockImporter(Importer):
     """Imports the block's ops; the opaque op becomes the experts' body."""
 
-    def __init__(self, owner: _ExportImporter, tensors: dict[str, torch.Tensor]) -> None:
+    def __init__(self, owner: _ExpertsImporter, tensors: dict[str, torch.Tensor]) -> None:
         super().__init__(owner.builder, owner.shape, owner.size, module_path=owner.path)
         self.owner, self.tensors = owner, tensors
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moec.call_form import CallForm, graph_inputs
+from moec.call_form import CallForm, flattened, graph_inputs
 from moec.capture.check_gradients import compare_gradients
 from moec.capture.forms import INDICES, Form, as_routing
 from moec.capture.reference import own_results
@@ -56,10 +56,10 @@ def compare(
         for leading in SIZES[rank]:
             for scale in SCALES:
                 x = (torch.randn(*leading, hidden, generator=generator) * scale).to(device, dtype)
-                _compare_call(module, graph, trial.data(x, generator), inputs, trial.form)
+                compare_call(module, graph, trial.data(x, generator), inputs, trial.form)
         row = torch.randn(hidden, generator=generator).to(device, dtype)
         rows = row.expand(*EQUAL[rank], hidden).contiguous()
-        _compare_call(module, graph, trial.data(rows, generator), inputs, trial.form)
+        compare_call(module, graph, trial.data(rows, generator), inputs, trial.form)
         x = torch.randn(*SIZES[rank][1], hidden, generator=generator).to(device, dtype)
     compare_gradients(module, graph, weights, trial.data(x, generator), trial.form)
 
@@ -81,7 +81,7 @@ def compare_experts(
         for (tokens,) in (*SIZES[2], EQUAL[2]):
             for scale in SCALES:
                 data = _routed(graph, tokens, experts, scale, generator, form, device)
-                _compare_call(module, graph, data, inputs, None)
+                compare_call(module, graph, data, inputs, None)
         data = _routed(graph, SIZES[2][1][0], experts, 1.0, generator, form, device)
     compare_gradients(module, graph, weights, data, None)
 
@@ -129,18 +129,25 @@ def _routed(
     return [t.to(device) for t in data]
 
 
-def _compare_call(
+def compare_call(
     module: nn.Module,
     graph: Graph,
     data: list[torch.Tensor],
     inputs: list[torch.Tensor],
     form: CallForm | None,
+    call: Sequence[Any] | None = None,
 ) -> None:
-    """``form`` is that of a block's call; experts have none."""
+    """Compare one call with ``data``, which goes to the module as ``call`` if that is given.
+
+    ``form`` is that of a block's call; experts and blocks with index arguments have none.
+    """
     x = data[0]
-    expected = own_results(module, data, form)
+    expected = own_results(module, data if call is None else call, form)
+    ranks = [v.type.rank for v in graph.inputs]
     if form is not None:
-        data = graph_inputs(form, [v.type.rank for v in graph.inputs], data)
+        data = graph_inputs(form, ranks, data)
+    else:
+        data = [flattened(t, rank) for t, rank in zip(data, ranks, strict=False)]
     with torch.autocast(x.device.type, enabled=False):
         found = run(graph, [*data, *inputs])
     if len(found) != len(expected):

@@ -95,7 +95,7 @@ class _Flatten:
                 **{**op.attrs, "shape": self.shape(op.attrs["shape"])},
             )
             return (made,)
-        attrs = {k: self.size(v) if k == "rows" else v for k, v in op.attrs.items()}
+        attrs = {k: self.size(v) if symbols(v) else v for k, v in op.attrs.items()}
         if any(self.is_leading(v) for v in (*op.operands, *op.results)):
             attrs |= self.checked(op)
         found = self.builder(

@@ -47,7 +47,9 @@ def handles(*targets: Any) -> Callable[[Handler], Handler]:
 
 def handler_of(target: Any) -> Handler | None:
     """The table entry of an op."""
-    import moec.capture.aten_products  # noqa: F401  (registers all handlers; needs this module first)
+    import moec.capture.aten_products  # these register all handlers; they need this module first
+    import moec.capture.aten_rows
+    import moec.capture.einsum  # noqa: F401
 
     return HANDLERS.get(target)
 

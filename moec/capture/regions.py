@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from moec.call_form import TOKENS_ALONE, CallForm
+from moec.capture.arguments import Extra
 from moec.capture.block import CapturedBlock, capture_block, opaque_experts, weight_hint
 from moec.capture.check import (
     SIZES,
@@ -18,8 +20,13 @@ from moec.capture.check import (
     ranks_taken,
     unchanged,
 )
+from moec.capture.check_gradients import compare_gradients
 from moec.capture.counts import hidden_sizes
+from moec.capture.dense import capture_dense
+from moec.capture.dense_blocks import DenseForm, dense_form, scored_experts
+from moec.capture.dense_check import compare_dense
 from moec.capture.disagreement import refuse_split_devices
+from moec.capture.evidence import refuse_without_scores
 from moec.capture.experts import ExpertsBody, named_weights
 from moec.capture.flatten import flatten_tokens
 from moec.capture.lists import expert_list, has_expert_list, is_scored
@@ -72,32 +79,36 @@ class FoundRegion:
 @dataclass(frozen=True)
 class Candidate:
     """A place in the module tree that looks like a region; ``experts`` is the path of the experts
-    below it.
+    below it; ``dense`` says how a block without such experts and without a loop is called.
     """
 
     name: str
     module: nn.Module
     experts: str | None
+    dense: DenseForm | None = None
 
     @property
     def is_experts(self) -> bool:
         """Whether the module itself is called with tokens, indices and weights."""
-        return self.experts is None and is_experts(self.module)
+        return self.experts is None and self.dense is None and is_experts(self.module)
 
 
 def find_candidates(model: nn.Module) -> Iterator[Candidate]:
     """Modules that look like MoE regions, outermost first, none inside another.
 
     A block has a child that takes three tensors and holds stacked or listed experts; a loop block
-    holds a list of experts itself.
+    holds a list of experts itself; a dense block holds weights by expert and what scores them.
     """
     taken: set[nn.Module] = set()
+    tried: dict[Hashable, DenseForm | None] = {}
     for name, module in model.named_modules():
         if module in taken:
             continue
         experts = experts_below(module)
-        if experts is not None or _surely_experts(module) or _is_loop(module):
-            yield Candidate(name, module, experts)
+        known = experts is not None or _surely_experts(module) or _is_loop(module)
+        dense = None if known else dense_form(module, tried)
+        if known or dense is not None:
+            yield Candidate(name, module, experts, dense)
             taken.update(module.modules())
 
 
@@ -184,24 +195,44 @@ def capture_whole(
     dtype: torch.dtype | None = None,
     rank: int = 3,
     trial: Trial = Trial(),  # noqa: B008 (immutable)
+    extras: Sequence[Extra] = (),
 ) -> FoundRegion:
-    """Capture a whole block: experts module and router, or a loop over a list of experts.
+    """Capture a whole block: experts module and router, a loop over a list of experts, or a block
+    without a loop.
 
-    ``trial`` says what it is called with besides tokens.
+    ``trial`` says what it is called with besides tokens; ``extras`` are arguments after the tokens
+    of a block without a loop, which name experts.
     """
     name, module = candidate.name, candidate.module
     kind = "loop" if candidate.experts is None else "block"
+    kind = "dense" if candidate.dense is not None else kind
     try:
         refuse_split_devices(module)
-        with unchanged(module, plain=True) as writes:
-            captured = _captured(candidate, dtype, rank, trial)
-            found = _checked(_finished(name, module, kind, captured, trial), dtype, rank, trial)
-        return _with_writes(found, writes, dtype, rank, trial)
+        if candidate.dense is None:
+            return _loop_or_block(candidate, kind, dtype, rank, trial)
+        with unchanged(module):
+            return _dense(candidate, dtype, rank, trial, extras)
     except MoecError as error:
         ran = not isinstance(error, NotRunError)
         return FoundRegion(name, module, kind, None, reason=str(error), ran=ran)
     except Exception as error:  # a fault in reading a model must not stop that model
         return FoundRegion(name, module, kind, None, reason=_unread(module, error))
+
+
+def _loop_or_block(
+    candidate: Candidate, kind: str, dtype: torch.dtype | None, rank: int, trial: Trial
+) -> FoundRegion:
+    name, module = candidate.name, candidate.module
+    try:
+        with unchanged(module, plain=True) as writes:
+            captured = _captured(candidate, dtype, rank, trial)
+            found = _checked(_finished(name, module, kind, captured, trial), dtype, rank, trial)
+        return _with_writes(found, writes, dtype, rank, trial)
+    except CaptureError:
+        if candidate.experts is not None:
+            raise
+        with unchanged(module):
+            return _dense_loop(candidate, dtype, rank, trial)
 
 
 def _with_writes(
@@ -220,10 +251,48 @@ def _with_writes(
     return replace(found, writes=constant)
 
 
-def _captured(
-    candidate: Candidate, dtype: torch.dtype | None, rank: int, trial: Trial
-) -> CapturedBlock:
+def _dense(
+    candidate: Candidate,
+    dtype: torch.dtype | None,
+    rank: int,
+    trial: Trial,
+    extras: Sequence[Extra] = (),
+) -> FoundRegion:
+    """A block without a loop that depends on data, compared with its module."""
     name, module = candidate.name, candidate.module
+    _check_call(module, rank)
+    if not trial.form.is_tokens_alone:
+        raise CaptureError(f"{type(module).__name__} is called with more than tokens")
+    captured = capture_dense(module, name, dtype, rank, extras)
+    sizes = candidate.dense.scores if candidate.dense else scored_experts(module)
+    refuse_without_scores(captured.graph, 1 + len(extras), sizes)
+    found = _finished(name, module, "dense", captured, trial)
+    if found.graph is not None:
+        compare_dense(module, found.graph, found.weights, rank, extras, captured.doubtful)
+        if not extras and not next(module.parameters()).is_meta:
+            hidden = int(found.graph.inputs[0].type.shape[-1])
+            x = _example(module, hidden, dtype, rank)
+            compare_gradients(module, found.graph, found.weights, [x], trial.form)
+    return found
+
+
+def _dense_loop(
+    candidate: Candidate, dtype: torch.dtype | None, rank: int, trial: Trial
+) -> FoundRegion:
+    """A list of experts that is no loop over choices, as straight-line code if it is that; why it
+    is no loop is the better reason if not.
+    """
+    error = sys.exception()
+    try:
+        return _dense(candidate, dtype, rank, trial)
+    except MoecError:
+        if error is None:
+            raise
+        raise error from None
+
+
+def _check_call(module: nn.Module, rank: int) -> None:
+    """Refuse tokens of a rank that no form has, and a forward that is not the class's."""
     if rank not in SIZES:
         ranks = " or ".join(map(str, sorted(SIZES)))
         raise CaptureError(
@@ -233,6 +302,13 @@ def _captured(
         raise CaptureError(
             f"{type(module).__name__} has a forward of its own instance, put there by a library"
         )
+
+
+def _captured(
+    candidate: Candidate, dtype: torch.dtype | None, rank: int, trial: Trial
+) -> CapturedBlock:
+    name, module = candidate.name, candidate.module
+    _check_call(module, rank)
     if candidate.experts is None:
         if not trial.form.is_tokens_alone:
             raise CaptureError(

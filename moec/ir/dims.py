@@ -213,6 +213,11 @@ def apply(value: Any, binding: Mapping[str, Any]) -> Any:
         return -(-parts[0] // parts[1])
     if value.func is floordiv:
         return parts[0] // parts[1]
+    if value.func in (sympy.Min, sympy.Max):
+        import torch
+
+        pick = torch.sym_min if value.func is sympy.Min else torch.sym_max
+        return functools.reduce(pick, parts)
     raise DimError(f"no arithmetic for the dim {value}")
 
 

@@ -91,7 +91,9 @@ def load_dialects() -> None:
     """Import the modules that declare the ops (they need this module, so not at the top)."""
     import moec.ops.backward
     import moec.ops.indexing
+    import moec.ops.integer
     import moec.ops.kernel
     import moec.ops.moe
     import moec.ops.pointwise
+    import moec.ops.rows
     import moec.ops.tensor  # noqa: F401

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from moec.ir.dims import canon, product
+from moec.ir.dims import Dim
 from moec.ir.graph import Op, Value
 from moec.ir.opdef import defop
 from moec.ir.types import Type
@@ -20,7 +20,7 @@ class TopK:
     """
 
     def infer(
-        x: Type, *, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
+        x: Type, *, k: Dim, dim: int = -1, largest: bool = True, sorted: bool = True
     ) -> tuple[Type, Type]:
         d = axis(dim, x.rank)
         values = x.with_shape(*x.shape[:d], k, *x.shape[d + 1 :])
@@ -61,29 +61,6 @@ class Gather:
     def vjp(b: Any, op: Op, g: Value) -> tuple[Value, None]:
         zeros = b.full(op.operands[0].type, 0.0)
         return b("t.scatter_add", zeros, op.operands[1], g, dim=op.attrs["dim"]), None
-
-
-@defop("t.take")
-class Take:
-    """``out[i, .., :] = table[index[i, ..], :]``: rows of a table by index."""
-
-    def infer(table: Type, index: Type) -> Type:
-        require(table.rank >= 1, f"a table has at least one axis, got {table}")
-        require(index.dtype in ("i32", "i64"), f"an index must be i32 or i64, got {index}")
-        return table.with_shape(*index.shape, *table.shape[1:])
-
-    def eval(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        return table[index.long()]
-
-    def vjp(b: Any, op: Op, g: Value) -> tuple[Value, None]:
-        table, index = (v.type for v in op.operands)
-        rows, width = canon(product(index.shape)), canon(product(table.shape[1:]))
-        flat = b("t.reshape", g, shape=(rows, width))
-        places = b("t.reshape", op.operands[1], shape=(rows, 1))
-        places = b("t.expand", places, shape=(rows, width))
-        zeros = b.full(table.with_shape(table.shape[0], width), 0.0)
-        total = b("t.scatter_add", zeros, places, flat, dim=0)
-        return b("t.reshape", total, shape=table.shape), None
 
 
 @defop("t.scatter_add")
@@ -145,7 +122,7 @@ class Scatter:
 class OneHot:
     """``i64[..., classes]`` with a one at each index; an index of ``classes`` or more has none."""
 
-    def infer(index: Type, *, classes: int) -> Type:
+    def infer(index: Type, *, classes: Dim) -> Type:
         require(index.dtype in ("i32", "i64"), f"an index must be i32 or i64, got {index}")
         return Type("i64", (*index.shape, classes))
 

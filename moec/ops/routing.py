@@ -44,7 +44,8 @@ def activate_gradient(b: Any, op: Op, g: Value) -> Value:
     if fn == "identity":
         return g
     if fn == "sigmoid":
-        return b("t.mul", g, b("t.mul", scores, b("t.add", b("t.neg", scores), other=1.0)))
+        # in the order of PyTorch's own gradient: the same bits in a float32 part of a float64 model
+        return b("t.mul", b("t.mul", g, b("t.add", b("t.neg", scores), other=1.0)), scores)
     if fn == "sqrtsoftplus":
         return b(
             "t.div", b("t.mul", g, b("t.sigmoid", op.operands[0])), b("t.mul", scores, other=2.0)
@@ -141,7 +142,7 @@ def _source_gradient(
         weighted = b("t.mul", g, raw)
         return b("t.sub", weighted, b("t.mul", raw, b("t.sum", weighted, dims=(-1,), keepdim=True)))
     if source == "sigmoid":
-        return b("t.mul", g, b("t.mul", raw, b("t.add", b("t.neg", raw), other=1.0)))
+        return b("t.mul", b("t.mul", g, b("t.add", b("t.neg", raw), other=1.0)), raw)
     return g
 
 

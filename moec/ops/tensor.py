@@ -263,13 +263,10 @@ class Sum:
 
 @defop("t.mean")
 class Mean:
-    """The mean over axes of constant size."""
+    """The mean over axes."""
 
     def infer(x: Type, *, dims: tuple[int, ...], keepdim: bool = False) -> Type:
-        require(
-            all(isinstance(x.shape[axis(d, x.rank)], int) for d in dims),
-            f"a mean over symbolic axes of {x}",
-        )
+        require(x.is_float, f"needs a float, got {x}")
         return x.with_shape(*reduced(x.shape, dims, keepdim))
 
     def eval(x: torch.Tensor, *, dims: tuple[int, ...], keepdim: bool = False) -> torch.Tensor:
@@ -278,7 +275,10 @@ class Mean:
     def vjp(b: Any, op: Op, g: Value) -> tuple[Value]:
         shape = op.operands[0].type.shape
         count = product([shape[axis(d, len(shape))] for d in op.attrs["dims"]])
-        return (b("t.mul", _expand_reduced(b, op, g), other=1.0 / float(count)),)
+        spread = _expand_reduced(b, op, g)
+        if not isinstance(count, int):
+            return (b("t.div", spread, b("t.size", size=count, dtype=g.type.dtype)),)
+        return (b("t.mul", spread, other=1.0 / float(count)),)
 
 
 @defop("t.amax")
@@ -327,9 +327,9 @@ class Softmax:
         return torch.softmax(x, dim=dim)
 
     def vjp(b: Any, op: Op, g: Value) -> tuple[Value]:
-        weighted = b("t.mul", g, op.result)
-        total = b("t.sum", weighted, dims=(op.attrs["dim"],), keepdim=True)
-        return (b("t.sub", weighted, b("t.mul", op.result, total)),)
+        # in the order of PyTorch's own gradient: the same bits in a float32 part of a float64 model
+        total = b("t.sum", b("t.mul", g, op.result), dims=(op.attrs["dim"],), keepdim=True)
+        return (b("t.mul", b("t.sub", g, total), op.result),)
 
 
 @defop("t.cumsum")
@@ -342,6 +342,13 @@ class Cumsum:
 
     def eval(x: torch.Tensor, *, dim: int) -> torch.Tensor:
         return torch.cumsum(x, dim=dim)
+
+    def vjp(b: Any, op: Op, g: Value) -> tuple[Value]:
+        """The running sums of ``g`` from the other end."""
+        dim = op.attrs["dim"]
+        total = b("t.sum", g, dims=(dim,), keepdim=True)
+        before = b("t.sub", b("t.cumsum", g, dim=dim), g)
+        return (b("t.sub", b("t.expand", total, shape=g.type.shape), before),)
 
 
 @defop("t.linear")
