@@ -53,7 +53,7 @@ def train(model: nn.Module, rank: int) -> list[float]:
     losses = []
     for step in range(STEPS):
         loss = loss_of(model, batch(rank, step))
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         norm: Any = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         optimizer.step()

@@ -76,7 +76,7 @@ def test_what_is_captured_does_not_depend_on_where_the_first_call_is() -> None:
     assert_equal_steps(compiled, model)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
 def test_autocast_may_be_switched_between_calls(family: str) -> None:
     model, compiled = pair(family)
     x = torch.randn(2, 5, 32)

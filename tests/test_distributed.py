@@ -53,7 +53,7 @@ def single_process(family: str) -> list[float]:
     found = []
     for step in range(STEPS):
         loss = loss_of(model, tokens(2 * WORLD, 5 + 2 * step))
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad()
