@@ -205,7 +205,7 @@ class _State:
             if now is value and _contents(value) == then:
                 continue
             own[key] = _refilled(value, then)
-            if not _same_members(now, value):
+            if now is value or not _same_members(now, value):
                 yield key
 
     def _buffers(self) -> Iterator[str]:
