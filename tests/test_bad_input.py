@@ -502,11 +502,12 @@ def test_threads_that_race_for_the_first_call(make: Any) -> None:
     assert len(regions(compiled)[0].session.artifacts) == 1
 
 
-@pytest.mark.parametrize("make", [Loop, Block])
-def test_a_capture_does_not_disturb_calls_of_other_threads(make: Any) -> None:
-    model = make()
+def test_a_capture_does_not_disturb_calls_of_other_threads() -> None:
+    # Of a loop: torch.export, which reads the other blocks, traces calls of every thread.
+    model = Loop()
     compiled = quietly(model)
-    deep, flat = torch.randn(1, 5, HIDDEN), torch.randn(5, HIDDEN)
+    deep = torch.randn(1, 5, HIDDEN)
+    flat = deep[0]
     expected, wrong, done = model(deep), [], threading.Event()
 
     def call_again_and_again() -> None:
