@@ -189,7 +189,7 @@ class SortedSlices(Routed):
                 continue
             token = tokens[start:end]
             rows = expert(flat[token]) * weights.view(-1, 1)[order[start:end]]
-            out.scatter_reduce_(0, token[:, None].expand(-1, HIDDEN), rows, reduce="sum")
+            out = out.scatter_add(0, token[:, None].expand(-1, HIDDEN), rows)
             start = end
         return out.view(x.shape)
 

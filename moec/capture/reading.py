@@ -85,8 +85,8 @@ def read_experts(module: nn.Module, path: str = "") -> ExpertsBody | ExpertGroup
                 return _read(module, span, path)
         except CaptureError as error:
             refusals.append(error)
-        except (RuntimeError, IndexError, TypeError, ValueError, KeyError) as error:
-            reasons.setdefault(hidden, f"{hidden}: {str(error).splitlines()[0]}")
+        except Exception as error:  # code that is no experts' may raise anything on such a call
+            reasons.setdefault(hidden, f"{hidden}: {type(error).__name__}: {error}"[:200])
     if refusals:
         raise refusals[0]
     reason = "; ".join(reasons.values())
