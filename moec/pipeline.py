@@ -4,9 +4,10 @@ from __future__ import annotations
 
 # what the model means
 RAISE = "simplify, cse, dce, dispatch-dense, raise-router, split-low-rank, simplify, cse, dce"
-# without the router: float64 models whose routers work in float32
+# without the router and its gradients in another form: where eager's own rounding counts
 CLEAN = "simplify, cse, dce, split-low-rank, simplify, cse, dce"
 GRAD = "grad, simplify, cse, dce, adjoint, simplify, cse, dce"  # training only: one joint graph
+GRAD_EXACT = "grad{exact=true}, simplify, cse, dce"
 KEEP = "recompute, dce"  # what lives between forward and backward
 # fewer, larger kernels
 FUSE = "fuse-routing, fuse-gemm, fuse-outer, fuse-combine, fuse-pointwise, dce"
@@ -17,12 +18,12 @@ def pipeline(target: str, training: bool, descriptors: bool = False, exact: bool
 
     The ``aten`` target calls library products, so it needs no kernels: only work on the same rows
     is fused, to run block by block in the cache. ``descriptors``: the GPU has a copy engine for
-    tiles. ``exact``: the router's operations stay the module's own, and their gradients round as
-    autograd's.
+    tiles. ``exact``: operations stay the module's own, and their gradients round as autograd's;
+    the experts' outputs are kept for them.
     """
     stages = [CLEAN if exact else RAISE]
     if training:
-        stages += [GRAD.replace("grad", "grad{exact=true}", 1) if exact else GRAD, KEEP]
+        stages += [GRAD_EXACT if exact else GRAD, KEEP]
     if target == "aten":
         stages.append("fuse-rows, dce")
     else:

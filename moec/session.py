@@ -4,10 +4,11 @@ artifacts.
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from moec.manager import Observer, PassManager, parse_pipeline
 from moec.observers import Dump
 from moec.pipeline import pipeline
 from moec.reproducer import Reproducer
-from moec.runtime.artifact import Artifact, build
+from moec.runtime.artifact import Artifact, Once, build
 from moec.surroundings import isolated
 from moec.targets import choose_target, has_descriptors
 
@@ -92,12 +93,21 @@ class Session:
     ) -> Artifact | None:
         target = key[2]
         if key not in self.artifacts:
-            made = self._compile(graph, wanted, target, device, name)
+            exact = has_smaller_floats(graph)
+            made = self._compile(graph, wanted, target, device, name, exact)
             if made is not None and target != "aten" and not self._runs(made, inputs):
                 self.demoted.add(graph.fingerprint)
                 return self.artifact(graph, wanted, device, name=name)
+            if made is not None and self._rounds_apart(made, exact):
+                few = functools.partial(self._compile, graph, wanted, target, device, name, True)
+                made = replace(made, few=Once(few))
             self.artifacts[key] = made
         return self.artifacts[key]
+
+    def _rounds_apart(self, artifact: Artifact, exact: bool) -> bool:
+        """Whether an artifact's gradients round otherwise than eager's, and could do as eager's."""
+        is_default = self.passes is None and not exact
+        return is_default and artifact.target == "aten" and artifact.mode == "training"
 
     def _runs(self, artifact: Artifact, inputs: Sequence[torch.Tensor]) -> bool:
         """Whether an artifact's kernels compile and launch, forward and backward."""
@@ -124,11 +134,12 @@ class Session:
         target: str,
         device: torch.device,
         name: str,
+        exact: bool,
     ) -> Artifact | None:
         named = _with_unique_hints(graph)
         mode = "inference" if wanted is None else "training"
         reproducer = Reproducer(self.cache or cache_directory())
-        calls = parse_pipeline(self._pipeline(named, wanted, target, device))
+        calls = parse_pipeline(self._pipeline(named, wanted, target, device, exact))
         manager = PassManager(calls, [*self.observers, *self._dumping(name, mode), reproducer])
         try:
             with reproducer:
@@ -162,9 +173,13 @@ class Session:
         return [Dump(folder)]
 
     def _pipeline(
-        self, graph: Graph, wanted: tuple[bool, ...] | None, target: str, device: torch.device
+        self,
+        graph: Graph,
+        wanted: tuple[bool, ...] | None,
+        target: str,
+        device: torch.device,
+        exact: bool,
     ) -> str:
-        exact = has_smaller_floats(graph)
         text = self.passes or pipeline(target, wanted is not None, has_descriptors(device), exact)
         if wanted is None:
             return text

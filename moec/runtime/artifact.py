@@ -17,6 +17,24 @@ from moec.ir.graph import Graph, Value
 from moec.manager import Step
 
 
+# Up to so many tokens an artifact's ``few`` serves a call.
+FEW_TOKENS = 32
+
+
+class Once:
+    """An artifact that is made when it is first asked for; ``None`` if it cannot be made."""
+
+    def __init__(self, make: Callable[[], Artifact | None]) -> None:
+        self._make, self._made = make, False
+        self._artifact: Artifact | None = None
+
+    def get(self) -> Artifact | None:
+        """The artifact."""
+        if not self._made:
+            self._artifact, self._made = self._make(), True
+        return self._artifact
+
+
 @dataclass(frozen=True, eq=False)
 class Artifact:
     """One compiled graph for one target, for inference or for training.
@@ -24,6 +42,10 @@ class Artifact:
     ``forward(*inputs)`` gives outputs and saved values; ``backward`` takes the inputs at
     ``backward_inputs``, the saved values and the cotangents. It serves every size of the token
     axes.
+
+    ``few``, if there is one, serves calls of few tokens: its gradients round as eager's. There, and
+    at length 1 above all, gradients occur that are zero but for rounding (a query's, where there is
+    one key), and memory does not matter.
     """
 
     graph: Graph
@@ -36,9 +58,14 @@ class Artifact:
     saved: tuple[str, ...]
     program_saved: tuple[Value, ...] = ()
     history: tuple[Step, ...] = field(default=(), repr=False)
+    few: Once | None = field(default=None, repr=False)
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The outputs; differentiable if this is a training artifact."""
+        if self.few is not None and inputs[0].shape[:-1].numel() <= FEW_TOKENS:
+            few = self.few.get()
+            if few is not None:
+                return few(inputs)
         contiguous = [t if t.is_contiguous() else t.contiguous() for t in inputs]
         # kernels go to the current device; on the CPU this does nothing
         with torch.cuda.device_of(inputs[0]):  # type: ignore[no-untyped-call]

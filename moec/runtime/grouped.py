@@ -96,12 +96,10 @@ def combine(
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """See ``moe.combine``; without an ``[T, K, H]`` intermediate on the CPU."""
-    if (
-        rows.device.type != "cpu"
-        or rows.dtype not in (torch.float32, torch.float64)
-        or not rows.shape[0]
-    ):
+    if rows.device.type != "cpu" or not rows.shape[0]:
         return _combine(rows, inverse, w, dtype or rows.dtype)
+    if rows.dtype in (torch.bfloat16, torch.float16):
+        return _combine_in_turn(rows, perm, inverse, w, dtype or rows.dtype)
     if rows.shape[0] <= FEW_ROWS:
         return _combine(rows, inverse, w, dtype or rows.dtype)
     weights = None if w is None else w.to(rows.dtype)
@@ -113,6 +111,27 @@ def combine(
         inverse, rows, mode="sum", per_sample_weights=weights
     )
     return summed.to(dtype or rows.dtype)
+
+
+def _combine_in_turn(
+    rows: torch.Tensor,
+    perm: torch.Tensor,
+    inverse: torch.Tensor,
+    w: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Rows added one expert after the other, each sum rounded: what eager's loop does, to the bit.
+
+    In half precision another order moves results by more than all else that differs, enough for
+    the next layer's router to choose another expert.
+    """
+    tokens, choices = inverse.shape
+    pairs = perm.long()
+    scaled = rows if w is None else rows * w.reshape(-1, 1)[pairs]
+    kept = (inverse.reshape(-1)[pairs] >= 0).unsqueeze(-1)
+    added = torch.where(kept, scaled, 0).to(dtype)
+    total = torch.zeros(tokens, rows.shape[1], dtype=dtype)
+    return total.index_add_(0, pairs // choices, added)
 
 
 def row_scale(rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
