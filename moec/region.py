@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -172,13 +172,14 @@ class Region:
         if mode not in self.found:
             module = self.candidate.module
             key = (structure_key(module), mode, self.kind)
-            with _READING:
-                if key not in self.session.captures:
-                    self.session.captures[key] = isolated(
-                        lambda: self._read(mode, values or {}), mode.device
-                    )
+            isolated(lambda: self._read_once(key, mode, values or {}), mode.device)
             self.found[mode] = replace(self.session.captures[key], name=self.name, module=module)
         return self.found[mode]
+
+    def _read_once(self, key: Hashable, mode: Mode, values: Mapping[str, torch.Tensor]) -> None:
+        with _READING:
+            if key not in self.session.captures:
+                self.session.captures[key] = self._read(mode, values)
 
     def try_capture(self) -> None:
         """Capture in the model's present mode, so that what stays as it was is known at once."""

@@ -10,6 +10,7 @@ import torch
 from torch.autograd import forward_ad
 
 T = TypeVar("T")
+_THREAD = threading.local()
 _MODES = torch._C._TorchDispatchModeKey
 _TRACERS = (_MODES.PROXY, _MODES.FAKE, _MODES.FUNCTIONAL)
 
@@ -69,13 +70,17 @@ def isolated(function: Callable[[], T], device: torch.device) -> T:
 
     What code is captured from must not depend on where its first call happens to be: inside
     ``no_grad``, a checkpoint (whose hooks count saved tensors), a dispatch mode, inference mode.
-    All of these belong to a thread, so the function runs in one of its own, on the caller's stream.
+    All of these belong to a thread, so the function runs in one of its own, on the caller's stream;
+    in the same one where it is isolated already.
     """
+    if getattr(_THREAD, "is_isolated", False):
+        return function()
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     results: list[T] = []
     errors: list[BaseException] = []
 
     def run() -> None:
+        _THREAD.is_isolated = True
         try:
             with torch.cuda.stream(stream):  # with None it does nothing
                 results.append(function())

@@ -16,7 +16,6 @@ from moec.errors import CallError
 from moec.ir.graph import Graph, Value
 from moec.manager import Step
 
-
 # Up to so many tokens an artifact's ``few`` serves a call.
 FEW_TOKENS = 32
 
