@@ -19,7 +19,8 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moec.capture.regions import Candidate, FoundRegion
-from moec.region import Mode, Region
+from moec.mode import Mode
+from moec.region import Region
 from moec.session import Session
 from moec.surroundings import is_traced
 from moec.traced import run_experts
