@@ -109,8 +109,8 @@ class Region(RegionCaptures):
             return NotImplemented
         if self._must_run_own_code(module):
             return NotImplemented
-        x, idx, w = data
-        autocast, choices = autocast_dtype(x.device.type), idx.shape[-1]
+        x, _, w = data
+        autocast, choices = autocast_dtype(x.device.type), w.shape[-1]  # masks have E columns
         mode = Mode(module.training, x.dtype, 2, autocast, choices, w.dtype, device=x.device)
         return self._serve(module, data, lambda: self.capture(mode))
 

@@ -145,13 +145,13 @@ def run_experts(
     """The result of an experts region's op for tokens, indices and weights, or
     ``NotImplemented``.
     """
-    x, idx, w = data
+    x, _, w = data
     prepared = _prepare(
         region,
         module.training,
         str(x.dtype).split(".")[-1],
         x.dim(),
-        idx.shape[-1],
+        w.shape[-1],
         str(w.dtype).split(".")[-1],
         torch.is_grad_enabled(),
         sum(1 << i for i, t in enumerate(data) if t.requires_grad),

@@ -42,8 +42,8 @@ def test_a_wrong_result_is_seen() -> None:
     from moec.families import row
 
     (family,) = table.chosen(["mixtral"])
-    model: Any = row._model(family)
-    other: Any = row._model(family)
+    model: Any = row.tiny_model(family)
+    other: Any = row.tiny_model(family)
     assert row.comparison(model, other) == "yes"
     other.model.layers[0].mlp.experts.down_proj.data.mul_(1.003)
     assert row.comparison(model, other).startswith("no: output differs by")
@@ -53,8 +53,8 @@ def test_a_wrong_gradient_is_seen() -> None:
     from moec.families import row
 
     (family,) = table.chosen(["mixtral"])
-    model: Any = row._model(family)
-    other: Any = row._model(family)
+    model: Any = row.tiny_model(family)
+    other: Any = row.tiny_model(family)
     other.model.layers[1].mlp.experts.down_proj.register_hook(lambda g: g * 1.01)
     assert row.comparison(model, other) == (
         "no: the gradient of model.layers.1.mlp.experts.down_proj differs"

@@ -44,7 +44,7 @@ class Row:
 def row_of(family: Family) -> Row:
     """Build, compile, run and compare the tiny model of a family."""
     try:
-        model = _model(family)
+        model = tiny_model(family)
     except Exception as error:  # each family checks its configuration in its own way
         return Row(family.name, "", "", "not built", "not run", _first_line(error))
     with warnings.catch_warnings():
@@ -63,7 +63,7 @@ def row_of(family: Family) -> Row:
     )
 
 
-def _model(family: Family) -> nn.Module:
+def tiny_model(family: Family) -> nn.Module:
     """The tiny model with random weights, the same every time, its own loop over experts on."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
