@@ -259,7 +259,9 @@ def _region_lines(region: Region) -> list[str]:
     if region.reason:
         lines.append(f"      why not the whole block: {region.reason}")
         lines.append(f"      what to do: {advice(region)}")
-    lines += [f"      {a.mode} artifact: {a.path}" for a in region.artifacts]
+    few = [a.few.made for a in region.artifacts if a.few is not None]
+    used = [*region.artifacts, *(a for a in few if a is not None)]
+    lines += [f"      {a.mode} artifact: {a.path}" for a in used]
     return lines
 
 

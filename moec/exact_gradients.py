@@ -41,9 +41,15 @@ def gradient_rule(op: Op, exact: bool) -> Vjp | None:
     """The gradient of an op: PyTorch's own formula where ``exact`` and its dtype is a smaller
     one.
     """
-    if exact and op.kind in _EXACT and _is_smaller(op.results[0]):
+    if exact and op.kind in _EXACT and _is_smaller(op.results[0]) and not _counts_tokens(op):
         return _EXACT[op.kind]
     return opdef(op.kind).vjp
+
+
+def _counts_tokens(op: Op) -> bool:
+    """Whether an op is a mean over a number of elements that is not known."""
+    shape = op.operands[0].type.shape
+    return op.kind == "t.mean" and not all(isinstance(shape[d], int) for d in op.attrs["dims"])
 
 
 def _kernel(of: str, saves: str) -> Vjp:

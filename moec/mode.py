@@ -66,7 +66,8 @@ def _experts_of(graph: Graph) -> int | None:
 
 def is_empty(module: nn.Module) -> bool:
     """Whether a module's weights, all of them, have no values yet."""
-    return all(p.is_meta for p in module.parameters())
+    weights = list(module.parameters())
+    return bool(weights) and all(p.is_meta for p in weights)
 
 
 def has_hooks(module: nn.Module) -> bool:

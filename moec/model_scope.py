@@ -51,6 +51,9 @@ class ModelScope:
         self.served += 1
         return result
 
+    def settle(self, module: nn.Module) -> None:
+        """Nothing: what the model's own code changes on the way is its own."""
+
     def _whole(self, module: nn.Module) -> Any:
         if self._compiled is None:
             self._compiled = torch.compile(

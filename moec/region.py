@@ -31,7 +31,7 @@ from moec.mode import Mode, is_out_of_range, no_autocast
 from moec.region_captures import RegionCaptures
 from moec.runtime.artifact import Artifact
 from moec.session import Session
-from moec.surroundings import is_traced, is_transformed, odd_tensor
+from moec.surroundings import is_traced, is_transformed, odd_reason, odd_tensor
 from moec.traced import call_traced, number
 
 
@@ -191,7 +191,7 @@ class Region(RegionCaptures):
         inputs = [*self._data(graph, found, data), *self._weights(found, module)]
         odd = odd_tensor(inputs)
         if odd is not None:
-            self._left_odd(odd)
+            self._left_odd(odd_reason(odd))
             return NotImplemented
         check_inputs(self.name, graph, inputs)
         wanted = tuple(t.requires_grad for t in inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
@@ -33,7 +34,7 @@ from moec.runtime.artifact import Artifact
 from moec.session import Session
 from moec.share import share
 from moec.structure import plain_settings, structure_key
-from moec.surroundings import isolated, odd_reason, odd_tensor
+from moec.surroundings import NO_WEIGHTS, isolated, odd_reason, odd_tensor
 from moec.targets import choose_target
 
 if TYPE_CHECKING:
@@ -116,23 +117,22 @@ class RegionCaptures:
         ``values`` are integers that further tensors of a call may hold, by parameter.
         """
         if mode not in self.found:
-            odd = odd_tensor(self.candidate.module.parameters())
-            if odd is not None:
-                return self._left_odd(odd)
+            weights = list(self.candidate.module.parameters())
+            odd = odd_tensor(weights)
+            if odd is not None or not weights:
+                return self._left_odd(odd_reason(odd) if odd is not None else NO_WEIGHTS)
             self._refuse_dtype(self._capture(mode, values), mode)
             self._report(self.found[mode])
         return self.found[mode]
 
-    def _left_odd(self, tensor: torch.Tensor) -> FoundRegion:
-        """Nothing captured, since a weight is of a kind that compiled code cannot take; tried again
-        at the next call.
+    def _left_odd(self, reason: str) -> FoundRegion:
+        """Nothing captured, since the weights are of a kind that compiled code cannot take; tried
+        again at the next call.
         """
-        self.unserved = odd_reason(tensor)
+        self.unserved = reason
         module, name = self.candidate.module, self.name or "the model"
-        self.session.warn(
-            f"moec: {name} ({type(module).__name__}) runs its own code: {self.unserved}"
-        )
-        return FoundRegion(self.name, module, self.kind, None, reason=self.unserved)
+        self.session.warn(f"moec: {name} ({type(module).__name__}) runs its own code: {reason}")
+        return FoundRegion(self.name, module, self.kind, None, reason=reason)
 
     def _capture(self, mode: Mode, values: Mapping[str, torch.Tensor] | None = None) -> FoundRegion:
         if mode not in self.found:
@@ -227,7 +227,7 @@ class RegionCaptures:
         self.session.warn(
             f"moec: {self.name or 'the model'} ({kind}) stays as it was: {reason}. "
             "moec.explain(model) lists all regions.",
-            kind + reason.replace(self.name, ""),
+            kind + re.sub(r"\([\w.]+\)", "", reason).replace(self.name, ""),
         )
 
     def _forget(self) -> None:

@@ -29,6 +29,8 @@ from moec.runtime.artifact import Artifact, Once, build
 from moec.surroundings import isolated
 from moec.targets import choose_target, has_descriptors
 
+# The mode of training artifacts for few tokens.
+FEW = "training-few"
 # Threads that race for the first call compile once.
 _COMPILING = threading.RLock()
 
@@ -99,8 +101,8 @@ class Session:
                 self.demoted.add(graph.fingerprint)
                 return self.artifact(graph, wanted, device, name=name)
             if made is not None and self._rounds_apart(made, exact):
-                few = functools.partial(self._compile, graph, wanted, target, device, name, True)
-                made = replace(made, few=Once(few))
+                few = (graph, wanted, target, device, name, True, FEW)
+                made = replace(made, few=Once(functools.partial(self._compile, *few)))
             self.artifacts[key] = made
         return self.artifacts[key]
 
@@ -135,9 +137,10 @@ class Session:
         device: torch.device,
         name: str,
         exact: bool,
+        mode: str = "",
     ) -> Artifact | None:
         named = _with_unique_hints(graph)
-        mode = "inference" if wanted is None else "training"
+        mode = mode or ("inference" if wanted is None else "training")
         reproducer = Reproducer(self.cache or cache_directory())
         calls = parse_pipeline(self._pipeline(named, wanted, target, device, exact))
         manager = PassManager(calls, [*self.observers, *self._dumping(name, mode), reproducer])

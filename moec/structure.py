@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dis
 import functools
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -52,12 +53,13 @@ def settings_read(module: nn.Module) -> list[tuple[str, Any]]:
     ]
 
 
-def plain_settings(module: nn.Module) -> tuple[str, ...]:
-    """The paths of the attributes of :func:`settings_read`, below too, that are plain values or
-    containers of such.
+def plain_settings(module: nn.Module) -> dict[str, Any]:
+    """The attributes of :func:`settings_read`, below too, that are plain values or containers of
+    such, by path.
     """
     below = [(f"{path}.".lstrip("."), child) for path, child in module.named_modules()]
-    return tuple(path + k for path, m in below for k, v in settings_read(m) if _is_plain(v))
+    found = ((path + k, v) for path, m in below for k, v in settings_read(m) if _is_plain(v))
+    return {path: copy.deepcopy(value) for path, value in found}
 
 
 def _is_plain(value: Any) -> bool:

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 T = TypeVar("T")
 _THREAD = threading.local()
+NO_WEIGHTS = "it has no parameters any more: its weights were quantised or packed away"
 _MODES = torch._C._TorchDispatchModeKey
 _TRACERS = (_MODES.PROXY, _MODES.FAKE, _MODES.FUNCTIONAL)
 
@@ -95,4 +96,4 @@ def isolated(function: Callable[[], T], device: torch.device) -> T:
     return results[0]
 
 
-__all__ = ["is_traced", "is_transformed", "isolated", "odd_reason", "odd_tensor"]
+__all__ = ["NO_WEIGHTS", "is_traced", "is_transformed", "isolated", "odd_reason", "odd_tensor"]

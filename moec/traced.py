@@ -108,7 +108,9 @@ def call_traced(
     if not _can_be_traced(region.kind, named, plain):
         return NotImplemented
     data = list(named.values())
-    settings = tuple([_attribute(module, path) for path in region.settings])
+    settings = tuple(
+        [_compared(_attribute(module, p), then) for p, then in region.settings.items()]
+    )
     if region.kind == "experts":
         return run_experts(module, region.number, data, settings)
     x = data[0]
@@ -137,6 +139,19 @@ def call_traced(
     inputs = [*graph_inputs(form, ranks, data), *(_attribute(module, path) for path in weights)]
     outputs = getattr(torch.ops.moec, name)(inputs)[:count]
     return result.build(outputs, x.shape[:-1])
+
+
+def _compared(now: Any, then: Any) -> Any:
+    """A setting as something that a tracer can take for a constant: it may vary floats, so those
+    are compared with what they were, which makes it trace again once they differ.
+    """
+    if isinstance(then, float):
+        return 1 if now == then else 0  # a branch: a comparison alone may stay open
+    if isinstance(then, dict):
+        return tuple([(k, _compared(now[k], then[k])) if k in now else k for k in then]), len(now)
+    if isinstance(then, tuple | list):
+        return tuple([_compared(a, b) for a, b in zip(now, then, strict=False)]), len(now)
+    return now
 
 
 def run_experts(

@@ -135,9 +135,13 @@ def test_one_quantised_expert_is_left_alone() -> None:
 )
 def test_a_message_names_the_expert_that_differs(kind: str, message: str) -> None:
     model = nn.Sequential(odd_one(DISAGREEING[kind](), 2))
-    with pytest.warns(UserWarning) as caught:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         compiled = moec.compile(model)
-    if status(compiled) == ["compiled"]:
+    if status(compiled) == ["compiled"]:  # experts of several kinds are read in groups
+        assert not caught
+        x = torch.randn(2, 5, HIDDEN)
+        torch.testing.assert_close(compiled(x), model(x))
         return
     assert len(caught) == 1
     expected = rf"0 \(Loop\) stays as it was: experts\.2 differs from experts\.0: {message}; "
@@ -383,7 +387,7 @@ def test_double_backward_is_right_or_refused(make: Any) -> None:
     try:
         actual = second(compiled)
     except (RuntimeError, MoecError) as error:
-        assert "differentiate" in str(error) or "once" in str(error)
+        assert "has no second derivative" in str(error)
         return
     torch.testing.assert_close(actual, expected)
 

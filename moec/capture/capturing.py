@@ -29,6 +29,7 @@ from moec.capture.evidence import refuse_without_scores
 from moec.capture.experts import ExpertsBody, named_weights
 from moec.capture.flatten import flatten_tokens
 from moec.capture.found import Candidate, FoundRegion, join
+from moec.capture.lists import has_expert_list
 from moec.capture.loops import capture_loop
 from moec.capture.reading import ExpertGroups, read_experts
 from moec.capture.trial import Trial
@@ -132,14 +133,14 @@ def _dense(
 def _dense_loop(
     candidate: Candidate, dtype: torch.dtype | None, rank: int, trial: Trial
 ) -> FoundRegion:
-    """A list of experts that is no loop over choices, as straight-line code if it is that; why it
-    is no loop is the better reason if not.
+    """Experts that are no loop over choices, as straight-line code if they are that; why they are
+    no loop is the better reason if not, where they are in a list.
     """
     error = sys.exception()
     try:
         return _dense(candidate, dtype, rank, trial)
     except MoecError:
-        if error is None:
+        if error is None or not has_expert_list(candidate.module):
             raise
         raise error from None
 

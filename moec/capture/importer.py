@@ -181,7 +181,8 @@ def parse_stack_trace(trace: str, module_path: str) -> Location | None:
     """The innermost frame of a Python stack trace as a location."""
     for line in reversed(trace.splitlines()):
         line = line.strip()
-        if line.startswith('File "') and "/torch/" not in line:
+        own = "/torch/" in line or "/threading.py" in line  # captures run in a thread of their own
+        if line.startswith('File "') and not own:
             path, rest = line[6:].split('"', 1)
             number = rest.split("line ", 1)[-1].split(",", 1)[0]
             if number.isdigit():

@@ -12,7 +12,6 @@ from itertools import groupby, product
 
 import torch
 from torch import fx, nn
-from torch.nn.utils import parametrize
 
 from moec.capture.counts import expert_counts, expert_keys, hidden_sizes
 from moec.capture.experts import ExpertsBody, Span, read_span, record
@@ -77,7 +76,6 @@ def read_experts(module: nn.Module, path: str = "") -> ExpertsBody | ExpertGroup
     refusals: list[CaptureError] = []
     reasons: dict[int, str] = {}
     core = core_of(module) or module
-    _refuse_parametrized(core)
     for experts, hidden, form in product(expert_counts(core), hidden_sizes(core), FORMS):
         span = Span(0, experts, experts, form, hidden)
         try:
@@ -91,16 +89,6 @@ def read_experts(module: nn.Module, path: str = "") -> ExpertsBody | ExpertGroup
         raise refusals[0]
     reason = "; ".join(reasons.values())
     raise CaptureError(f"{type(module).__name__} ran with no hidden size ({reason})")
-
-
-def _refuse_parametrized(module: nn.Module) -> None:
-    for child in module.modules():
-        if parametrize.is_parametrized(child):
-            computed = ", ".join(child.parametrizations)  # type: ignore[arg-type]
-            raise CaptureError(
-                f"{computed} of {type(child).__name__} is computed by a "
-                "parametrization at each use; parametrize.remove_parametrizations makes it a weight"
-            )
 
 
 def _read(module: nn.Module, span: Span, path: str) -> ExpertsBody | ExpertGroups:

@@ -42,8 +42,7 @@ def _one_minus(b: Any, value: Value) -> Value:
 
 
 def _sigmoid_gradient(b: Any, op: Op, g: Value) -> Value:
-    # in the order of PyTorch's own gradient: the same bits in a float32 part of a float64 model
-    return b("t.mul", b("t.mul", g, _one_minus(b, op.result)), op.result)
+    return b("t.mul", g, b("t.mul", op.result, _one_minus(b, op.result)))
 
 
 def _tanh_gradient(b: Any, op: Op, g: Value) -> Value:

@@ -33,6 +33,11 @@ class Once:
             self._artifact, self._made = self._make(), True
         return self._artifact
 
+    @property
+    def made(self) -> Artifact | None:
+        """The artifact if it was asked for before."""
+        return self._artifact
+
 
 @dataclass(frozen=True, eq=False)
 class Artifact:
