@@ -75,7 +75,7 @@ def measure(name: str, device: str) -> dict[str, Any]:
     """The row of one family."""
     warnings.simplefilter("ignore")
     family = next(f for f in families() if f.name == name)
-    model = tiny_model(family).to(device, torch.bfloat16)
+    model = tiny_model(family).to(device, torch.bfloat16).eval()
     exact = copy.deepcopy(model).double()
     compiled = moec.compile(model)
     errors: list[tuple[float, float, float, float]] = []
