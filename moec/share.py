@@ -45,6 +45,30 @@ def share(model: M) -> M:
     return twin
 
 
+def trial_copy(model: M) -> M:
+    """A module on which calls can be tried that may be wrong: itself on the CPU, else a copy there.
+
+    An index out of range is an error on the CPU. On a GPU it ends all work of the process.
+    """
+    if not any(t.is_cuda for m in model.modules() for t in _tensors_of(m)):
+        return model
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        memo.update({id(t): _on_cpu(t) for t in _tensors_of(module)})
+        memo.update({id(hook): hook for hook in _hooks_of(module)})
+        config = vars(module).get("config")
+        if config is not None:
+            memo[id(config)] = config
+    return copy.deepcopy(model, memo)
+
+
+def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    found = tensor.detach().cpu()
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(found, requires_grad=tensor.requires_grad)
+    return found
+
+
 def _shells(model: nn.Module, memo: dict[int, Any]) -> list[tuple[nn.Module, nn.Module]]:
     """Empty twins of the modules that ``fully_shard`` or ``replicate`` manages; they refuse to be
     copied.

@@ -34,6 +34,7 @@ from moec.ir import dims
 from moec.ir.dims import Dim
 from moec.ir.graph import Value
 from moec.ir.types import Type, dtype_name
+from moec.share import trial_copy
 
 # Sizes of token axes at which the tracer's guards are tried; 1 is compared with the module itself.
 _GRID = (2, 3, 4, 5, 7, 16, 33, 64, 129, 1000, 4099, 2**20)
@@ -96,12 +97,13 @@ def example(
     parameter = next(p for p in module.parameters() if p.is_floating_point())
     generator = torch.Generator().manual_seed(0)
     leading = [_EXAMPLE[n] for n in axis_names(rank)]
+    tried = trial_copy(module) if extras else module
+    device = next(tried.parameters()).device
     for hidden in hidden_sizes(module):
-        x = torch.randn(*leading, hidden, generator=generator)
-        x = x.to(parameter.device, dtype or parameter.dtype)
-        others = [e.example(_EXAMPLE, generator).to(parameter.device) for e in extras]
-        if _runs(module, (x, *others), extras):
-            return (x, *others)
+        x = torch.randn(*leading, hidden, generator=generator).to(dtype or parameter.dtype)
+        data = [x, *(e.example(_EXAMPLE, generator) for e in extras)]
+        if _runs(tried, [t.to(device) for t in data], extras):
+            return tuple(t.to(parameter.device) for t in data)
     raise NotRunError(
         f"{type(module).__name__} did not run on tokens of rank {rank}"
         + (f" and {len(extras)} more arguments" if extras else " alone")

@@ -166,7 +166,10 @@ class Importer:
 def _unknown(target: Any) -> str:
     if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
         return f"{target} draws random numbers, which only the module's own code does in its order"
-    return f"no IR for {target}"
+    name = (
+        target if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", target)
+    )
+    return f"no IR for {name}"
 
 
 def location_of(node: fx.Node, module_path: str) -> Location | None:

@@ -6,7 +6,8 @@ token itself), the experts are read in groups, each with a body of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, product
 
@@ -22,6 +23,7 @@ from moec.errors import CaptureError
 from moec.ir.builder import Builder
 from moec.ir.graph import Value
 from moec.ir.types import Type
+from moec.share import trial_copy
 from moec.structure import structure_key
 
 _ROWS = 5
@@ -73,10 +75,31 @@ def read_experts(module: nn.Module, path: str = "") -> ExpertsBody | ExpertGroup
     The module's forward takes tokens ``[T, H]`` and then indices and weights, or masks and
     weights, in one of :data:`moec.capture.forms.FORMS`.
     """
+    core = core_of(module) or module
+    counts = expert_counts(core)
+    if next(module.parameters()).is_cuda and _is_stacked(core, counts[0]):
+        with contextlib.suppress(CaptureError):
+            return _first_read(
+                module, core, product(counts[:1], hidden_sizes(core), (INDICES,)), path
+            )
+    trial = trial_copy(module)
+    core = core_of(trial) or trial
+    return _first_read(trial, core, product(counts, hidden_sizes(core), FORMS), path)
+
+
+def _is_stacked(module: nn.Module, experts: int) -> bool:
+    """Whether all that a module holds is stacked weights: then its indices are below ``experts``."""
+    shapes = [p.shape for p in module.parameters()]
+    return any(len(s) == 3 for s in shapes) and all(s[:1] == (experts,) for s in shapes)
+
+
+def _first_read(
+    module: nn.Module, core: nn.Module, tried: Iterable[tuple[int, int, Form]], path: str
+) -> ExpertsBody | ExpertGroups:
+    """The body by the first number of experts, width of tokens and form with which it is read."""
     refusals: list[CaptureError] = []
     reasons: dict[int, str] = {}
-    core = core_of(module) or module
-    for experts, hidden, form in product(expert_counts(core), hidden_sizes(core), FORMS):
+    for experts, hidden, form in tried:
         span = Span(0, experts, experts, form, hidden)
         try:
             with plain_forward(core):
