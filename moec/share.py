@@ -50,20 +50,24 @@ def trial_copy(model: M) -> M:
 
     An index out of range is an error on the CPU. On a GPU it ends all work of the process.
     """
-    if not any(t.is_cuda for m in model.modules() for t in _tensors_of(m)):
+    if not is_on_gpu(model):
         return model
     memo: dict[int, Any] = {}
     for module in model.modules():
         memo.update({id(t): _on_cpu(t) for t in _tensors_of(module)})
         memo.update({id(hook): hook for hook in _hooks_of(module)})
-        config = vars(module).get("config")
-        if config is not None:
-            memo[id(config)] = config
+        shared = (vars(module).get(name) for name in ("config", "_moec_region", "_moec_interface"))
+        memo.update({id(value): value for value in shared if value is not None})
     return copy.deepcopy(model, memo)
 
 
+def is_on_gpu(model: nn.Module) -> bool:
+    """Whether a tensor of a model is in a GPU's memory."""
+    return any(t.is_cuda for m in model.modules() for t in _tensors_of(m))
+
+
 def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    found = tensor.detach().cpu()
+    found = tensor.detach().to("cpu", copy=True)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(found, requires_grad=tensor.requires_grad)
     return found

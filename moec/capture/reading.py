@@ -14,6 +14,7 @@ from itertools import groupby, product
 import torch
 from torch import fx, nn
 
+from moec import share
 from moec.capture.counts import expert_counts, expert_keys, hidden_sizes
 from moec.capture.experts import ExpertsBody, Span, read_span, record
 from moec.capture.explained import with_ancestors
@@ -23,7 +24,6 @@ from moec.errors import CaptureError
 from moec.ir.builder import Builder
 from moec.ir.graph import Value
 from moec.ir.types import Type
-from moec.share import trial_copy
 from moec.structure import structure_key
 
 _ROWS = 5
@@ -77,18 +77,18 @@ def read_experts(module: nn.Module, path: str = "") -> ExpertsBody | ExpertGroup
     """
     core = core_of(module) or module
     counts = expert_counts(core)
-    if next(module.parameters()).is_cuda and _is_stacked(core, counts[0]):
+    if share.is_on_gpu(module) and _is_stacked(core, counts[0]):
         with contextlib.suppress(CaptureError):
             return _first_read(
                 module, core, product(counts[:1], hidden_sizes(core), (INDICES,)), path
             )
-    trial = trial_copy(module)
+    trial = share.trial_copy(module)
     core = core_of(trial) or trial
     return _first_read(trial, core, product(counts, hidden_sizes(core), FORMS), path)
 
 
 def _is_stacked(module: nn.Module, experts: int) -> bool:
-    """Whether all that a module holds is stacked weights: then its indices are below ``experts``."""
+    """Whether a module holds stacked weights alone: then its indices are below ``experts``."""
     shapes = [p.shape for p in module.parameters()]
     return any(len(s) == 3 for s in shapes) and all(s[:1] == (experts,) for s in shapes)
 
