@@ -16,6 +16,7 @@ from torch import nn
 _PLAIN = (bool, int, float, str, type(None), torch.dtype)
 _MISSING = object()
 MAX_FORMS = 8
+MAX_FAILED_FORMS = 4
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,7 @@ def _fitted(tensor: torch.Tensor, rank: int, leading: int) -> torch.Tensor:
 
 
 __all__ = [
+    "MAX_FAILED_FORMS",
     "MAX_FORMS",
     "TOKENS_ALONE",
     "Call",

@@ -13,6 +13,7 @@ from torch import nn
 
 from moec.arguments import check_inputs, fits
 from moec.call_form import (
+    MAX_FAILED_FORMS,
     MAX_FORMS,
     TOKENS_ALONE,
     Call,
@@ -160,8 +161,11 @@ class Region(RegionCaptures):
         return None
 
     def _is_one_too_many(self, mode: Mode) -> bool:
-        same = [m for m in self.found if replace(m, form=mode.form) == mode]
-        return mode not in self.found and len(same) >= MAX_FORMS
+        if mode in self.found:
+            return False
+        same = [f for m, f in self.found.items() if replace(m, form=mode.form) == mode]
+        failed = sum(f.graph is None for f in same)  # sizes that follow the length give new forms
+        return len(same) >= MAX_FORMS or failed >= MAX_FAILED_FORMS
 
     def _note_form(self, reason: str) -> None:
         """Remember, and say once, that a call had arguments which no captured form takes."""
