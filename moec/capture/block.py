@@ -257,7 +257,10 @@ class ExportImporter:
             return argument
         if not isinstance(argument, torch.SymInt):
             raise CaptureError(f"{argument!r} is no size")
-        expression = argument.node.expr
+        return self.dim(argument.node.expr)
+
+    def dim(self, expression: Any) -> Dim:
+        """A tracer's expression of sizes as a dim."""
         unknown = expression.free_symbols - self.symbols.keys()
         if unknown or any(
             f.__module__.startswith("torch")

@@ -208,16 +208,10 @@ class _DenseImporter(ExportImporter):
             if expression.xreplace(at) != True:  # noqa: E712  (sympy's own truth)
                 yield values
 
-    def size(self, argument: Any) -> Dim:
-        """A tracer's size as a dim over the names of the token axes."""
-        if isinstance(argument, fx.Node):
-            argument = argument.meta["val"]
-        if isinstance(argument, int):
-            return argument
-        if not isinstance(argument, torch.SymInt):
-            raise CaptureError(f"{argument!r} is no size")
+    def dim(self, expression: Any) -> Dim:
+        """A tracer's expression as a dim over the names of the token axes, quotients included."""
         ragged = self.importer.counts if self.importer is not None else {}
-        return dim_of_expression(argument.node.expr, {**self.symbols, **ragged})
+        return dim_of_expression(expression, {**self.symbols, **ragged})
 
 
 __all__ = ["capture_dense", "example"]

@@ -14,7 +14,7 @@ import typer
 
 from moec import bisect as search
 from moec.cli.console import graphs_in, read_text, working
-from moec.cli.graphs import File, Name, Target, read_sizes
+from moec.cli.graphs import File, Name, Passes, Target, Training, read_sizes
 from moec.errors import PassError
 from moec.inputs import default_dims, random_inputs
 from moec.ir import Graph, show
@@ -35,21 +35,9 @@ def bisect(
             metavar="T=33 ...", help="Sizes of dims; small ones if absent.", show_default=False
         ),
     ] = None,
-    passes: Annotated[
-        str | None,
-        typer.Option(
-            "-p",
-            "--passes",
-            metavar="PASSES",
-            help='The passes to search. Absent: the file\'s "// run:" line, or else the default'
-            " pipeline for --target and --training.",
-            show_default=False,
-        ),
-    ] = None,
+    passes: Passes = None,
     target: Annotated[Target, typer.Option(help="Whose pipeline and kernels.")] = Target.aten,
-    training: Annotated[
-        bool, typer.Option("--training", help="Default pipeline: with the backward pass.")
-    ] = False,
+    training: Training = False,
     graph: Name = None,
     seed: Annotated[int, typer.Option(help="Of the generated inputs.")] = 0,
     command: Annotated[

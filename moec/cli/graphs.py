@@ -46,28 +46,30 @@ Name = Annotated[
         "--graph", metavar="NAME", help="Only this graph of the file.", show_default=False
     ),
 ]
+Passes = Annotated[
+    str | None,
+    typer.Option(
+        "-p",
+        "--passes",
+        metavar="PASSES",
+        help='The passes: "cse, fuse-gemm{max-ops=16}"; moec passes lists them. Absent: the'
+        ' file\'s "// run:" line, or else the default pipeline for --target and --training.',
+        show_default=False,
+    ),
+]
+Training = Annotated[
+    bool, typer.Option("--training", help="Default pipeline: with the backward pass.")
+]
 
 
 def opt(
     file: File,
-    passes: Annotated[
-        str | None,
-        typer.Option(
-            "-p",
-            "--passes",
-            metavar="PASSES",
-            help='The passes: "cse, fuse-gemm{max-ops=16}"; moec passes lists them. Absent: the'
-            ' file\'s "// run:" line, or else the default pipeline for --target and --training.',
-            show_default=False,
-        ),
-    ] = None,
+    passes: Passes = None,
     output: Output = None,
     target: Annotated[
         Target, typer.Option(help="The target whose default pipeline runs.")
     ] = Target.triton,
-    training: Annotated[
-        bool, typer.Option("--training", help="Default pipeline: with the backward pass.")
-    ] = False,
+    training: Training = False,
     graph: Name = None,
     print_after: Annotated[
         list[str] | None,

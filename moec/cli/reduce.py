@@ -11,7 +11,7 @@ import typer
 from moec import bisect as search
 from moec.cli.bisect import command_problem
 from moec.cli.console import graphs_in, read_text, say, working, write_result
-from moec.cli.graphs import File, Name, Output, Target
+from moec.cli.graphs import File, Name, Output, Passes, Target, Training
 from moec.errors import PassError
 from moec.ir import Graph, show
 from moec.manager import PassCall, parse_pipeline
@@ -24,21 +24,9 @@ from moec.reproducer import pipeline_of
 def reduce(
     file: File,
     output: Output = None,
-    passes: Annotated[
-        str | None,
-        typer.Option(
-            "-p",
-            "--passes",
-            metavar="PASSES",
-            help='The passes of which one is wrong. Absent: the file\'s "// run:" line, or else'
-            " the default pipeline for --target and --training.",
-            show_default=False,
-        ),
-    ] = None,
+    passes: Passes = None,
     target: Annotated[Target, typer.Option(help="Whose default pipeline.")] = Target.triton,
-    training: Annotated[
-        bool, typer.Option("--training", help="Default pipeline: with the backward pass.")
-    ] = False,
+    training: Training = False,
     graph: Name = None,
     command: Annotated[
         str | None,
