@@ -98,16 +98,23 @@ def product(dims: Sequence[Dim]) -> Dim:
 
 def symbols(value: Any) -> frozenset[str]:
     """The names of the symbols of a dim."""
-    return (
-        frozenset(s.name for s in value.free_symbols)
-        if isinstance(value, sympy.Expr)
-        else frozenset()
-    )
+    return _symbols(value) if isinstance(value, sympy.Expr) else frozenset()
 
 
 def show_dim(value: Dim) -> str:
     """Text of a dim; :func:`parse_dim` reads it back."""
-    return str(value).replace("**", "^") if not isinstance(value, int) else str(value)
+    return str(value) if isinstance(value, int) else _shown(value)
+
+
+# A graph has thousands of types but few different dims, and sympy prints and substitutes slowly.
+@functools.lru_cache(maxsize=4096)
+def _symbols(value: sympy.Expr) -> frozenset[str]:
+    return frozenset(s.name for s in value.free_symbols)
+
+
+@functools.lru_cache(maxsize=4096)
+def _shown(value: sympy.Expr) -> str:
+    return str(value).replace("**", "^")
 
 
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
@@ -125,6 +132,7 @@ _FUNCTIONS: dict[str, Any] = {
 }
 
 
+@functools.lru_cache(maxsize=1024)
 def parse_dim(text: str) -> Dim:
     """Read a dim: sums, products, small powers and the named functions, of bounded size."""
     if len(text) > MAX_TEXT:
@@ -186,9 +194,14 @@ def evaluate(value: Any, binding: Mapping[str, int]) -> int:
     missing = sorted(symbols(value) - binding.keys())
     if missing:
         raise DimError(f"dim {show_dim(value)} needs a size for {', '.join(missing)}")
-    result = value.subs({dim(n): binding[n] for n in symbols(value)})
+    return _evaluated(value, tuple((n, int(binding[n])) for n in sorted(symbols(value))))
+
+
+@functools.lru_cache(maxsize=4096)
+def _evaluated(value: sympy.Expr, sizes: tuple[tuple[str, int], ...]) -> int:
+    result = value.subs({dim(n): size for n, size in sizes})
     if not result.is_Integer:
-        raise DimError(f"dim {show_dim(value)} is {result}, no integer, for {dict(binding)}")
+        raise DimError(f"dim {show_dim(value)} is {result}, no integer, for {dict(sizes)}")
     return int(result)
 
 

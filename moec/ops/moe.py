@@ -238,7 +238,7 @@ class Unpermute:
 
     def vjp(b: Any, op: Op, g: Value) -> tuple[Value | None, ...]:
         _, perm, inverse = op.operands
-        return b("moe.permute", g, perm, inverse), None, None
+        return b("moe.permute", _of_routed(b, g, inverse), perm, inverse), None, None
 
 
 @defop("moe.combine")
@@ -279,17 +279,41 @@ class Combine:
             perm,
             inverse,
         )
-        if len(op.operands) == 3:
+        if len(op.operands) == 3 and _all_routed(b, inverse):
             return spread, None, None
-        w = op.operands[3]
-        column = b("t.reshape", b("moe.permute", w, perm, inverse), shape=(perm.type.shape[0], 1))
+        w = op.operands[3] if len(op.operands) == 4 else b.full(g.type.with_shape(*inverse.type.shape), 1.0)
+        routed = _of_routed(b, w, inverse)
+        column = b("moe.permute", routed, perm, inverse)
+        column = b("t.reshape", column, shape=(perm.type.shape[0], 1))
+        d_rows = b("moe.row_scale", spread, column)
+        if len(op.operands) == 3:
+            return d_rows, None, None
         dots = b("moe.row_dot", rows, spread, dtype=w.type.dtype)
-        return (
-            b("moe.row_scale", spread, column),
-            None,
-            None,
-            b("moe.unpermute", dots, perm, inverse),
-        )
+        return d_rows, None, None, b("moe.unpermute", dots, perm, inverse)
+
+
+def _of_routed(b: Any, x: Value, inverse: Value) -> Value:
+    """Numbers of pairs ``[T, K]``, zero for a pair without a row: what goes back to the rows of no
+    expert must be zero, or it would count where a weight is shared by all rows.
+    """
+    if _all_routed(b, inverse):
+        return x
+    unrouted = b("t.lt", inverse, other=0.0)
+    masked: Value = b("t.where", unrouted, b.full(Type(x.type.dtype, ()), 0.0), x, hint=x.hint)
+    return masked
+
+
+def _all_routed(b: Any, inverse: Value) -> bool:
+    """Whether the router is known to choose an expert in every place."""
+    op = b.made_by(inverse)
+    while op is not None and op.kind in ("moe.dispatch", "t.cast"):
+        op = b.made_by(op.operands[0])
+    if op is None:
+        return False
+    whole = ("topk", "group_limited", "topk_per_group")
+    return op.kind == "t.topk" or (
+        op.kind == "moe.select" and op.attrs.get("mode", "topk") in whole
+    )
 
 
 @defop("moe.row_scale")
@@ -392,6 +416,11 @@ class GroupedOuter:
     def eval(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         return routing.grouped_outer(a, b, offsets)
 
+    def vjp(b: Any, op: Op, g: Value) -> tuple[Value | None, ...]:
+        rows, columns, offsets = op.operands
+        d_rows = b("moe.grouped_mm", columns, g, offsets)
+        return d_rows, b("moe.grouped_mm", rows, g, offsets, transposed=True), None
+
     def cost(op: Op) -> tuple[Dim, Dim]:
         a, b, _ = (v.type for v in op.operands)
         return canon(a.bytes + b.bytes + op.result.type.bytes), canon(2 * a.elements * b.shape[1])
@@ -424,3 +453,7 @@ class GroupSum:
 
     def eval(x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         return routing.group_sum(x, offsets)
+
+    def vjp(b: Any, op: Op, g: Value) -> tuple[Value, None]:
+        x, offsets = op.operands
+        return b("moe.expert_rows", g, offsets, rows=x.type.shape[0]), None
