@@ -221,7 +221,7 @@ TABLE: dict[str, Expression] = {
     "t.split": _split,
     "t.merge": _merge,
     "t.concat": lambda op, a: f"torch.cat(({', '.join(a)}), dim={op.attrs['dim']})",
-    "t.stack": lambda op, a: f"moe.stack({', '.join(a)})",
+    "t.stack": lambda op, a: f"torch.stack(({', '.join(a)},))",
     "t.softmax": lambda op, a: f"{a[0]}.softmax({op.attrs['dim']})",
     "t.cumsum": lambda op, a: f"{a[0]}.cumsum({op.attrs['dim']})",
     "t.topk": _topk,

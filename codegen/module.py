@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from moec.codegen.blocked import emit_blocked
+from moec.codegen.expert_lists import emit_stack, kept_apart
 from moec.codegen.host import emit_host, partition
+from moec.codegen.names import PythonNames
 from moec.codegen.writer import Writer
 from moec.errors import CodegenError
-from moec.ir.graph import Graph
+from moec.ir.graph import Graph, Op
 from moec.ir.text import show
 
 TARGETS = ("triton", "aten")
@@ -31,7 +33,12 @@ def emit_module(graph: Graph, target: str = "triton") -> str:
         emitter.emit_kernels(writer)
         emit_host(writer, program, emitter.emit_op, target, emitter.names)
     else:
-        emit_host(writer, program, emit_blocked, target)
+        apart = kept_apart(graph, program.saved)
+
+        def emit_op(out: Writer, op: Op, names: PythonNames) -> bool:
+            return emit_stack(out, op, names, apart) or emit_blocked(out, op, names)
+
+        emit_host(writer, program, emit_op, target)
     return writer.text()
 
 

@@ -135,10 +135,6 @@ class TritonEmitter:
         if op.kind == "moe.group_sum" and op.result.type.rank == 2:
             emit_group_sum(writer, op, context)
             return True
-        if op.kind == "t.stack":
-            parts = ", ".join(context.names[v] for v in op.operands)
-            writer.line(f"{context.names.add(op.result)} = torch.stack(({parts},))")
-            return True
         return False
 
     def _emit_before(self, writer: Writer, op: Op, context: Context) -> None:
