@@ -42,13 +42,33 @@ def _emit_body(writer: Writer, op: Op, body: Graph, names: PythonNames) -> None:
         if parameter.type.rank:
             local[parameter] = names.fresh(f"{parameter.hint}_rows")
             writer.line(f"{local[parameter]} = {names[argument]}[low:high]")
+    last = {v: inner for inner in body.ops for v in (*inner.operands, *inner.results)}
     for inner in body.ops:
         arguments = [local[v] for v in inner.operands]
         local.update((v, names.fresh(f"{v.hint}_rows")) for v in inner.results)
         targets = ", ".join(local[v] for v in inner.results)
         writer.line(f"{targets} = {_expression(inner, arguments)}")
+        _emit_stores(writer, op, body, inner, local, names)
+        # the next ones take its memory while that is in the cache
+        dead = [
+            local[v]
+            for v in dict.fromkeys((*inner.operands, *inner.results))
+            if last[v] is inner and v not in body.inputs
+        ]
+        if dead:
+            writer.line(f"del {', '.join(dead)}")
     for result, value in zip(op.results, body.outputs, strict=True):
-        writer.line(f"{names[result]}[low:high] = {local[value]}")
+        if value in body.inputs:
+            writer.line(f"{names[result]}[low:high] = {local[value]}")
+
+
+def _emit_stores(
+    writer: Writer, op: Op, body: Graph, inner: Op, local: dict[Value, str], names: PythonNames
+) -> None:
+    """Write the results of the kernel that an op of its body makes."""
+    for result, value in zip(op.results, body.outputs, strict=True):
+        if value in inner.results:
+            writer.line(f"{names[result]}[low:high] = {local[value]}")
 
 
 def _expression(op: Op, arguments: list[str]) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from moec.codegen.blocked import emit_blocked
 from moec.codegen.expert_lists import emit_stack, kept_apart
-from moec.codegen.host import emit_host, partition
+from moec.codegen.host import EmitOp, emit_aten, emit_host, partition
 from moec.codegen.names import PythonNames
 from moec.codegen.writer import Writer
 from moec.errors import CodegenError
@@ -14,12 +16,15 @@ from moec.ir.text import show
 TARGETS = ("triton", "aten")
 
 
-def emit_module(graph: Graph, target: str = "triton") -> str:
+def emit_module(
+    graph: Graph, target: str = "triton", after_op: Callable[[Op], str] | None = None
+) -> str:
     """Python source of a module with ``forward`` (and ``backward`` for a joint graph).
 
     ``forward(*inputs)`` returns ``(outputs, saved)``; ``backward`` takes the inputs listed in
     ``BACKWARD_INPUTS``, the saved values and the cotangents, and returns one gradient (or
-    ``None``) an input. Deterministic: equal graphs give equal text.
+    ``None``) an input. Deterministic: equal graphs give equal text. ``after_op`` gives a line to
+    write after the lines of each op, for measurements.
     """
     if target not in TARGETS:
         raise CodegenError(f"unknown target {target!r}; targets: {', '.join(TARGETS)}")
@@ -31,15 +36,29 @@ def emit_module(graph: Graph, target: str = "triton") -> str:
 
         emitter = TritonEmitter(graph)
         emitter.emit_kernels(writer)
-        emit_host(writer, program, emitter.emit_op, target, emitter.names)
+        emit_host(writer, program, _followed(emitter.emit_op, after_op), target, emitter.names)
     else:
         apart = kept_apart(graph, program.saved)
 
         def emit_op(out: Writer, op: Op, names: PythonNames) -> bool:
             return emit_stack(out, op, names, apart) or emit_blocked(out, op, names)
 
-        emit_host(writer, program, emit_op, target)
+        emit_host(writer, program, _followed(emit_op, after_op), target)
     return writer.text()
+
+
+def _followed(emit_op: EmitOp, after_op: Callable[[Op], str] | None) -> EmitOp:
+    """``emit_op`` with a line after each op."""
+    if after_op is None:
+        return emit_op
+
+    def emit(writer: Writer, op: Op, names: PythonNames) -> bool:
+        if not emit_op(writer, op, names):
+            emit_aten(writer, op, names)
+        writer.line(after_op(op))
+        return True
+
+    return emit
 
 
 def _emit_header(writer: Writer, graph: Graph, target: str) -> None:

@@ -1,7 +1,7 @@
 """moec: a compiler for Mixture-of-Experts models in PyTorch.
 
 ``moec.compile(model)`` returns the same model with compiled MoE blocks; ``moec.explain(model)``
-says what became of each.
+says what became of each, ``moec.bisect_model(model, inputs)`` what makes one wrong.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from moec.errors import MoecError
 
 __version__ = "0.1.0"
-__all__ = ["MoecError", "__version__", "compile", "explain", "regions"]
+__all__ = ["MoecError", "__version__", "bisect_model", "compile", "explain", "regions"]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,4 +22,8 @@ def __getattr__(name: str) -> Any:
         from moec import api
 
         return getattr(api, name)
+    if name == "bisect_model":
+        from moec.model_bisect import bisect_model
+
+        return bisect_model
     raise AttributeError(f"module 'moec' has no attribute {name!r}")

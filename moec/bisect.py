@@ -1,13 +1,14 @@
 """Bisection: the first pass that breaks a graph, the one rewrite in it, the one kernel.
 
-A *test* says what is wrong with a graph, in words, or nothing. The passes are tried in order on
-what the graph became; the rewrites of the guilty pass are searched by halves, with fuel that ends
-after so many of them; kernels are tried one at a time, all others replaced by their bodies.
+A *test* says what is wrong with a graph, in words, or nothing; it raises :class:`Untested` where
+it cannot say. The passes are tried in order on what the graph became; the rewrites of the guilty
+pass are searched by halves, with fuel that ends after so many of them; kernels are tried one at a
+time, all others replaced by their bodies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,11 +17,13 @@ from moec import fuel, interp
 from moec.errors import MoecError
 from moec.execute import run_emitted
 from moec.ir.builder import Builder
+from moec.ir.dims import evaluate
 from moec.ir.graph import Graph, Op, Value
 from moec.ir.text import show
+from moec.ir.types import DTYPES
 from moec.ir.verify import verify
 from moec.manager import PassCall, Step
-from moec.observers import Check
+from moec.observers import Check, difference, reference_gradients
 
 # What the interpreter's verdict says.
 CHANGED = "changed the meaning"
@@ -28,15 +31,23 @@ CHANGED = "changed the meaning"
 StepTest = Callable[[Step], str]
 
 
+class Untested(Exception):
+    """A test that cannot say whether a graph is right: the search goes on without it."""
+
+
 @dataclass(frozen=True)
 class Rewrite:
-    """One rewrite of a pass: the ``number``-th of ``total``, and the graph on either side of it."""
+    """One rewrite of a pass: the ``number``-th of ``total``, and the graph on either side of it.
+
+    ``untested`` rewrites before it could not be tested: one of them may be to blame in its place.
+    """
 
     number: int
     total: int
     what: str
     before: Graph
     after: Graph
+    untested: int = 0
 
     @property
     def removed(self) -> tuple[Op, ...]:
@@ -53,6 +64,8 @@ class Rewrite:
 class GuiltyPass:
     """The first pass that a test objects to: its place (from 0), what is wrong, and the rewrite
     (``None`` if the pass does not count its rewrites, or raised).
+
+    ``untested`` are the passes right before it whose results could not be tested.
     """
 
     call: PassCall
@@ -60,6 +73,7 @@ class GuiltyPass:
     before: Graph
     problem: str
     rewrite: Rewrite | None
+    untested: tuple[PassCall, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,10 +88,19 @@ def find_pass(
     graph: Graph, calls: Sequence[PassCall], test: StepTest
 ) -> tuple[GuiltyPass | None, Graph]:
     """The first pass that ``test`` objects to, or ``None``; and the graph as far as it came."""
+    untested: list[PassCall] = []
     for index, call in enumerate(calls):
-        step, problem = attempt(call, graph, None, test)
+        try:
+            step, problem = attempt(call, graph, None, test)
+        except Untested:
+            untested.append(call)
+            graph = _graph_after(call, graph)
+            continue
         if problem:
-            return GuiltyPass(call, index, graph, problem, _rewrite(call, graph, test)), graph
+            rewrite = find_rewrite(call, graph, test)
+            return GuiltyPass(call, index, graph, problem, rewrite, tuple(untested)), graph
+        if step is not None and step.changed:
+            untested = []
         graph = step.after if step is not None else graph
     return None, graph
 
@@ -103,21 +126,38 @@ def kind_of(problem: str) -> str:
     return CHANGED if CHANGED in problem else " ".join(problem.split()[:4])
 
 
-def _rewrite(call: PassCall, graph: Graph, test: StepTest) -> Rewrite | None:
+def find_rewrite(call: PassCall, graph: Graph, test: StepTest) -> Rewrite | None:
     """The smallest number of rewrites with which the pass fails: the last of them is to blame."""
     total = _count(call, graph)
-    if total == 0 or attempt(call, graph, 0, test)[1]:
+    if total == 0 or _verdict(call, graph, 0, test) is not False:
         return None
     good, bad = 0, total
     while bad - good > 1:
-        middle = (good + bad) // 2
-        good, bad = (good, middle) if attempt(call, graph, middle, test)[1] else (middle, bad)
+        tried = ((n, _verdict(call, graph, n, test)) for n in _from_middle(good, bad))
+        amount, is_bad = next(((n, v) for n, v in tried if v is not None), (0, None))
+        if is_bad is None:
+            break  # nothing between the two can be tested
+        good, bad = (good, amount) if is_bad else (amount, bad)
     with fuel.limit(bad) as record:
         after = _graph_after(call, graph)
     what = record.spent[-1] if record.spent else str(call)
     with fuel.limit(good):
         before = _graph_after(call, graph)
-    return Rewrite(bad, total, what, before, after)
+    return Rewrite(bad, total, what, before, after, untested=bad - good - 1)
+
+
+def _verdict(call: PassCall, graph: Graph, amount: int, test: StepTest) -> bool | None:
+    """Whether a pass fails with so many rewrites; ``None`` where that cannot be tested."""
+    try:
+        return bool(attempt(call, graph, amount, test)[1])
+    except Untested:
+        return None
+
+
+def _from_middle(low: int, high: int) -> Iterator[int]:
+    """The numbers between two, the one in the middle first, then its neighbours."""
+    middle = (low + high) // 2
+    yield from sorted(range(low + 1, high), key=lambda n: abs(n - middle))
 
 
 def _count(call: PassCall, graph: Graph) -> int:
@@ -145,6 +185,43 @@ def same_meaning(dims: dict[str, int] | None = None, seed: int = 0) -> StepTest:
     return test
 
 
+def same_results(inputs: Sequence[torch.Tensor], seed: int = 0) -> StepTest:
+    """As :func:`same_meaning`, on these inputs of the first graph."""
+
+    def test(step: Step) -> str:
+        if not step.changed:
+            return ""
+        arguments = [t.double() if t.is_floating_point() else t for t in inputs]
+        before = [*arguments, *cotangents(step.before, arguments, seed, torch.float64)]
+        after = [*arguments, *cotangents(step.after, arguments, seed, torch.float64)]
+        got = interp.run(step.after, after, float64=True)
+        if len(after) > len(before):
+            expected = reference_gradients(step, before, after[len(before) :], {})
+        else:
+            expected = list(interp.run(step.before, before, float64=True))
+        for value, a, b in zip(step.after.returned, expected, got, strict=True):
+            problem = difference(a, b)
+            if problem:
+                return f"pass {step.call} {CHANGED} on the given inputs: %{value.hint} {problem}"
+        return ""
+
+    return test
+
+
+def cotangents(
+    graph: Graph, inputs: Sequence[torch.Tensor], seed: int, dtype: torch.dtype | None = None
+) -> list[torch.Tensor]:
+    """Random cotangents of a joint graph's outputs, in ``dtype`` or their own; none of another."""
+    sizes = interp.bind_dims(replace(graph, cotangents=()), inputs)
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for value in graph.cotangents:
+        shape = tuple(evaluate(d, sizes) for d in value.type.shape)
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+        found.append(drawn.to(inputs[0].device, dtype or DTYPES[value.type.dtype]))
+    return found
+
+
 # kernels
 def find_kernels(
     graph: Graph, target: str, arguments: Sequence[torch.Tensor], tolerance: float
@@ -159,7 +236,8 @@ def find_kernels(
     for op in graph.ops:
         if op.body is None:
             continue
-        problem = _difference(with_bodies(graph, keep=op), target, arguments, expected, tolerance)
+        others = {o for o in graph.ops if o.body is not None and o is not op}
+        problem = _difference(with_bodies(graph, others), target, arguments, expected, tolerance)
         if problem:
             guilty.append(GuiltyKernel(op, problem))
     return guilty
@@ -202,15 +280,14 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float(gap.max()) / max(scale, 1e-30)
 
 
-def with_bodies(graph: Graph, keep: Op) -> Graph:
-    """The graph with every kernel but one replaced by the ops of its body."""
+def with_bodies(graph: Graph, kernels: Collection[Op]) -> Graph:
+    """The graph with some of its kernels replaced by the ops of their bodies."""
     builder = Builder(graph.ranges)
     mapping: dict[Value, Value] = {}
     for op in graph.ops:
         operands = [mapping.get(v, v) for v in op.operands]
-        if op.body is None or op is keep:
-            kept = replace(op, operands=tuple(operands))
-            builder.ops.append(kept)
+        if op.body is None or op not in kernels:
+            builder.ops.append(replace(op, operands=tuple(operands)))
         else:
             mapping.update(zip(op.results, builder.inline(op.body, operands), strict=True))
     return replace(
@@ -246,10 +323,15 @@ __all__ = [
     "GuiltyKernel",
     "GuiltyPass",
     "Rewrite",
+    "Untested",
     "attempt",
+    "cotangents",
     "emitted_problem",
     "find_kernels",
     "find_pass",
+    "find_rewrite",
     "kind_of",
     "same_meaning",
+    "same_results",
+    "with_bodies",
 ]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
-import subprocess
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -13,28 +11,55 @@ import torch
 import typer
 
 from moec import bisect as search
-from moec.cli.console import graphs_in, read_text, working
-from moec.cli.graphs import File, Name, Passes, Target, Training, read_sizes
+from moec.cli.bisect_time import Baseline, Rounds, time_graphs, time_model
+from moec.cli.console import graphs_in, read_text, say, working
+from moec.cli.graphs import Name, Passes, Target, Training, read_sizes
+from moec.command import command_test
 from moec.errors import PassError
+from moec.execute import on_device_of
 from moec.inputs import default_dims, random_inputs
-from moec.ir import Graph, show
-from moec.ir.graph import Op, Value
+from moec.ir import Graph
 from moec.manager import PassCall, parse_pipeline
 from moec.pipeline import pipeline as default_pipeline
 from moec.reproducer import pipeline_of
+from moec.targets import has_descriptors
+from moec.verdict import Verdict, judge
 
-# Relative to the largest element; by the coarsest float among the graph's values.
-_TOLERANCES = {"f64": 1e-9, "f32": 1e-4, "f16": 2e-2, "bf16": 5e-2}
+# A configuration with more bytes of weights is tested on a small model of its structure: the
+# reference is in float64, and sizes beyond a few tiles find no more.
+LARGEST = 1 << 29
+
+
+class Metric(StrEnum):
+    """What is searched for."""
+
+    meaning = "meaning"
+    time = "time"
+
+
+Subject = Annotated[
+    str,
+    typer.Argument(
+        metavar="FILE|MODEL",
+        help="A file of IR text (.moe; - is stdin), or a model as moec explain takes it.",
+        show_default=False,
+    ),
+]
 
 
 def bisect(
-    file: File,
+    subject: Subject,
     dims: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="T=33 ...", help="Sizes of dims; small ones if absent.", show_default=False
+            metavar="T=33 ...",
+            help="Sizes of dims; small ones if absent (for time: 1024).",
+            show_default=False,
         ),
     ] = None,
+    metric: Annotated[
+        Metric, typer.Option(help="meaning: what is wrong; time: what is slow.")
+    ] = Metric.meaning,
     passes: Passes = None,
     target: Annotated[Target, typer.Option(help="Whose pipeline and kernels.")] = Target.aten,
     training: Training = False,
@@ -46,36 +71,65 @@ def bisect(
             "--cmd",
             metavar="COMMAND",
             help="Search for the first pass after which this command fails, in place of the"
-            " interpreter's verdict; {} stands for a file with the IR.",
+            " interpreter's verdict; {} stands for a file with the IR. Exit statuses as for git"
+            " bisect run: 0 good, 125 cannot be tested, others to 127 bad.",
             show_default=False,
         ),
     ] = None,
+    baseline: Baseline = None,
+    rounds: Rounds = None,
 ) -> None:
-    """Find the pass, the rewrite and the kernel that make a graph wrong.
+    """Find the pass, the rewrite and the kernel that make a graph or a model wrong or slow.
 
     Every pass's result is interpreted in float64 and compared with what it was given. The rewrites
     of the first guilty pass are searched by halves; the one to blame is printed with the ops that
     it took away and put in place. If all passes are right, each emitted kernel is compared with
-    its body. Exit code 0: nothing is wrong; 1: found.
+    its body. For a model, the captured IR is compared with the module first.
+
+    With --metric time the emitted module is timed, op by op and after each pass; a pass is named
+    if it makes the module slower beyond the noise of the measurement, a kernel if it is slower
+    than its body. --baseline compares with another pipeline, or with a file of optimised IR.
+
+    Exit code 0: nothing found; 1: found.
 
     \b
     Examples:
       moec bisect a.moe
-      moec bisect a.moe T=33 --training --target triton
+      moec bisect mixtral --training
       moec bisect a.moe --cmd "python check.py {}"
+      moec bisect a.moe T=4096 --training --metric time
+      moec bisect a.moe --metric time --baseline before.moe
     """
-    text = read_text(file)
-    named = passes if passes is not None else pipeline_of(text)
-    calls = parse_pipeline(default_pipeline(target.value, training) if named is None else named)
+    if metric is Metric.meaning and (baseline is not None or rounds is not None):
+        raise typer.BadParameter("--baseline and --rounds are for --metric time")
+    if metric is Metric.time and command is not None:
+        raise typer.BadParameter("--cmd decides by itself; leave out --metric time")
     sizes = read_sizes(dims or [])
-    found = [
-        _one(one, calls, target.value, sizes, seed, command) for one in graphs_in(text, file, graph)
-    ]
-    if any(found):
+    is_file = subject == "-" or subject.endswith(".moe")
+    if metric is Metric.time:
+        times = time_graphs if is_file else time_model
+        found = times(subject, sizes, target, training, passes, graph, seed, baseline, rounds)
+    elif is_file:
+        text = read_text(Path(subject))
+        calls = _calls(passes if passes is not None else pipeline_of(text), target, training)
+        graphs = graphs_in(text, Path(subject), graph)
+        found = any([_graph(one, calls, target.value, sizes, seed, command) for one in graphs])
+    else:
+        found = _model(subject, dims, target, training, passes, seed, command, graph)
+    if found:
         raise typer.Exit(1)
 
 
-def _one(
+def _calls(pipeline: str | None, target: Target, training: bool) -> list[PassCall]:
+    """The passes that are named, or the target's on this machine."""
+    if pipeline is not None:
+        return parse_pipeline(pipeline)
+    on_gpu = target is Target.triton and torch.cuda.is_available()
+    descriptors = on_gpu and has_descriptors(torch.device("cuda"))
+    return parse_pipeline(default_pipeline(target.value, training, descriptors))
+
+
+def _graph(
     graph: Graph,
     calls: Sequence[PassCall],
     target: str,
@@ -84,91 +138,63 @@ def _one(
     command: str | None,
 ) -> bool:
     """Search one graph and print what was found; whether anything was."""
-    test = search.same_meaning(sizes, seed) if command is None else _command_test(command, graph)
     with working(f"@{graph.name}: {len(calls)} passes"):
-        guilty, last = search.find_pass(graph, calls, test)
-    if guilty is not None:
-        typer.echo("\n".join(_pass_lines(graph, guilty, len(calls))))
-        return True
-    if command is not None:
+        if command is None:
+            test = search.same_meaning(sizes, seed)
+            verdict = judge(graph, calls, target, test, _arguments(target, sizes, seed))
+        else:
+            guilty, last = search.find_pass(graph, calls, command_test(command, graph))
+            verdict = Verdict(last, len(calls), target, guilty)
+    if command is not None and not verdict.is_wrong:
         typer.echo(f"@{graph.name}: the command succeeds after every one of {len(calls)} passes")
-        return False
-    return _kernels(last, target, sizes, seed, len(calls))
+    else:
+        typer.echo(str(verdict))
+    return verdict.is_wrong
 
 
-def _command_test(command: str, graph: Graph) -> search.StepTest:
-    problem = command_problem(command, graph)
-    if problem:
-        raise PassError(f"the command fails on @{graph.name} before any pass: {problem}")
-    return lambda step: command_problem(command, step.after) if step.changed else ""
+def _arguments(
+    target: str, sizes: dict[str, int], seed: int
+) -> Callable[[Graph], list[torch.Tensor]]:
+    def arguments(graph: Graph) -> list[torch.Tensor]:
+        dims = {**default_dims(graph), **sizes}
+        return on_device_of(target, random_inputs(graph, dims, seed=seed))
 
-
-def command_problem(command: str, graph: Graph) -> str:
-    """What is wrong if a command fails on a graph's file; nothing if it succeeds."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{graph.name}.moe"
-        path.write_text(show(graph), encoding="utf-8")
-        words = [word.replace("{}", str(path)) for word in shlex.split(command)]
-        if "{}" not in command:
-            words.append(str(path))
-        status = subprocess.run(words, capture_output=True, check=False).returncode
-    return f"{words[0]} exits with status {status}" if status else ""
-
-
-def _pass_lines(graph: Graph, guilty: search.GuiltyPass, count: int) -> list[str]:
-    lines = [
-        f"@{graph.name}: pass {guilty.index + 1} of {count} is wrong: {guilty.call}",
-        f"  {guilty.problem}",
-    ]
-    rewrite = guilty.rewrite
-    if rewrite is None:
-        return [*lines, "  the pass is wrong as a whole: no single rewrite makes the difference"]
-    lines.append(f"  rewrite {rewrite.number} of {rewrite.total}: {rewrite.what}")
-    lines += [f"  - {_op_line(op)}" for op in rewrite.removed]
-    lines += [f"  + {_op_line(op)}" for op in rewrite.added]
-    return lines
-
-
-def _op_line(op: Op) -> str:
-    attrs = ", ".join(f"{k}={v}" for k, v in op.attrs.items())
-    types = ", ".join(str(v.type) for v in op.results)
-    where = f"  // {op.loc}" if op.loc is not None else ""
-    return f"{op!r}{f' {{{attrs}}}' if attrs else ''} : {types}{where}"
-
-
-def _kernels(graph: Graph, target: str, sizes: dict[str, int], seed: int, count: int) -> bool:
-    dims = {**default_dims(graph), **sizes}
-    arguments = random_inputs(graph, dims, seed=seed)
-    if target == "triton":
-        arguments = _on_triton(arguments)
-    tolerance = max(_TOLERANCES.get(v.type.dtype, 0.0) for v in _floats(graph))
-    with working(f"@{graph.name}: the emitted module"):
-        problem = search.emitted_problem(graph, target, arguments, tolerance)
-        guilty = search.find_kernels(graph, target, arguments, tolerance) if problem else []
-    if not problem:
-        typer.echo(f"@{graph.name}: {count} passes and the {target} module are right")
-        return False
-    typer.echo(f"@{graph.name}: the passes are right, the {target} module is not: {problem}")
-    for kernel in guilty:
-        typer.echo(f"  kernel {_op_line(kernel.op)}\n    {kernel.problem}")
-    if not guilty:
-        typer.echo("  no kernel is wrong alone: look at the host part (moec emit prints it)")
-    return True
-
-
-def _floats(graph: Graph) -> list[Value]:
-    return [v for op in graph.ops for v in op.results if v.type.is_float]
-
-
-def _on_triton(arguments: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The arguments where Triton kernels run: on the GPU, or here under its interpreter."""
-    import triton
-
-    if torch.cuda.is_available():
-        return [a.cuda() for a in arguments]
-    if not triton.knobs.runtime.interpret:
-        raise PassError(
-            "no GPU here to run Triton kernels on; set TRITON_INTERPRET=1 to run them in Triton's "
-            "interpreter, or bisect with --target aten"
-        )
     return arguments
+
+
+def _model(
+    spec: str,
+    dims: list[str] | None,
+    target: Target,
+    training: bool,
+    passes: str | None,
+    seed: int,
+    command: str | None,
+    graph: str | None,
+) -> bool:
+    if command is not None or graph is not None or dims:
+        raise PassError(
+            f"{spec}: --cmd, --graph and sizes are for a file of IR; write one with moec trace "
+            f"{spec} -o a.moe"
+        )
+    from moec.model_bisect import bisect_model
+
+    model = _loaded(spec)
+    with working("looking for regions, then pass by pass"):
+        found = bisect_model(
+            model, target=target.value, training=training, passes=passes, seed=seed
+        )
+    typer.echo(str(found))
+    return found.is_wrong
+
+
+def _loaded(spec: str) -> torch.nn.Module:
+    from moec.capture.model_spec import load, load_small
+
+    with working(f"building {spec}"):
+        loaded = load_small(spec)
+        if loaded.whole is not None and sum(p.nbytes for p in loaded.whole.parameters()) <= LARGEST:
+            loaded = load(spec)
+    if loaded.note:
+        say(f"{spec}: {loaded.note}")
+    return loaded.model

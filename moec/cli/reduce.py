@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from moec import bisect as search
-from moec.cli.bisect import command_problem
 from moec.cli.console import graphs_in, read_text, say, working, write_result
 from moec.cli.graphs import File, Name, Output, Passes, Target, Training
+from moec.command import command_problem
 from moec.errors import PassError
 from moec.ir import Graph, show
 from moec.manager import PassCall, parse_pipeline

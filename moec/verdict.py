@@ -1,0 +1,86 @@
+"""Whether a graph is right at every stage: passes, then the emitted module, then its kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moec.bisect import (
+    GuiltyKernel,
+    GuiltyPass,
+    StepTest,
+    emitted_problem,
+    find_kernels,
+    find_pass,
+)
+from moec.bisect_text import kernel_lines, pass_lines
+from moec.ir.graph import Graph
+from moec.manager import PassCall
+
+# Relative to the largest element; by the coarsest float among the graph's values.
+_TOLERANCES = {"f64": 1e-9, "f32": 1e-4, "f16": 2e-2, "bf16": 5e-2}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is wrong with a graph: a pass, or the emitted module (``problem``) and its kernels.
+
+    ``graph`` is the graph after all passes, or before the guilty one.
+    """
+
+    graph: Graph
+    count: int
+    target: str
+    guilty: GuiltyPass | None = None
+    problem: str = ""
+    kernels: tuple[GuiltyKernel, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The graph's name as its text has it."""
+        return f"@{self.graph.name}"
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether anything was found."""
+        return self.guilty is not None or bool(self.problem)
+
+    def __str__(self) -> str:
+        if self.guilty is not None:
+            return "\n".join(pass_lines(self.name, self.guilty, self.count))
+        if self.problem:
+            lines = kernel_lines(self.name, self.target, self.problem, self.graph, self.kernels)
+            return "\n".join(lines)
+        return f"{self.name}: {self.count} passes and the {self.target} module are right"
+
+
+def judge(
+    graph: Graph,
+    calls: Sequence[PassCall],
+    target: str,
+    test: StepTest,
+    arguments_of: Callable[[Graph], Sequence[torch.Tensor]],
+) -> Verdict:
+    """Search the passes with ``test``; if all are right, compare the emitted module, on the
+    arguments that ``arguments_of`` gives for the graph after them, with the interpreter.
+    """
+    guilty, last = find_pass(graph, calls, test)
+    if guilty is not None:
+        return Verdict(last, len(calls), target, guilty)
+    arguments, allowed = arguments_of(last), tolerance(last)
+    problem = emitted_problem(last, target, arguments, allowed)
+    kernels = find_kernels(last, target, arguments, allowed) if problem else []
+    return Verdict(last, len(calls), target, None, problem, tuple(kernels))
+
+
+def tolerance(graph: Graph) -> float:
+    """How far the emitted module may be from the float64 result, relative to its largest element:
+    by the coarsest float that the graph computes in.
+    """
+    values = [*graph.inputs, *(v for op in graph.ops for v in op.results)]
+    return max((_TOLERANCES.get(v.type.dtype, 0.0) for v in values), default=0.0)
+
+
+__all__ = ["Verdict", "judge", "tolerance"]
