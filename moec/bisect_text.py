@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from moec.bisect import GuiltyKernel, GuiltyPass, Rewrite
 from moec.ir.graph import Graph, Op
 from moec.ir.text import Names, show_op
+from moec.single_ops import GuiltyOp
 
 # Ops that are shown on either side of a rewrite.
 _SHOWN = 8
@@ -60,8 +61,16 @@ def kernel_lines(
     for kernel in guilty:
         lines += [f"  kernel {op_lines(graph, [kernel.op])[0]}", f"    {kernel.problem}"]
     if not guilty:
-        lines.append("  no kernel is wrong alone: look at the host part (moec emit prints it)")
+        lines.append("  no kernel is wrong alone; moec emit prints the host part")
     return lines
 
 
-__all__ = ["kernel_lines", "op_lines", "pass_lines", "rewrite_lines"]
+def single_lines(graph: Graph, ops: Sequence[GuiltyOp]) -> list[str]:
+    """Ops that are wrong by themselves."""
+    lines = []
+    for guilty in ops:
+        lines += [f"  op {op_lines(graph, [guilty.op])[0]}", f"    alone: {guilty.problem}"]
+    return lines
+
+
+__all__ = ["kernel_lines", "op_lines", "pass_lines", "rewrite_lines", "single_lines"]

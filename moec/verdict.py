@@ -15,9 +15,10 @@ from moec.bisect import (
     find_kernels,
     find_pass,
 )
-from moec.bisect_text import kernel_lines, pass_lines
+from moec.bisect_text import kernel_lines, pass_lines, single_lines
 from moec.ir.graph import Graph
 from moec.manager import PassCall
+from moec.single_ops import GuiltyOp, wrong_code, wrong_gradients
 
 # Relative to the largest element; by the coarsest float among the graph's values.
 _TOLERANCES = {"f64": 1e-9, "f32": 1e-4, "f16": 2e-2, "bf16": 5e-2}
@@ -36,6 +37,7 @@ class Verdict:
     guilty: GuiltyPass | None = None
     problem: str = ""
     kernels: tuple[GuiltyKernel, ...] = ()
+    ops: tuple[GuiltyOp, ...] = ()  # whose gradient, or whose emitted code, is wrong by itself
 
     @property
     def name(self) -> str:
@@ -49,10 +51,11 @@ class Verdict:
 
     def __str__(self) -> str:
         if self.guilty is not None:
-            return "\n".join(pass_lines(self.name, self.guilty, self.count))
+            lines = pass_lines(self.name, self.guilty, self.count)
+            return "\n".join([*lines, *single_lines(self.graph, self.ops)])
         if self.problem:
             lines = kernel_lines(self.name, self.target, self.problem, self.graph, self.kernels)
-            return "\n".join(lines)
+            return "\n".join([*lines, *single_lines(self.graph, self.ops)])
         return f"{self.name}: {self.count} passes and the {self.target} module are right"
 
 
@@ -68,11 +71,24 @@ def judge(
     """
     guilty, last = find_pass(graph, calls, test)
     if guilty is not None:
-        return Verdict(last, len(calls), target, guilty)
+        ops = _wrong_gradients(guilty, arguments_of)
+        return Verdict(last, len(calls), target, guilty, ops=ops)
     arguments, allowed = arguments_of(last), tolerance(last)
     problem = emitted_problem(last, target, arguments, allowed)
     kernels = find_kernels(last, target, arguments, allowed) if problem else []
-    return Verdict(last, len(calls), target, None, problem, tuple(kernels))
+    singles = wrong_code(last, target, arguments, allowed) if problem and not kernels else []
+    return Verdict(last, len(calls), target, None, problem, tuple(kernels), tuple(singles))
+
+
+def _wrong_gradients(
+    guilty: GuiltyPass, arguments_of: Callable[[Graph], Sequence[torch.Tensor]]
+) -> tuple[GuiltyOp, ...]:
+    """Where differentiation is to blame: the ops whose own gradient is wrong."""
+    if guilty.call.definition.name != "grad":
+        return ()
+    exact = bool(guilty.call.options.get("exact", False))
+    arguments = [t.cpu() for t in arguments_of(guilty.before)]
+    return tuple(wrong_gradients(guilty.before, arguments, exact=exact))
 
 
 def tolerance(graph: Graph) -> float:

@@ -26,6 +26,7 @@ _WIDTHS = (1, 2, 3, 5)
 # Routers that may leave a choice without an expert; ops that make rows, and that leave them out
 _DROPPING = ("margin", "threshold")
 _MAKE_ROWS = ("moe.gather", "moe.permute", "moe.expert_rows", "moe.grouped_mm")
+_READ_PAIRS = ("moe.gather", "moe.permute")
 _END_ROWS = ("moe.combine", "moe.unpermute", "moe.group_sum", "moe.grouped_outer")
 
 
@@ -407,10 +408,14 @@ def _with_loose_rows(ops: Sequence[Op]) -> set[Value]:
     if not _may_drop(ops):
         return set()
     loose: set[Value] = set()
+    lost: set[Value] = set()  # rows taken for tokens or pairs: no op leaves them out again
     for op in ops:
-        if op.kind in _MAKE_ROWS or (op.kind not in _END_ROWS and loose & set(op.operands)):
+        operands = set(op.operands)
+        if lost & operands or (op.kind in _READ_PAIRS and op.operands[0] in loose):
+            lost.update(op.results)
+        elif op.kind in _MAKE_ROWS or (op.kind not in _END_ROWS and loose & operands):
             loose.update(op.results)
-    return loose
+    return loose | lost
 
 
 __all__ = ["GROWTH", "random_graph"]
