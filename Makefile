@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-main test-triton support lint format clean
+.PHONY: help setup demo test test-main test-triton support fuzz lint format clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -45,6 +45,12 @@ test-triton: $(STAMP)
 
 support: $(STAMP) ## compare docs/support.md with what every family of transformers does
 	OMP_NUM_THREADS=1 $(BIN)/python -m moec.docs support --check
+
+# How long `make fuzz` goes on, and its first seed.
+MINUTES ?= 10
+SEED ?= 0
+fuzz: $(STAMP) ## random graphs and modules through the whole compiler (MINUTES=10 SEED=0)
+	OMP_NUM_THREADS=1 $(BIN)/python -m moec.fuzz all --minutes $(MINUTES) --seed $(SEED)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

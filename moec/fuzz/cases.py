@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,13 @@ Found = tuple[str, int, list[str]]  # kind, seed, what is wrong
 
 
 def prepare() -> None:
-    """Once in each worker: cases run side by side, so each has one thread."""
+    """Once in each worker: cases run side by side, so each has one thread; memory that nothing
+    wrote is NaN, so that nobody reads it unseen.
+    """
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
 
 
 def answer(case: tuple[str, int], folder: Path) -> Found:

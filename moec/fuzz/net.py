@@ -170,12 +170,13 @@ def failures(graph: Graph, seed: int, targets: Sequence[str] = ("aten",)) -> Ite
         yield Failure("text", graph, "", problem)
         return
     for stage in stages():
-        yield from _failures_from(stage, graph, graph, seed, targets)
+        yield from _failures_from(stage, graph, graph, "", seed, targets)
 
 
 def _failures_from(
-    stage: Stage, graph: Graph, first: Graph, seed: int, targets: Sequence[str]
+    stage: Stage, graph: Graph, first: Graph, so_far: str, seed: int, targets: Sequence[str]
 ) -> Iterator[Failure]:
+    """``graph`` is ``first`` after the passes ``so_far``."""
     problem = pass_problem(graph, stage.passes, seed)
     if problem:
         yield Failure("passes", graph, stage.passes, problem)
@@ -183,13 +184,14 @@ def _failures_from(
     after = PassManager(stage.passes).run(graph)
     problem = text_problem(after) or meaning_problem(first, after, seed)
     if problem:
-        yield Failure("meaning", first, stage.passes, problem)
+        yield Failure("meaning", first, so_far + stage.passes, problem)
     if stage.target in targets:
         problem = emitted_problem(after, stage.target, seed)
         if problem:
             yield Failure(f"emitted for {stage.target}", after, "", problem)
     for following in stage.then:
-        yield from _failures_from(following, after, first, seed, targets)
+        passes = f"{so_far}{stage.passes}, "
+        yield from _failures_from(following, after, first, passes, seed, targets)
 
 
 def pass_failures(graph: Graph, seed: int) -> Iterator[Failure]:
