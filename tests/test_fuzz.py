@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from moec.fuzz.faults import in_process
 from moec.fuzz.graphs import random_graph
 from moec.fuzz.planting import ROOT, Fault
 from moec.fuzz.saving import problem_of_file, reduced, save
+from moec.fuzz.styles import MoeBlock
 from moec.ir import show, verify
 from moec.manager import PassManager
 from moec.pipeline import RAISE
@@ -63,7 +65,9 @@ def test_a_planted_fault_is_found_and_named(name: str) -> None:
 def test_a_failure_is_saved_as_a_file_that_is_asked_again(tmp_path: Path) -> None:
     """A pass that raises is the failure; once it is gone, so is what the file asks."""
     graph = random_graph(3)
-    failure = net.Failure("passes", graph, "no-such-pass", net.pass_problem(graph, "no-such-pass", 3))
+    failure = net.Failure(
+        "passes", graph, "no-such-pass", net.pass_problem(graph, "no-such-pass", 3)
+    )
     path = save(reduced(failure, 3), 3, tmp_path)
     assert "unknown pass 'no-such-pass'" in problem_of_file(path)
     path.write_text(path.read_text().replace("// run: no-such-pass", f"// run: {RAISE}"))
@@ -75,8 +79,8 @@ def test_a_wrong_module_is_found_and_its_options_are_reduced(
 ) -> None:
     real = modules._problem_of_call
 
-    def wrong(*args: object) -> str:
-        return real(*args) or ("made up" if args[0].options.gated else "")  # type: ignore
+    def wrong(original: MoeBlock, *rest: Any) -> str:
+        return real(original, *rest) or ("made up" if original.options.gated else "")
 
     monkeypatch.setattr(modules, "_problem_of_call", wrong)
     seed = next(s for s in range(99) if modules.random_style(s).gated)

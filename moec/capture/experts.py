@@ -148,7 +148,10 @@ class _BodyImporter(Importer):
             return _number_of(argument)
         if isinstance(argument, IntegerPair):
             return self.in_rows(_SIZES.dim(argument.first, argument.second))
-        return super().argument(argument)
+        found = super().argument(argument)
+        if isinstance(found, TokenData):
+            raise CaptureError("the loop computes on all tokens, not on the rows of one expert")
+        return found
 
     def reads_data(self, node: fx.Node) -> bool:
         """Whether a value depends on the tokens or on the weights of routing, and so has rows."""

@@ -8,7 +8,7 @@
     python -m moec.fuzz files --count 100000    mutated files into every parser
 
 Every seed gives the same case in every process. A failure is reduced and written into --save as a
-file that tests/test_regressions.py asks again. With TRITON_INTERPRET=1 emitted kernels are run, too.
+file that tests/test_regressions.py asks again. With TRITON_INTERPRET=1 emitted kernels run, too.
 Exit code 0: nothing is wrong; 1: something is; 2: wrong usage.
 """
 

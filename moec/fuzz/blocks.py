@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from moec.ir.dims import canon, ceildiv
 from moec.ir import Builder, Graph, Location, Type, Value, dim
+from moec.ir.dims import canon, ceildiv
 from moec.ir.types import DTYPES
 
 T = dim("T")

@@ -1,8 +1,7 @@
 """Random valid graphs: a MoE block, then ops of any kind on any of its values.
 
 The block is random (see :mod:`moec.fuzz.blocks`). Around its values grow ops that a pass may meet:
-pointwise work, reshapes that undo each other, halves that are put together again, the same op twice,
-sums, products with further weights, work on the rows of the experts, a second projection. Ops are
+pointwise work, reshapes that undo each other, halves that are put together again, an op twice, sums, products with further weights, work on the rows of the experts, a second projection. Ops are
 drawn until one fits the values at hand; the types that an op infers decide what fits.
 """
 
@@ -65,7 +64,8 @@ class _NothingFits(Exception):
     """The values at hand do not suit the op that was drawn."""
 
 
-Grow = Callable[[_Growing], Value | Sequence[Value]]
+# what grew: a value, or several
+Grow = Callable[[_Growing], Any]
 
 
 def _is_float(v: Value) -> bool:
@@ -81,13 +81,13 @@ def _shaped_like(x: Value) -> Callable[[Value], bool]:
     return lambda v: v.type == x.type
 
 
-def pointwise(g: _Growing) -> Value:
+def pointwise(g: _Growing) -> Any:
     """A function of one value that is tame anywhere."""
     x = g.pick(_is_float)
     return g.b(f"t.{g.random.choice(_TAME)}", x)
 
 
-def guarded(g: _Growing) -> Value:
+def guarded(g: _Growing) -> Any:
     """A function with a pole, away from it."""
     x = g.pick(_is_float)
     safe = g.b("t.add", g.b("t.abs", x), other=0.5)
@@ -97,14 +97,14 @@ def guarded(g: _Growing) -> Value:
     return g.b("t.exp", g.b("t.neg", safe)) if kind == "exp" else g.b(f"t.{kind}", safe)
 
 
-def clamped(g: _Growing) -> Value:
+def clamped(g: _Growing) -> Any:
     """A clamp with one bound or two."""
     x = g.pick(_is_float)
     low, high = g.random.choice(((-1.0, 1.0), (None, 0.75), (-0.25, None)))
     return g.b("t.clamp", x, min=low, max=high)
 
 
-def with_constant(g: _Growing) -> Value:
+def with_constant(g: _Growing) -> Any:
     """A value and a number, the neutral ones among them."""
     x = g.pick(_is_float)
     kind = g.random.choice(("add", "sub", "mul", "div", "maximum", "minimum"))
@@ -112,14 +112,14 @@ def with_constant(g: _Growing) -> Value:
     return g.b(f"t.{kind}", x, other=other if kind != "div" or other else 2.0)
 
 
-def combined(g: _Growing) -> Value:
+def combined(g: _Growing) -> Any:
     """Two values of one type, or one value twice."""
     x = g.pick(_is_float)
     y = g.pick(_shaped_like(x))
     return g.b(f"t.{g.random.choice(('add', 'sub', 'mul', 'maximum', 'minimum'))}", x, y)
 
 
-def broadcast(g: _Growing) -> Value:
+def broadcast(g: _Growing) -> Any:
     """A matrix and a vector, a column or a number."""
     x = g.pick(_is_matrix)
     rows, columns = x.type.shape
@@ -129,7 +129,7 @@ def broadcast(g: _Growing) -> Value:
     return g.b(f"t.{g.random.choice(('add', 'mul', 'sub'))}", *g.random.sample((x, y), 2))
 
 
-def chosen(g: _Growing) -> Value:
+def chosen(g: _Growing) -> Any:
     """One of two values by a comparison."""
     x = g.pick(_is_float)
     kind = g.random.choice(("lt", "le", "gt", "ge"))
@@ -139,14 +139,14 @@ def chosen(g: _Growing) -> Value:
     return g.b("t.where", condition, x, g.pick(_shaped_like(x)))
 
 
-def cast(g: _Growing) -> Value:
+def cast(g: _Growing) -> Any:
     """Another float dtype, or there and back."""
     x = g.pick(_is_float)
     y = g.b("t.cast", x, dtype=g.random.choice(FLOATS))
     return g.b("t.cast", y, dtype=x.type.dtype) if g.random.random() < 0.6 else y
 
 
-def reshaped(g: _Growing) -> Value:
+def reshaped(g: _Growing) -> Any:
     """A column more, one axis less, or there and back."""
     x = g.pick(lambda v: v.type.is_float and v.type.rank > 0)
     shape = g.random.choice(((*x.type.shape, 1), (1, *x.type.shape), (x.type.elements,)))
@@ -154,21 +154,26 @@ def reshaped(g: _Growing) -> Value:
     return g.b("t.reshape", y, shape=x.type.shape) if g.random.random() < 0.6 else y
 
 
-def permuted(g: _Growing) -> Value:
-    """Axes in another order, or there and back."""
-    x = g.pick(lambda v: v.type.is_float and v.type.rank > 1)
-    order = g.random.sample(range(x.type.rank), x.type.rank)
-    back = tuple(order.index(i) for i in range(x.type.rank))
+def permuted(g: _Growing) -> Any:
+    """Axes in another order, there and back, or in a third one."""
+    least = g.random.choice((2, 3))
+    x = g.pick(lambda v: v.type.is_float and v.type.rank >= least)
+    axes = range(x.type.rank)
+    order, third = g.random.sample(axes, len(axes)), g.random.sample(axes, len(axes))
+    back = tuple(order.index(i) for i in axes)
     y = g.b("t.permute", x, dims=tuple(order))
-    return g.b("t.permute", y, dims=back) if g.random.random() < 0.5 else y
+    after = g.random.choice((None, back, tuple(third)))
+    return y if after is None else g.b("t.permute", y, dims=after)
 
 
-def halves(g: _Growing) -> Sequence[Value]:
+def halves(g: _Growing) -> Any:
     """The parts of a matrix, by slices or a split; then work on each, then together again."""
     x = g.pick(lambda v: _is_matrix(v) and int(v.type.shape[1]) % 2 == 0)
     layout = g.random.choice(("concat", "interleave"))
-    parts = _sliced(g, x, layout) if g.random.random() < 0.5 else g.b(
-        "t.split", x, parts=2, layout=layout
+    parts = (
+        _sliced(g, x, layout)
+        if g.random.random() < 0.5
+        else g.b("t.split", x, parts=2, layout=layout)
     )
     if g.random.random() < 0.3:
         return tuple(parts)
@@ -176,7 +181,7 @@ def halves(g: _Growing) -> Sequence[Value]:
     return (g.b("t.merge", *worked, layout=g.random.choice((layout, "concat"))), *parts)
 
 
-def _sliced(g: _Growing, x: Value, layout: str) -> Sequence[Value]:
+def _sliced(g: _Growing, x: Value, layout: str) -> list[Value]:
     width = int(x.type.shape[1])
     places = (
         ((0, width // 2, 1), (width // 2, width, 1))
@@ -186,7 +191,7 @@ def _sliced(g: _Growing, x: Value, layout: str) -> Sequence[Value]:
     return [g.b("t.slice", x, dim=-1, start=a, stop=b, step=c) for a, b, c in places]
 
 
-def joined(g: _Growing) -> Value:
+def joined(g: _Growing) -> Any:
     """Two matrices beside or on top of each other."""
     x = g.pick(_is_matrix)
     y = g.pick(_shaped_like(x))
@@ -195,7 +200,7 @@ def joined(g: _Growing) -> Value:
     return g.b("t.concat", x, y, dim=g.random.choice((0, 1, -1)))
 
 
-def reduced(g: _Growing) -> Value:
+def reduced(g: _Growing) -> Any:
     """A sum, mean, maximum or softmax over the columns."""
     x = g.pick(_is_matrix)
     kind = g.random.choice(("sum", "mean", "amax", "logsumexp", "softmax", "cumsum", "norm"))
@@ -204,13 +209,13 @@ def reduced(g: _Growing) -> Value:
     return g.b(f"t.{kind}", x, dims=(g.random.choice((1, -1)),), keepdim=g.random.random() < 0.7)
 
 
-def over_rows(g: _Growing) -> Value:
+def over_rows(g: _Growing) -> Any:
     """The sum over the tokens or rows."""
     x = g.pick(_is_matrix)
     return g.b("t.sum", x, dims=(0,), keepdim=g.random.random() < 0.5)
 
 
-def ordered(g: _Growing) -> Value:
+def ordered(g: _Growing) -> Any:
     """The largest, or all in order."""
     x = g.pick(_is_matrix)
     if g.random.random() < 0.5:
@@ -219,7 +224,7 @@ def ordered(g: _Growing) -> Value:
     return g.b("t.topk", x, k=k, dim=-1, largest=g.random.random() < 0.7)[0]
 
 
-def projected(g: _Growing) -> Value:
+def projected(g: _Growing) -> Any:
     """A product with a new weight, with a bias or without."""
     x = g.pick(_is_matrix)
     out, wide = g.random.choice(_WIDTHS), x.type.shape[1]
@@ -231,7 +236,7 @@ def projected(g: _Growing) -> Value:
     return g.b("t.linear", x, w)
 
 
-def repeated(g: _Growing) -> Value | Sequence[Value]:
+def repeated(g: _Growing) -> Any:
     """An op once more, on the same operands."""
     op = g.random.choice(g.b.ops)
     made: Value | Sequence[Value] = g.b(op.kind, *op.operands, body=op.body, **op.attrs)
@@ -244,14 +249,14 @@ def _rows(g: _Growing) -> Value:
     return g.pick(lambda v: _is_matrix(v) and v.type.shape[0] == perm.type.shape[0])
 
 
-def gathered(g: _Growing) -> Value:
+def gathered(g: _Growing) -> Any:
     """The token's row for each routed pair."""
     perm, _, inverse = g.dispatch()
     x = g.pick(lambda v: _is_matrix(v) and v.type.shape[0] == inverse.type.shape[0])
     return g.b("moe.gather", x, perm, inverse)
 
 
-def by_expert(g: _Growing) -> Value:
+def by_expert(g: _Growing) -> Any:
     """The rows times their experts' matrices."""
     rows, (_, offsets, _) = _rows(g), g.dispatch()
     transposed = g.random.random() < 0.5
@@ -264,7 +269,7 @@ def by_expert(g: _Growing) -> Value:
     return g.b("moe.grouped_mm", rows, w, offsets, transposed=transposed)
 
 
-def low_rank(g: _Growing) -> Value:
+def low_rank(g: _Growing) -> Any:
     """The rows times ``W + s * B A`` of each expert."""
     rows, (_, offsets, _) = _rows(g), g.dispatch()
     wide, out, rank = rows.type.shape[1], g.random.choice(_WIDTHS), 2
@@ -277,7 +282,7 @@ def low_rank(g: _Growing) -> Value:
     return g.b("moe.grouped_mm", rows, g.b("t.add", w, delta), offsets)
 
 
-def biased(g: _Growing) -> Value:
+def biased(g: _Growing) -> Any:
     """The rows plus their experts' vectors."""
     rows, (_, offsets, _) = _rows(g), g.dispatch()
     experts = int(offsets.type.shape[0]) - 1
@@ -285,7 +290,7 @@ def biased(g: _Growing) -> Value:
     return g.b("t.add", rows, g.b("moe.expert_rows", bias, offsets, rows=rows.type.shape[0]))
 
 
-def gathered_back(g: _Growing) -> Value:
+def gathered_back(g: _Growing) -> Any:
     """The sum of a token's rows, weighted or not."""
     rows, (perm, _, inverse) = _rows(g), g.dispatch()
     if g.random.random() < 0.4:
@@ -294,7 +299,7 @@ def gathered_back(g: _Growing) -> Value:
     return g.b("moe.combine", rows, perm, inverse, w)
 
 
-def per_row(g: _Growing) -> Value:
+def per_row(g: _Growing) -> Any:
     """A number a row: pairs in the order of the rows, inner products, scales."""
     rows, (perm, _, inverse) = _rows(g), g.dispatch()
     kind = g.random.choice(("permute", "row_dot", "row_scale", "there and back"))
@@ -308,7 +313,7 @@ def per_row(g: _Growing) -> Value:
     return column if kind == "permute" else g.b("moe.unpermute", column, perm, inverse)
 
 
-def per_expert(g: _Growing) -> Value:
+def per_expert(g: _Growing) -> Any:
     """A sum for each expert, where every row has one."""
     rows, (_, offsets, _) = _rows(g), g.dispatch()
     if _may_drop(g.b.ops):
@@ -316,7 +321,7 @@ def per_expert(g: _Growing) -> Value:
     return g.b("moe.group_sum", rows, offsets)
 
 
-def dispatched_again(g: _Growing) -> Sequence[Value]:
+def dispatched_again(g: _Growing) -> Any:
     """A second router on the same tokens."""
     scores = g.pick(lambda v: _is_matrix(v) and v.type.dtype in ("f32", "f64"))
     experts = int(scores.type.shape[1])

@@ -7,10 +7,8 @@ from __future__ import annotations
 import re
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
-import torch
 from typer.testing import CliRunner
 
 from moec.cli.app import app
@@ -22,7 +20,6 @@ from moec.fuzz.planting import Fault
 from moec.fuzz.saving import reduced
 from moec.ir import Graph, show
 from moec.ir.graph import walk
-from moec.pipeline import pipeline
 
 
 def hunt(fault: Fault) -> Outcome:

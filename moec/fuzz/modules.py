@@ -129,7 +129,9 @@ def _problem_of_call(original: MoeBlock, compiled: nn.Module, call: Call, seed: 
         return ""
     found = _results(compiled, x, call)
     limit = _LIMIT[original.options.dtype]
-    largest = max((float(t.abs().nan_to_num().max()) for t in expected.values() if t.numel()), default=1)
+    largest = max(
+        (float(t.abs().nan_to_num().max()) for t in expected.values() if t.numel()), default=1
+    )
     for name, wanted in expected.items():
         got = found.get(name, torch.zeros_like(wanted))  # a gradient of zeros may be absent
         if got.shape != wanted.shape:
@@ -157,12 +159,11 @@ def _tokens(original: MoeBlock, call: Call, seed: int) -> torch.Tensor:
 
 
 def _route(original: MoeBlock, routing: str) -> None:
-    """Set the router's weights, from those that it had first."""
+    """Set the scale of the router's weights."""
     with torch.no_grad():
-        if not hasattr(original, "first_gate"):
-            original.first_gate = original.gate.weight.detach().clone()
-        factor = 40.0 if routing == "saturated" else 1.0
-        original.gate.weight.copy_(original.first_gate * factor)
+        weight = original.gate.weight
+        weight.div_(weight.abs().amax() + 1e-30)
+        weight.mul_(100.0 if routing == "saturated" else 1.0)
 
 
 def _copy_weights(original: nn.Module, compiled: nn.Module) -> None:

@@ -151,7 +151,9 @@ def emitted_problem(graph: Graph, target: str, seed: int) -> str:
             return _crash(error)
         for value, e, f in zip(graph.returned, expected, found, strict=True):
             if f.shape != e.shape or not relative_error(f, e) <= limit:
-                return f"%{value.hint} is off by {relative_error(f, e):.2g}, routing {name}, {sizes}"
+                return (
+                    f"%{value.hint} is off by {relative_error(f, e):.2g}, routing {name}, {sizes}"
+                )
     return ""
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 
 from moec.inputs import default_dims, random_inputs
 from moec.ir import Graph, Value
+from moec.ir.graph import Op
 
 Tensors = list[torch.Tensor]
 # Sizes of T: none, one, around the edges of small tiles, more than one tile.
@@ -24,7 +25,7 @@ def _routers(graph: Graph) -> list[Value]:
     return list(dict.fromkeys(found))
 
 
-def _inputs_above(value: Value, made: dict[Value, object]) -> list[Value]:
+def _inputs_above(value: Value, made: dict[Value, Op]) -> list[Value]:
     stack, seen, found = [value], set[Value](), []
     while stack:
         v = stack.pop()
@@ -35,7 +36,7 @@ def _inputs_above(value: Value, made: dict[Value, object]) -> list[Value]:
         if op is None:
             found.append(v)
         else:
-            stack += op.operands  # type: ignore[attr-defined]
+            stack += op.operands
     return found
 
 

@@ -1,4 +1,4 @@
-"""Failures become tests: a reduced graph in a folder whose files a test asks the same question of."""
+"""Failures become tests: a reduced graph in a file, and the question to ask of it again."""
 
 from __future__ import annotations
 

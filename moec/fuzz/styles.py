@@ -1,4 +1,4 @@
-"""A MoE block whose parts are options: router, experts in many styles of code, what is around them."""
+"""A MoE block whose parts are options: router, experts in many styles of code, what is around."""
 
 from __future__ import annotations
 
@@ -257,6 +257,7 @@ class MoeBlock(nn.Module):
     def __init__(self, o: StyleOptions) -> None:
         super().__init__()
         self.options = o
+        self.selection_bias: Tensor
         self.gate = nn.Linear(o.hidden, o.experts, bias=o.gate_bias)
         self.register_buffer("selection_bias", torch.zeros(o.experts))
         self.experts = EXPERTS[o.style](o)

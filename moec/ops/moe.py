@@ -281,7 +281,11 @@ class Combine:
         )
         if len(op.operands) == 3 and _all_routed(b, inverse):
             return spread, None, None
-        w = op.operands[3] if len(op.operands) == 4 else b.full(g.type.with_shape(*inverse.type.shape), 1.0)
+        w = (
+            op.operands[3]
+            if len(op.operands) == 4
+            else b.full(g.type.with_shape(*inverse.type.shape), 1.0)
+        )
         routed = _of_routed(b, w, inverse)
         column = b("moe.permute", routed, perm, inverse)
         column = b("t.reshape", column, shape=(perm.type.shape[0], 1))
