@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 
 from moec.fuzz.fault_list import FAULTS
@@ -95,7 +95,8 @@ def main(arguments: Sequence[str]) -> int:
     start = time.monotonic()
     with ThreadPoolExecutor(options.jobs) as pool:
         outcomes = []
-        for outcome in pool.map(in_process, chosen):
+        for future in as_completed([pool.submit(in_process, fault) for fault in chosen]):
+            outcome = future.result()
             outcomes.append(outcome)
             print(outcome, flush=True)
             if options.verbose or not outcome.is_named:

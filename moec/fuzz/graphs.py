@@ -1,7 +1,8 @@
 """Random valid graphs: a MoE block, then ops of any kind on any of its values.
 
 The block is random (see :mod:`moec.fuzz.blocks`). Around its values grow ops that a pass may meet:
-pointwise work, reshapes that undo each other, halves that are put together again, an op twice, sums, products with further weights, work on the rows of the experts, a second projection. Ops are
+pointwise work, reshapes that undo each other, halves that are put together again, an op twice,
+sums, products with further weights, work on the rows of experts, a second projection. Ops are
 drawn until one fits the values at hand; the types that an op infers decide what fits.
 """
 
