@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import sympy
 
 from moec.codegen import aten
+from moec.codegen.labels import has_range, label
 from moec.codegen.names import PythonNames
 from moec.codegen.writer import Writer
 from moec.ir.graph import Graph, Op, Value, backward_ops, forward_ops
@@ -53,33 +54,56 @@ def emit_host(
     emit_op: EmitOp,
     target: str,
     reserved: frozenset[str] = frozenset(),
+    ranges: bool = False,
 ) -> None:
     """Write ``forward``, and ``backward`` for a joint graph, with what the runtime reads about
     them.
 
-    No value is called by a name in ``reserved``: those of the module's kernels.
+    No value is called by a name in ``reserved``: those of the module's kernels. With ``ranges`` the
+    functions take the name of a region first, and name it and the op around each op's lines.
     """
     graph = program.graph
     training = bool(graph.cotangents)
     writer.line(f"SAVED = {tuple(v.hint for v in program.saved)!r}")
     writer.line(f"BACKWARD_INPUTS = {program.backward_inputs!r}")
     writer.lines("", "")
-    taken = reserved | frozenset(graph.ranges)
-    _emit_forward(writer, program, emit_op, training, PythonNames(taken))
+    taken = reserved | frozenset(graph.ranges) | {"ranges", "region"}
+    first = ["region"] if ranges else []
+    emit_op = _ranged(emit_op) if ranges else emit_op
+    _emit_forward(writer, program, emit_op, training, PythonNames(taken), first)
     if training:
         writer.lines("", "")
-        _emit_backward(writer, program, emit_op, PythonNames(taken))
+        _emit_backward(writer, program, emit_op, PythonNames(taken), first)
 
 
-def _signature(values: Sequence[Value], names: PythonNames) -> str:
-    return ", ".join(names.add(v) for v in values)
+def _ranged(emit_op: EmitOp) -> EmitOp:
+    """As ``emit_op``, with a range around the lines of each op that does more than look."""
+
+    def emit(writer: Writer, op: Op, names: PythonNames) -> bool:
+        if not has_range(op):
+            return emit_op(writer, op, names)
+        with writer.block(f"with ranges.of(region, {label(op)!r}):"):
+            if not emit_op(writer, op, names):
+                emit_aten(writer, op, names)
+        return True
+
+    return emit
+
+
+def _signature(first: Sequence[str], values: Sequence[Value], names: PythonNames) -> str:
+    return ", ".join([*first, *(names.add(v) for v in values)])
 
 
 def _emit_forward(
-    writer: Writer, program: Program, emit_op: EmitOp, training: bool, names: PythonNames
+    writer: Writer,
+    program: Program,
+    emit_op: EmitOp,
+    training: bool,
+    names: PythonNames,
+    first: Sequence[str],
 ) -> None:
     graph = program.graph
-    with writer.block(f"def forward({_signature(graph.inputs, names)}):"):
+    with writer.block(f"def forward({_signature(first, graph.inputs, names)}):"):
         writer.line(f'"""{", ".join(f"{names[v]}: {v.type}" for v in graph.inputs)}."""')
         _bind(writer, graph.inputs, names)
         keep = {*graph.outputs, *program.saved, *graph.inputs}
@@ -92,14 +116,20 @@ def _emit_forward(
         )
 
 
-def _emit_backward(writer: Writer, program: Program, emit_op: EmitOp, names: PythonNames) -> None:
+def _emit_backward(
+    writer: Writer,
+    program: Program,
+    emit_op: EmitOp,
+    names: PythonNames,
+    first: Sequence[str],
+) -> None:
     graph = program.graph
     arguments = [
         *(graph.inputs[i] for i in program.backward_inputs),
         *program.saved,
         *graph.cotangents,
     ]
-    with writer.block(f"def backward({_signature(arguments, names)}):"):
+    with writer.block(f"def backward({_signature(first, arguments, names)}):"):
         writer.line('"""Gradients of the inputs, in their order; None where none is needed."""')
         _bind(writer, arguments, names)
         keep = {g for g in graph.gradients if g is not None}

@@ -17,7 +17,11 @@ TARGETS = ("triton", "aten")
 
 
 def emit_module(
-    graph: Graph, target: str = "triton", after_op: Callable[[Op], str] | None = None
+    graph: Graph,
+    target: str = "triton",
+    after_op: Callable[[Op], str] | None = None,
+    *,
+    ranges: bool = False,
 ) -> str:
     """Python source of a module with ``forward`` (and ``backward`` for a joint graph).
 
@@ -25,25 +29,32 @@ def emit_module(
     ``BACKWARD_INPUTS``, the saved values and the cotangents, and returns one gradient (or
     ``None``) an input. Deterministic: equal graphs give equal text. ``after_op`` gives a line to
     write after the lines of each op, for measurements.
+
+    With ``ranges`` the functions take the name of a region first, and each op's lines are a range
+    in a profiler's trace; the kernels are left out, for those of the plain module to be used.
     """
     if target not in TARGETS:
         raise CodegenError(f"unknown target {target!r}; targets: {', '.join(TARGETS)}")
     writer = Writer()
     program = partition(graph)
     _emit_header(writer, graph, target)
+    if ranges:
+        writer.lines("from moec.runtime import ranges", "")
     if target == "triton":
         from moec.codegen.triton import TritonEmitter
 
         emitter = TritonEmitter(graph)
-        emitter.emit_kernels(writer)
-        emit_host(writer, program, _followed(emitter.emit_op, after_op), target, emitter.names)
+        if not ranges:
+            emitter.emit_kernels(writer)
+        follow = _followed(emitter.emit_op, after_op)
+        emit_host(writer, program, follow, target, emitter.names, ranges)
     else:
         apart = kept_apart(graph, program.saved)
 
         def emit_op(out: Writer, op: Op, names: PythonNames) -> bool:
             return emit_stack(out, op, names, apart) or emit_blocked(out, op, names)
 
-        emit_host(writer, program, _followed(emit_op, after_op), target)
+        emit_host(writer, program, _followed(emit_op, after_op), target, ranges=ranges)
     return writer.text()
 
 

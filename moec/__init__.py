@@ -11,7 +11,15 @@ from typing import Any
 from moec.errors import MoecError
 
 __version__ = "0.1.0"
-__all__ = ["MoecError", "__version__", "bisect_model", "compile", "explain", "regions"]
+__all__ = [
+    "MoecError",
+    "__version__",
+    "bisect_model",
+    "compile",
+    "explain",
+    "history",
+    "regions",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -26,4 +34,8 @@ def __getattr__(name: str) -> Any:
         from moec.model_bisect import bisect_model
 
         return bisect_model
+    if name == "history":
+        from moec.compilations import history
+
+        return history
     raise AttributeError(f"module 'moec' has no attribute {name!r}")

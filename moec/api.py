@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import ScriptObject, nn
 
+from moec import logs
 from moec.capture.disagreement import odd_experts
 from moec.capture.regions import Candidate, find_candidates
 from moec.compiled import install, model_scope_of, region_of
@@ -21,11 +22,14 @@ from moec.region import Region
 from moec.session import Session
 from moec.share import share
 from moec.targets import TARGETS
+from moec.watching import Watching, from_environment
 
 M = TypeVar("M", bound=nn.Module)
 OPTIONS = {
     "cache": "folder of the emitted modules (default: the user's cache folder)",
-    "dump": "folder to which the IR after each pass is written, as module.path/mode/07-pass.moe",
+    "dump": "folder to which the IR after each pass is written, as module.path/mode/07-pass.moe"
+    " (default: the environment's MOEC_DUMP)",
+    "trace": "file to which the time of compilation is written, as Chrome-trace JSON",
     "passes": "pipeline text in place of the default one",
     "model_backend": "scope model: the torch.compile backend of what is not MoE (inductor)",
 }
@@ -66,6 +70,7 @@ def compile(
     _check_arguments(model, dynamic, memory_budget, target, scope)
     settings = _checked_options(options)
     backend = _model_backend(settings, scope)
+    logs.configure()
     session = _session(target, strict, settings)
     compiled = share(model)
     candidates = list(find_candidates(compiled))
@@ -164,6 +169,7 @@ def _session(target: str | None, strict: bool, options: dict[str, Any]) -> Sessi
     if unknown:
         known = "; ".join(f"{k}: {v}" for k, v in OPTIONS.items())
         raise CompileError(f"unknown option {', '.join(map(repr, unknown))}. Options are {known}")
+    options.setdefault("dump", from_environment().dump)
     for name in ("dump", "cache"):
         if options.get(name) is not None:
             options[name] = _folder(name, options[name])
@@ -172,7 +178,18 @@ def _session(target: str | None, strict: bool, options: dict[str, Any]) -> Sessi
         if not isinstance(passes, str):
             raise CompileError(f"option 'passes' is a pipeline's text, got {passes!r}")
         parse_pipeline(passes)
-    return Session(target, strict, options.get("cache"), passes, dump=options.get("dump"))
+    watching = Watching(options["dump"], _file("trace", options.get("trace")))
+    return Session(target, strict, options.get("cache"), passes, watching=watching)
+
+
+def _file(option: str, value: Any) -> str | None:
+    """A file in a folder that can be written to, or an error that names the option."""
+    if value is None:
+        return None
+    if not isinstance(value, str | os.PathLike) or Path(value).is_dir():
+        raise CompileError(f"option {option!r} is a file's path, got {value!r}")
+    _folder(option, Path(value).absolute().parent)
+    return str(Path(value).absolute())
 
 
 def _folder(option: str, value: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class MoecError(Exception):
     """Base of all errors that moec raises on purpose; the command line prints them without a
@@ -31,6 +33,14 @@ class NotRunError(CaptureError):
 
 class PassError(MoecError):
     """A pass that failed or does not exist, or an option that it does not have."""
+
+
+class MeaningError(PassError):
+    """A pass that changed what a graph computes: at ``sizes``, on the inputs of ``seed``."""
+
+    def __init__(self, message: str, sizes: Mapping[str, int], seed: int) -> None:
+        super().__init__(message)
+        self.sizes, self.seed = dict(sizes), seed
 
 
 class CodegenError(MoecError):

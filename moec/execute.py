@@ -15,7 +15,9 @@ import torch
 from moec import cache
 from moec.codegen import emit_module
 from moec.errors import PassError
+from moec.inputs import default_dims, random_inputs
 from moec.ir.graph import Graph, Op
+from moec.runtime.artifact import build
 from moec.timing import event
 
 # The name under which an emitted module finds what is called after each of its ops.
@@ -149,4 +151,15 @@ class _Stamps:
         return found
 
 
-__all__ = ["Emitted", "emitted", "on_device_of", "op_times", "run_emitted"]
+def try_emitted(graph: Graph, target: str) -> None:
+    """Emit a graph and run it on one generated token, on this machine's GPU if it has one.
+
+    Raises whatever the emitter, the kernel compiler or a launch raises.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = random_inputs(graph, default_dims(graph, size=1))[: len(graph.inputs)]
+    with tempfile.TemporaryDirectory() as folder:
+        build(graph, target, "execute", (), folder).try_out([t.to(device) for t in inputs])
+
+
+__all__ = ["Emitted", "emitted", "on_device_of", "op_times", "run_emitted", "try_emitted"]

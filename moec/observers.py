@@ -1,13 +1,15 @@
-"""Observers: verify, print, dump, time, count, check. They are the only hook around a pass."""
+"""Observers: verify, print, dump, time, trace, count, check. The only hook around a pass."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from moec.errors import PassError
+from moec import trace_events
+from moec.errors import MeaningError
 from moec.inputs import default_dims, dim_names, random_inputs
 from moec.interp import run
 from moec.ir.graph import Graph, Value
@@ -41,7 +43,12 @@ class Verify(Observer):
             verify(graph)
 
     def after(self, step: Step, index: int) -> None:
-        verify(step.after, dialects=step.call.definition.leaves, after=str(step.call))
+        verify_step(step)
+
+
+def verify_step(step: Step) -> None:
+    """Raise :class:`~moec.errors.IRError` if the pass left a graph that breaks a rule of the IR."""
+    verify(step.after, dialects=step.call.definition.leaves, after=str(step.call))
 
 
 class Print(Observer):
@@ -54,6 +61,19 @@ class Print(Observer):
         name = step.call.definition.name
         if step.changed if self.names is None else name in self.names:
             self.write(f"// after {name} (pass {index + 1}): {summary(step)}\n{show(step.after)}")
+
+
+class PrintBefore(Observer):
+    """Write the graph that the passes called ``names`` (``None``: all of them) are about to get."""
+
+    def __init__(self, names: Collection[str] | None, write: Callable[[str], object]) -> None:
+        self.names, self.write = names, write
+
+    def before(self, call: PassCall, graph: Graph, index: int) -> None:
+        name = call.definition.name
+        if self.names is None or name in self.names:
+            head = f"// before {name} (pass {index + 1}): {len(graph.ops)} ops"
+            self.write(f"{head}\n{show(graph)}")
 
 
 class Dump(Observer):
@@ -106,6 +126,24 @@ class Time(Observer):
         return table(("pass", "ms", "share"), self.rows())
 
 
+class TracePasses(Observer):
+    """An event for each pass; the last observer of all, so that the others' time is not counted."""
+
+    def __init__(self) -> None:
+        self._start = 0
+
+    def before(self, call: PassCall, graph: Graph, index: int) -> None:
+        self._start = time.perf_counter_ns()
+
+    def after(self, step: Step, index: int) -> None:
+        events = trace_events.current()
+        if events is None:
+            return
+        ops = {"ops before": len(step.before.ops), "ops after": len(step.after.ops)}
+        end = self._start + int(step.seconds * 1e9)
+        events.add(str(step.call), "pass", self._start, end, **ops, rewrites=step.rewrites)
+
+
 class Stats(Observer):
     """How many rewrites each pass made and how many ops it left; ``str()`` is a table."""
 
@@ -141,7 +179,7 @@ class Check(Observer):
     ``dims`` fixes sizes by name; others are small and inside their ranges. Every graph is tried at
     these sizes and, where its ranges allow, with every free size 0 and 1. A pass that adds
     gradients is compared with PyTorch's own differentiation of the graph before it. Raises
-    :class:`~moec.errors.PassError` naming pass, value, difference and sizes.
+    :class:`~moec.errors.MeaningError` naming pass, value, difference and sizes.
     """
 
     def __init__(self, dims: Mapping[str, int] | None = None, seed: int = 0) -> None:
@@ -155,7 +193,8 @@ class Check(Observer):
             for value, a, b in zip(step.after.returned, expected, got, strict=True):
                 problem = difference(a, b)
                 if problem:
-                    raise PassError(self._message(step, value, problem, sizes))
+                    message = self._message(step, value, problem, sizes)
+                    raise MeaningError(message, sizes, self.seed)
 
     def _sizes(self, graph: Graph) -> list[dict[str, int]]:
         known = {n: self.dims[n] for n in dim_names(graph) if n in self.dims}

@@ -208,7 +208,7 @@ class Region(RegionCaptures):
         if artifact not in self.artifacts:
             self.artifacts.append(artifact)
         with no_autocast(data[0].device.type):
-            outputs = artifact(inputs)
+            outputs = artifact(inputs, self.name)
         apply_writes(module, found.writes)
         return found.result.build(outputs, data[0].shape[:-1])
 

@@ -27,6 +27,7 @@ from moec.compiled import as_original, restore
 from moec.errors import CallError
 from moec.guards import Guard
 from moec.ir.graph import Graph
+from moec.log_captures import log_capture, log_forgotten
 from moec.manager import Step
 from moec.mode import Mode, capture_autocast, has_hooks, is_empty, types_below
 from moec.result_form import ResultForm
@@ -36,6 +37,7 @@ from moec.share import share
 from moec.structure import plain_settings, structure_key
 from moec.surroundings import NO_WEIGHTS, isolated, odd_reason, odd_tensor
 from moec.targets import choose_target
+from moec.trace_events import span
 
 if TYPE_CHECKING:
     from moec.region import Region
@@ -138,14 +140,17 @@ class RegionCaptures:
         if mode not in self.found:
             module = self.candidate.module
             key = (structure_key(module), mode, self.kind)
-            isolated(lambda: self._read_once(key, mode, values or {}), mode.device)
-            self.found[mode] = replace(self.session.captures[key], name=self.name, module=module)
+            with log_capture(self, mode, is_known=key in self.session.captures):
+                isolated(lambda: self._read_once(key, mode, values or {}), mode.device)
+                found = replace(self.session.captures[key], name=self.name, module=module)
+                self.found[mode] = found
         return self.found[mode]
 
     def _read_once(self, key: Hashable, mode: Mode, values: Mapping[str, torch.Tensor]) -> None:
         with _READING:
             if key not in self.session.captures:
-                self.session.captures[key] = self._read(mode, values)
+                with self.session.watching.recording(), span(self.name, "capture"):
+                    self.session.captures[key] = self._read(mode, values)
 
     def try_capture(self) -> None:
         """Capture in the model's present mode, so that what stays as it was is known at once."""
@@ -231,6 +236,7 @@ class RegionCaptures:
         )
 
     def _forget(self) -> None:
+        log_forgotten(self)
         self.found.clear()
         self._tensors.clear()
         self._guard = Guard(self.candidate.module)
@@ -266,8 +272,8 @@ class RegionCaptures:
             return True
         if types != self._types:
             self._look_again(module)
-        self._types, self.settings = types, plain_settings(module)
         self._forget()
+        self._types, self.settings = types, plain_settings(module)
         return False
 
     def _look_again(self, module: nn.Module) -> None:

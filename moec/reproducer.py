@@ -1,4 +1,4 @@
-"""Reproducers: a pass that raises leaves a file that makes it raise again."""
+"""Reproducers: what fails while compiling leaves a file that makes it fail again."""
 
 from __future__ import annotations
 
@@ -6,16 +6,36 @@ import hashlib
 import platform
 import re
 import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 
+from moec.errors import IRError, MeaningError, ParseError
 from moec.ir.graph import Graph
 from moec.ir.text import show
 from moec.manager import PassCall, Step
+from moec.observers import verify_step
+from moec.targets import TARGETS
 
-_RUN = re.compile(r"^//\s*run:\s*(?P<pipeline>\S.*?)\s*$", re.MULTILINE)
+_LINE = r"^//\s*{}:\s*(?P<text>\S.*?)\s*$"
+_RUN = re.compile(_LINE.format("run"), re.MULTILINE)
+_CHECK = re.compile(_LINE.format("check"), re.MULTILINE)
+_EMIT = re.compile(_LINE.format("emit"), re.MULTILINE)
+_SIZE = re.compile(r"\s*(?P<name>[A-Za-z_]\w*)=(?P<size>\d{1,18})\s*")
 _FRAMES = 6
+
+
+@dataclass(frozen=True)
+class Emission:
+    """What a reproducer of code generation asks for: a target, and whether the module is run."""
+
+    target: str
+    trial: bool = False
+
+    def __str__(self) -> str:
+        return self.target + (", try" if self.trial else "")
 
 
 class Reproducer:
@@ -28,20 +48,33 @@ class Reproducer:
             result = PassManager(pipeline, [Verify(), reproducer]).run(graph)
 
     The exception goes on, with a note that names the file (also in ``path``). ``moec opt`` on the
-    file runs the pass on the same graph.
+    file runs the pass on the same graph; ``moec emit`` does what :meth:`emits` was told of.
     """
 
     def __init__(self, folder: str | Path = ".") -> None:
         self.folder = Path(folder)
         self.path: Path | None = None
-        self._running: tuple[PassCall, Graph] | None = None
+        self._doing: tuple[PassCall | Emission, Graph] | None = None
 
     def before(self, call: PassCall, graph: Graph, index: int) -> None:
         """Remember the pass that is about to run, and its input."""
-        self._running = call, graph
+        self._doing = call, graph
 
     def after(self, step: Step, index: int) -> None:
         """Nothing: until the next pass begins, observers may still object to this one."""
+
+    def emits(self, graph: Graph, emission: Emission) -> None:
+        """Remember that code is about to be generated for a graph (and tried)."""
+        self._doing = emission, graph
+
+    def verify(self, history: Sequence[Step]) -> None:
+        """Raise for the first pass that left a malformed graph, as if it had been watched."""
+        for step in history:
+            try:
+                verify_step(step)
+            except IRError:
+                self._doing = step.call, step.before
+                raise
 
     def __enter__(self) -> Reproducer:
         return self
@@ -52,20 +85,38 @@ class Reproducer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if isinstance(error, Exception) and self._running is not None:
-            self._note(error, *self._running)
+        if isinstance(error, Exception) and self._doing is not None:
+            self.write(error)
 
-    def _note(self, error: Exception, call: PassCall, graph: Graph) -> None:
+    def write(self, error: Exception) -> None:
+        """Write the file for what was going on when an exception came, and note its place."""
+        if self._doing is None or isinstance(error.__cause__, OSError):
+            return  # a full disk is not in the graph
         try:
-            self.path = write_reproducer(self.folder, call, graph, error)
+            self.path = write_reproducer(self.folder, *self._doing, error)
         except OSError as failure:
             # The pass's own error matters more than the missing file.
             error.add_note(f"no reproducer could be written: {failure}")
         else:
-            error.add_note(f"reproducer: {self.path} (replay it with: moec opt {self.path})")
+            error.add_note(f"reproducer: {self.path} (replay it with: {self.command})")
+
+    @property
+    def command(self) -> str:
+        """The command that fails in the same way."""
+        emits = self._doing is not None and isinstance(self._doing[0], Emission)
+        return f"moec {'emit' if emits else 'opt'} {self.path}"
+
+    @property
+    def text(self) -> str:
+        """Where the file is, for a warning."""
+        if self.path is None:
+            return "No reproducer was written"
+        return f"Reproducer: {self.path} (replay it with: {self.command})"
 
 
-def write_reproducer(folder: Path, call: PassCall, graph: Graph, error: Exception) -> Path:
+def write_reproducer(
+    folder: Path, doing: PassCall | Emission, graph: Graph, error: Exception
+) -> Path:
     """Write ``moec-repro-<hash>.moe``: pass, versions, error, and the graph before the pass.
 
     The hash is that of pass and graph, so the same failure gives the same file.
@@ -73,14 +124,23 @@ def write_reproducer(folder: Path, call: PassCall, graph: Graph, error: Exceptio
     Raises:
         OSError: the file cannot be written.
     """
-    key = hashlib.sha256(f"{call}\n{graph.fingerprint}".encode()).hexdigest()[:8]
+    key = hashlib.sha256(f"{doing}\n{graph.fingerprint}".encode()).hexdigest()[:8]
     path = folder / f"moec-repro-{key}.moe"
-    words = [*str(error).splitlines(), *_frames(error)]
-    header = [f"// run: {call}", f"// {versions()}", f"// {type(error).__name__}:"]
+    words = [*str(error).replace(str(Path.home()), "~").splitlines(), *_frames(error)]
+    header = [*_instructions(doing, error), f"// {versions()}", f"// {type(error).__name__}:"]
     header += [f"//   {line}".rstrip() for line in words]
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join([*header, show(graph)]), encoding="utf-8")
     return path
+
+
+def _instructions(doing: PassCall | Emission, error: Exception) -> list[str]:
+    if isinstance(doing, Emission):
+        return [f"// emit: {doing}"]
+    if not isinstance(error, MeaningError):
+        return [f"// run: {doing}"]
+    sizes = "".join(f", {name}={size}" for name, size in error.sizes.items())
+    return [f"// run: {doing}", f"// check: seed={error.seed}{sizes}"]
 
 
 def _frames(error: Exception) -> list[str]:
@@ -106,4 +166,35 @@ def version_of(package: str) -> str:
 def pipeline_of(text: str) -> str | None:
     """The pipeline in the ``// run:`` line of a file, if it has one."""
     match = _RUN.search(text)
-    return match["pipeline"] if match else None
+    return match["text"] if match else None
+
+
+def check_of(text: str) -> tuple[dict[str, int], int] | None:
+    """Sizes and seed in the ``// check:`` line of a file, if it has one.
+
+    Raises:
+        ParseError: the line is malformed.
+    """
+    match = _CHECK.search(text)
+    if match is None:
+        return None
+    items = [_SIZE.fullmatch(item) for item in match["text"].split(",")]
+    if any(item is None for item in items):
+        raise ParseError(f"cannot read {match[0]!r}; write // check: seed=0, T=33")
+    sizes = {item["name"]: int(item["size"]) for item in items if item is not None}
+    return sizes, sizes.pop("seed", 0)
+
+
+def emission_of(text: str) -> Emission | None:
+    """What the ``// emit:`` line of a file asks for, if it has one.
+
+    Raises:
+        ParseError: the line is malformed.
+    """
+    match = _EMIT.search(text)
+    if match is None:
+        return None
+    target, _, rest = match["text"].partition(",")
+    if target.strip() not in TARGETS or rest.strip() not in ("", "try"):
+        raise ParseError(f"cannot read {match[0]!r}; write // emit: triton, or // emit: aten, try")
+    return Emission(target.strip(), bool(rest.strip()))

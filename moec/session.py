@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from typing import Any
 
 import torch
 
+from moec import logs, torch_trace
 from moec.cache import cache_directory
 from moec.capture.regions import FoundRegion
 from moec.errors import CompileError
@@ -22,12 +24,13 @@ from moec.ir.parser import parse
 from moec.ir.text import show
 from moec.ir.verify import verify
 from moec.manager import Observer, PassManager, parse_pipeline
-from moec.observers import Dump
 from moec.pipeline import pipeline
-from moec.reproducer import Reproducer
+from moec.reproducer import Emission, Reproducer
 from moec.runtime.artifact import Artifact, Once, build
 from moec.surroundings import isolated
 from moec.targets import choose_target, has_descriptors
+from moec.trace_events import span
+from moec.watching import Watching, from_environment
 
 # The mode of training artifacts for few tokens.
 FEW = "training-few"
@@ -46,11 +49,10 @@ class Session:
     cache: str | None = None
     passes: str | None = None
     observers: Sequence[Observer] = ()
-    dump: str | Path | None = None
+    watching: Watching = field(default_factory=from_environment)
     captures: dict[Hashable, FoundRegion] = field(default_factory=dict)
     artifacts: dict[Hashable, Artifact | None] = field(default_factory=dict)
     demoted: set[str] = field(default_factory=set)
-    dumped: set[Path] = field(default_factory=set)
     warned: set[str] = field(default_factory=set)
 
     def warn(self, text: str, about: str = "") -> None:
@@ -82,6 +84,8 @@ class Session:
         target = "aten" if graph.fingerprint in self.demoted else target
         key = (graph.fingerprint, wanted, target)
         with _COMPILING:
+            if key not in self.artifacts:
+                self._log_again(key, name or graph.name)
             return self._known(key, graph, wanted, device, inputs, name)
 
     def _known(
@@ -93,18 +97,34 @@ class Session:
         inputs: Sequence[torch.Tensor],
         name: str,
     ) -> Artifact | None:
-        target = key[2]
         if key not in self.artifacts:
-            exact = has_smaller_floats(graph)
-            made = self._compile(graph, wanted, target, device, name, exact)
-            if made is not None and target != "aten" and not self._runs(made, inputs):
-                self.demoted.add(graph.fingerprint)
-                return self.artifact(graph, wanted, device, name=name)
-            if made is not None and self._rounds_apart(made, exact):
-                few = (graph, wanted, target, device, name, True, FEW)
-                made = replace(made, few=Once(functools.partial(self._compile, *few)))
-            self.artifacts[key] = made
+            self._make(key, graph, device, inputs, name)
         return self.artifacts[key]
+
+    def _make(
+        self,
+        key: tuple[str, tuple[bool, ...] | None, str],
+        graph: Graph,
+        device: torch.device,
+        inputs: Sequence[torch.Tensor],
+        name: str,
+    ) -> None:
+        _, wanted, target = key
+        exact = has_smaller_floats(graph)
+        made = self._compile(graph, wanted, target, device, name, exact)
+        if made is not None and target != "aten" and not self._runs(made, inputs):
+            self.demoted.add(graph.fingerprint)
+            made = self.artifact(graph, wanted, device, name=name)
+        elif made is not None and self._rounds_apart(made, exact):
+            few = (graph, wanted, target, device, name, True, FEW)
+            made = replace(made, few=Once(functools.partial(self._compile, *few)))
+        self.artifacts[key] = made
+
+    def _log_again(self, key: tuple[str, tuple[bool, ...] | None, str], name: str) -> None:
+        """Log what is new about a graph that was compiled before."""
+        before = [k for k in self.artifacts if isinstance(k, tuple) and k[0] == key[0]]
+        if before:
+            logs.RECOMPILES.info("%s: compiled again: %s", name, _what_is_new(key, before[-1]))
 
     def _rounds_apart(self, artifact: Artifact, exact: bool) -> bool:
         """Whether an artifact's gradients round otherwise than eager's, and could do as eager's."""
@@ -114,17 +134,24 @@ class Session:
     def _runs(self, artifact: Artifact, inputs: Sequence[torch.Tensor]) -> bool:
         """Whether an artifact's kernels compile and launch, forward and backward."""
         try:
-            if inputs:
-                isolated(lambda: artifact.try_out(inputs), inputs[0].device)
+            with (
+                self.watching.recording(),
+                span("try kernels", "kernels", module=artifact.path.name),
+            ):
+                if inputs:
+                    isolated(lambda: artifact.try_out(inputs), inputs[0].device)
         except torch.OutOfMemoryError:
             return True  # says nothing about the kernels; the real call reports it
         except Exception as error:  # a kernel compiler raises errors of many kinds
+            reproducer = Reproducer(self.cache or cache_directory())
+            reproducer.emits(artifact.graph, Emission(artifact.target, trial=True))
+            reproducer.write(error)
             if self.strict:
                 raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             self.warn(
                 f"moec: the kernels of @{artifact.graph.name} do not compile here ({reason}); "
-                f"the aten target takes over. Emitted module: {artifact.path}"
+                f"the aten target takes over. Emitted module: {artifact.path}. {reproducer.text}"
             )
             return False
         return True
@@ -142,38 +169,47 @@ class Session:
         named = _with_unique_hints(graph)
         mode = mode or ("inference" if wanted is None else "training")
         reproducer = Reproducer(self.cache or cache_directory())
-        calls = parse_pipeline(self._pipeline(named, wanted, target, device, exact))
-        manager = PassManager(calls, [*self.observers, *self._dumping(name, mode), reproducer])
         try:
-            with reproducer:
-                lowered = verify(manager.run(named), after="the whole pipeline")
-                return build(
-                    lowered,
-                    target,
-                    mode,
-                    manager.history,
-                    self.cache,
-                )
+            with (
+                self.watching.recording(),
+                span(name or graph.name, "region", mode=mode),
+                reproducer,
+            ):
+                calls = parse_pipeline(self._pipeline(named, wanted, target, device, exact))
+                watching = [*self.observers, *self.watching.observers(name, mode), reproducer]
+                manager = PassManager(calls, watching)
+                return self._built(manager, named, target, mode, name, reproducer)
         except Exception as error:  # a compiler's own fault must never stop the user's model
             if self.strict:
                 raise
             self.warn(
                 f"moec: @{graph.name} could not be compiled ({type(error).__name__}: {error}); "
-                f"it stays as it was. Reproducer: {reproducer.path}"
+                f"it stays as it was. {reproducer.text}"
             )
             return None
 
-    def _dumping(self, name: str, mode: str) -> list[Observer]:
-        """An observer that writes ``DUMP/module.path/mode/``, with a number for a second of its
-        kind.
-        """
-        if self.dump is None:
-            return []
-        first = folder = Path(self.dump) / (name or "model") / mode
-        while folder in self.dumped:
-            folder = first.with_name(f"{mode}-{len(self.dumped) + 1}")
-        self.dumped.add(folder)
-        return [Dump(folder)]
+    def _built(
+        self,
+        manager: PassManager,
+        graph: Graph,
+        target: str,
+        mode: str,
+        name: str,
+        reproducer: Reproducer,
+    ) -> Artifact:
+        start = time.perf_counter()
+        try:
+            lowered = verify(manager.run(graph), after="the whole pipeline")
+        except Exception:
+            reproducer.verify(manager.history)  # an earlier pass may be the cause
+            raise
+        reproducer.emits(lowered, Emission(target))
+        with span("emit", "emit", target=target):
+            artifact = build(lowered, target, mode, manager.history, self.cache)
+        seconds = time.perf_counter() - start
+        logs.log_artifact(artifact, name or graph.name, seconds)
+        torch_trace.artifact(f"{name or graph.name}_{mode}_module", artifact.path.read_text)
+        return artifact
 
     def _pipeline(
         self,
@@ -197,3 +233,14 @@ def _with_unique_hints(graph: Graph) -> Graph:
     """The graph with distinct names of inputs, so that options can refer to them."""
     hints = [v.hint for v in graph.inputs]
     return graph if len(set(hints)) == len(hints) else parse(show(graph))
+
+
+def _what_is_new(key: tuple[Any, ...], before: tuple[Any, ...]) -> str:
+    """How the key of an artifact differs from that of an earlier one of the same graph."""
+    (_, wanted, target), (_, had_wanted, had_target) = key, before
+    if target != had_target:
+        return f"target {target}, not {had_target}"
+    if wanted is None or had_wanted is None:
+        return "without gradients" if wanted is None else "with gradients"
+    new = [str(i) for i, (a, b) in enumerate(zip(wanted, had_wanted, strict=True)) if a != b]
+    return f"gradients of other inputs are wanted (numbers {', '.join(new)})"

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from moec import logs
 from moec.cli import graphs, lists, models
 from moec.cli.bisect import bisect
 from moec.cli.console import DEBUG_FLAG, Commands
@@ -61,6 +62,7 @@ def options(
     ] = False,
 ) -> None:
     """Options of all commands."""
+    logs.configure()
 
 
 for _command in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 from collections.abc import Callable, Sequence
@@ -15,14 +16,28 @@ import typer
 from moec import interp
 from moec.cli.console import graphs_in, progress, read_graphs, read_text, say, write_result
 from moec.errors import CodegenError, DimError, PassError
+from moec.execute import try_emitted
 from moec.inputs import check_dims, dim_names, random_inputs
 from moec.ir import Graph, Value, show
 from moec.ir.graph import walk
+from moec.logs import LogPasses
 from moec.manager import Observer as ObserverProtocol
 from moec.manager import PassCall, PassManager, Step, find_pass, parse_pipeline
-from moec.observers import Check, Dump, Observer, Print, Stats, Time, Verify
+from moec.observers import (
+    Check,
+    Dump,
+    Observer,
+    Print,
+    PrintBefore,
+    Stats,
+    Time,
+    TracePasses,
+    Verify,
+)
 from moec.pipeline import pipeline as default_pipeline
-from moec.reproducer import Reproducer, pipeline_of
+from moec.reproducer import Emission, Reproducer, check_of, emission_of, pipeline_of
+from moec.torch_trace import TorchTrace
+from moec.trace_events import TraceEvents, recording
 
 
 class Target(StrEnum):
@@ -71,10 +86,24 @@ def opt(
     ] = Target.triton,
     training: Training = False,
     graph: Name = None,
+    print_before: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PASS|all", help="Print the IR before this pass, on stderr.", show_default=False
+        ),
+    ] = None,
     print_after: Annotated[
         list[str] | None,
         typer.Option(
             metavar="PASS|all", help="Print the IR after this pass, on stderr.", show_default=False
+        ),
+    ] = None,
+    stop_after: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PASS|NUMBER",
+            help="Run no pass after this one: its first run, or its number in a dump.",
+            show_default=False,
         ),
     ] = None,
     dump: Annotated[
@@ -89,6 +118,14 @@ def opt(
     stats: Annotated[
         bool, typer.Option("--stats", help="Print the rewrites of each pass.")
     ] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write the time of each pass as Chrome-trace JSON, for Perfetto.",
+            show_default=False,
+        ),
+    ] = None,
     check_each: Annotated[
         bool,
         typer.Option("--check-each", help="Interpret before and after each pass, and compare."),
@@ -97,46 +134,77 @@ def opt(
 ) -> None:
     """Run passes over IR text.
 
-    If a pass fails, a reproducer moec-repro-<hash>.moe is written into the current folder; moec
-    opt on that file runs the pass again on the same graph.
+    If a pass, the verifier or a check fails, a reproducer moec-repro-<hash>.moe is written into the
+    current folder; moec opt on that file fails in the same way.
 
     \b
     Examples:
       moec opt a.moe -o b.moe
       moec opt a.moe -p "cse, dce" --print-after cse
       moec opt a.moe --training --dump steps --time --stats
+      moec opt a.moe --print-before fuse-gemm --stop-after fuse-gemm > b.moe
       moec opt a.moe --check-each > b.moe
     """
     text = read_text(file)
     found = graphs_in(text, file, graph)
     named = passes if passes is not None else pipeline_of(text)
     calls = parse_pipeline(default_pipeline(target.value, training) if named is None else named)
-    names = _printed(print_after, calls)
+    calls = _until(calls, stop_after)
+    before = _printed("--print-before", print_before, calls)
+    after = _printed("--print-after", print_after, calls)
+    check = _check(text, check_each, passes is None)
     reports: list[Observer] = [*([Time()] if time else []), *([Stats()] if stats else [])]
+    events = TraceEvents()
 
     def observers(one: Graph) -> list[Observer]:
         watching: list[Observer] = [Verify()] if verify else []
-        watching += [Print(names, say)] if print_after else []
+        watching += [PrintBefore(before, say)] if print_before else []
+        watching += [Print(after, say)] if print_after else []
         watching += [Dump(dump / one.name if len(found) > 1 else dump)] if dump else []
-        return [*watching, *([Check()] if check_each else []), *reports]
+        watching += [*check, *reports, LogPasses(f"@{one.name}"), TorchTrace(one.name)]
+        return [*watching, TracePasses()]
 
-    results = run_passes(found, calls, observers)
+    with recording(events, trace) if trace else contextlib.nullcontext():
+        results = run_passes(found, calls, observers)
     write_result(show(results), output)
     for report in reports:
         say(str(report))
 
 
-def _printed(print_after: list[str] | None, calls: Sequence[PassCall]) -> set[str] | None:
-    """The passes to print after; ``None`` for all."""
-    if not print_after or "all" in print_after:
+def _until(calls: list[PassCall], stop_after: str | None) -> list[PassCall]:
+    """The passes up to one that is named, or numbered as in a dump."""
+    if stop_after is None:
+        return calls
+    if stop_after.isdecimal():
+        if int(stop_after) > len(calls):
+            raise PassError(f"--stop-after {stop_after}: this pipeline has {len(calls)} passes")
+        return calls[: int(stop_after)]
+    _require("--stop-after", stop_after, calls)
+    names = [call.definition.name for call in calls]
+    return calls[: names.index(stop_after) + 1]
+
+
+def _check(text: str, each: bool, replays: bool) -> list[Observer]:
+    """The check that was asked for: by a reproducer (its sizes and seed), or by the option."""
+    asked = check_of(text) if replays else None
+    if asked is not None:
+        return [Check(*asked)]
+    return [Check()] if each else []
+
+
+def _printed(option: str, asked: list[str] | None, calls: Sequence[PassCall]) -> set[str] | None:
+    """The passes to print; ``None`` for all."""
+    if not asked or "all" in asked:
         return None
-    there = {call.definition.name for call in calls}
-    for name in print_after:
-        if find_pass(name).name not in there:
-            raise PassError(
-                f"--print-after {name}: this pipeline does not run it; it runs {_shown(calls)}"
-            )
-    return set(print_after)
+    for name in asked:
+        _require(option, name, calls)
+    return set(asked)
+
+
+def _require(option: str, name: str, calls: Sequence[PassCall]) -> None:
+    """Raise :class:`PassError` unless a pipeline runs the pass."""
+    if find_pass(name).name not in {call.definition.name for call in calls}:
+        raise PassError(f"{option} {name}: this pipeline does not run it; it runs {_shown(calls)}")
 
 
 def _shown(calls: Sequence[PassCall]) -> str:
@@ -239,30 +307,59 @@ def _described(value: Value, tensor: torch.Tensor) -> str:
 def emit(
     file: File,
     output: Output = None,
-    target: Annotated[Target, typer.Option(help="What to generate.")] = Target.triton,
+    target: Annotated[
+        Target | None,
+        typer.Option(help="What to generate: triton, unless the file says so.", show_default=False),
+    ] = None,
     training: Annotated[
         bool, typer.Option("--training", help="Differentiate first, if the graph is no joint one.")
     ] = False,
     graph: Name = None,
     as_it_is: Annotated[bool, typer.Option("--as-it-is", help="Run no passes first.")] = False,
+    trial: Annotated[
+        bool,
+        typer.Option("--try", help="Then run it once, on one token: its kernels compile here."),
+    ] = False,
 ) -> None:
     """Write the Python module that runs a graph.
 
     It holds the kernels and a run function. A graph without kernels is optimised first, by the
-    default pipeline of the target.
+    default pipeline of the target. If the emitter or, with --try, a kernel's compiler fails, a
+    reproducer moec-repro-<hash>.moe is written into the current folder; its "// emit:" line says
+    what moec emit does with it.
 
     \b
     Examples:
       moec emit a.moe -o kernels.py
       moec emit a.moe --target aten --graph mlp
+      moec emit a.moe --try -o kernels.py
     """
-    from moec.codegen import emit_module
-
-    found = read_graphs(file, graph)
+    text = read_text(file)
+    found = graphs_in(text, file, graph)
     if len(found) > 1:
         names = ", ".join(g.name for g in found)
         raise CodegenError(f"{file} holds {len(found)} graphs; choose one with --graph: {names}")
-    lowered = as_it_is or any(op.kind.startswith("kern.") for op in walk(found[0]))
-    calls = parse_pipeline("" if lowered else default_pipeline(target.value, training))
+    asked = emission_of(text) or Emission((target or Target.triton).value)
+    asked = Emission(target.value if target else asked.target, asked.trial or trial)
+    lowered = as_it_is or emission_of(text) or _has_kernels(found[0])
+    calls = parse_pipeline("" if lowered else default_pipeline(asked.target, training))
     (result,) = run_passes(found, calls, lambda one: [Verify()])
-    write_result(emit_module(result, target=target.value), output)
+    write_result(emitted(result, asked), output)
+
+
+def _has_kernels(graph: Graph) -> bool:
+    return any(op.kind.startswith("kern.") for op in walk(graph))
+
+
+def emitted(graph: Graph, asked: Emission) -> str:
+    """The module of a lowered graph, tried if asked for; a failure leaves a reproducer."""
+    from moec.codegen import emit_module
+
+    reproducer = Reproducer()
+    with reproducer:
+        reproducer.emits(graph, Emission(asked.target))
+        source = emit_module(graph, asked.target)
+        if asked.trial:
+            reproducer.emits(graph, asked)
+            try_emitted(graph, asked.target)
+    return source

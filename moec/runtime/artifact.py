@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import profiler
 
 from moec import cache
 from moec.codegen import emit_module
@@ -15,6 +16,7 @@ from moec.codegen.host import partition
 from moec.errors import CallError
 from moec.ir.graph import Graph, Value
 from moec.manager import Step
+from moec.runtime.ranges import in_range, with_ranges
 
 # Up to so many tokens an artifact's ``few`` serves a call.
 FEW_TOKENS = 32
@@ -63,21 +65,41 @@ class Artifact:
     program_saved: tuple[Value, ...] = ()
     history: tuple[Step, ...] = field(default=(), repr=False)
     few: Once | None = field(default=None, repr=False)
+    named: dict[str, Artifact] = field(default_factory=dict, repr=False)
 
-    def __call__(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """The outputs; differentiable if this is a training artifact."""
+    def __call__(
+        self, inputs: Sequence[torch.Tensor], region: str = ""
+    ) -> tuple[torch.Tensor, ...]:
+        """The outputs; differentiable if this is a training artifact.
+
+        A profiler that runs shows the time under the name of ``region``.
+        """
         if self.few is not None and inputs[0].shape[:-1].numel() <= FEW_TOKENS:
             few = self.few.get()
             if few is not None:
-                return few(inputs)
+                return few(inputs, region)
+        used = self.in_ranges(region) if profiler._is_profiler_enabled else self
         contiguous = [t if t.is_contiguous() else t.contiguous() for t in inputs]
         # kernels go to the current device; on the CPU this does nothing
         with torch.cuda.device_of(inputs[0]):  # type: ignore[no-untyped-call]
-            if self.backward is None:
-                return self.forward(*contiguous)[0]
+            if used.backward is None:
+                return used.forward(*contiguous)[0]
             outputs: tuple[torch.Tensor, ...]
-            outputs = _Differentiable.apply(self, *contiguous)  # type: ignore[no-untyped-call]
+            outputs = _Differentiable.apply(used, *contiguous)  # type: ignore[no-untyped-call]
             return outputs
+
+    def in_ranges(self, region: str) -> Artifact:
+        """The same artifact, whose kernels a profiler shows under the name of a region."""
+        region = region or f"@{self.graph.name}"
+        if region not in self.named:
+            module = with_ranges(self.graph, self.target, self.path)
+            ahead, behind = getattr(module, "forward", None), getattr(module, "backward", None)
+            backward = self.backward
+            if backward is not None:
+                backward = in_range(region, "backward", backward, behind)
+            forward = in_range(region, "forward", self.forward, ahead)
+            self.named[region] = replace(self, forward=forward, backward=backward, few=None)
+        return self.named[region]
 
     def try_out(self, inputs: Sequence[torch.Tensor]) -> None:
         """Run forward and backward on one token, so that every kernel is compiled and launched

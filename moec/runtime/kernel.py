@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from moec.trace_events import span
+
 
 class Kernel:
     """A ``triton.jit`` function whose launches are remembered; used in its place:
@@ -51,7 +53,8 @@ class Kernel:
         self, grid: Sequence[int], arguments: tuple[Any, ...], options: dict[str, Any], key: Any
     ) -> None:
         """Launch through Triton, which compiles, and remember what it compiled."""
-        compiled = self.function[tuple(grid)](*arguments, **options)
+        with span(self.function.__name__, "kernel compile"):
+            compiled = self.function[tuple(grid)](*arguments, **options)
         parameters = list(self.function.signature.parameters.values())[len(arguments) :]
         if compiled is not None:
             constants = tuple(options.get(p.name, p.default) for p in parameters)

@@ -17,6 +17,7 @@ from moec.ir.dims import apply
 from moec.ir.graph import Graph, Value
 from moec.ir.types import DTYPES
 from moec.runtime.artifact import Artifact
+from moec.runtime.ranges import is_profiled
 
 _SCHEMA = "(Tensor[] inputs) -> Tensor[]"
 _COUNT = itertools.count()
@@ -54,11 +55,17 @@ def _define(
     return op
 
 
+def _named(artifact: Artifact) -> Artifact:
+    """The artifact for a call; equal regions share an op, so a profiler sees their class's name."""
+    return artifact.in_ranges("") if is_profiled() else artifact
+
+
 def _register_inference(artifact: Artifact, name: str) -> None:
     graph = artifact.graph
 
     def body(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return _owned(artifact.forward(*_contiguous(inputs))[0], inputs)
+        run = _named(artifact).forward
+        return _owned(run(*_contiguous(inputs))[0], inputs)
 
     _define(name, body, lambda inputs: _fake(graph, graph.inputs, graph.outputs, inputs))
 
@@ -70,13 +77,14 @@ def _register_training(artifact: Artifact, name: str) -> None:
     arguments = [*(graph.inputs[i] for i in artifact.backward_inputs), *saved, *graph.cotangents]
 
     def forward(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        outputs, kept = artifact.forward(*_contiguous(inputs))
+        outputs, kept = _named(artifact).forward(*_contiguous(inputs))
         return _owned([*outputs, *kept], inputs)
 
     def backward(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        if artifact.backward is None:
+        run = _named(artifact).backward
+        if run is None:
             raise RuntimeError("an inference artifact has no backward")
-        return _owned([g for g in artifact.backward(*_contiguous(inputs)) if g is not None], inputs)
+        return _owned([g for g in run(*_contiguous(inputs)) if g is not None], inputs)
 
     op = _define(
         name, forward, lambda inputs: _fake(graph, graph.inputs, (*graph.outputs, *saved), inputs)
