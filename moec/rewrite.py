@@ -9,6 +9,7 @@ from moec.errors import PassError
 from moec.fuel import spend
 from moec.ir.builder import Builder
 from moec.ir.graph import Graph, Op, Value, producers
+from moec.reasons import fired
 
 # (builder, op on its new operands) -> the values in place of its results, or None to keep it
 Rule = Callable[[Builder, Op], Sequence[Value] | Value | None]
@@ -33,6 +34,7 @@ def transform(graph: Graph, rule: Rule, name: str) -> Graph:
             builder.ops.append(current)
             continue
         changed = True
+        fired(name, op)
         values = (found,) if isinstance(found, Value) else tuple(found)
         _check_same(op, values, name)
         mapping.update(

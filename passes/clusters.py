@@ -8,9 +8,27 @@ from dataclasses import replace
 from moec.fuel import spend
 from moec.ir.builder import make_op
 from moec.ir.graph import Graph, Op, Value, backward_ops, producers, users
+from moec.reasons import decline, fired, is_listening
 from moec.rewrite import topological
 
-Accept = Callable[[Op], bool]
+# why an op cannot join a kernel; empty if it can
+Refuse = Callable[[Op], str]
+
+
+_ANCHORS = {
+    "moe.grouped_mm",
+    "moe.grouped_outer",
+    "moe.dispatch",
+    "moe.combine",
+    "t.linear",
+    "t.matmul",
+}
+
+
+def not_pointwise(op: Op) -> str:
+    """Why an op that is not pointwise cannot join."""
+    own = op.body is not None or op.kind in _ANCHORS
+    return "it is a kernel of its own" if own else "it is not pointwise work"
 
 
 class Neighbourhood:
@@ -37,38 +55,90 @@ class Neighbourhood:
 
 
 def grow(
-    around: Neighbourhood, anchor: Op, accept: Accept, accept_source: Accept, max_ops: int = 1 << 30
+    around: Neighbourhood, anchor: Op, refuse: Refuse, refuse_source: Refuse, max_ops: int = 1 << 30
 ) -> list[Op]:
-    """The ops to fuse with ``anchor``: readers that ``accept`` takes and sources that only the
+    """The ops to fuse with ``anchor``: readers that ``refuse`` takes and sources that only the
     cluster reads.
 
     A reader joins if it runs in the same phase; a source joins, together with its other readers, if
-    ``accept_source`` takes it and ``accept`` takes them. What joins must leave the cluster convex
+    ``refuse_source`` takes it and ``refuse`` takes them. What joins must leave the cluster convex
     and no larger than ``max_ops``.
     """
-    members = [anchor]
-
-    def joins(group: list[Op]) -> bool:
-        return (
-            len(members) + len(group) <= max_ops
-            and all((op in around.backward) == (anchor in around.backward) for op in group)
-            and around.convex([*members, *group])
-        )
-
-    changed = True
-    while changed:
-        before = len(members)
-        for op in _readers(around, members):
-            if accept(op) and joins([op]):
-                members.append(op)
-        for op in _sources(around, members):
-            group = [op, *_other_readers(around, op, members)]
-            inner = not any(v in around.returned for v in op.results)
-            if inner and accept_source(op) and all(map(accept, group[1:])) and joins(group):
-                members += [m for m in group if m not in members]
-        changed = len(members) > before
+    cluster = _Cluster(around, anchor, refuse, refuse_source, max_ops)
+    cluster.grow()
+    if is_listening():
+        cluster.explain()
     order = {op: i for i, op in enumerate(around.graph.ops)}
-    return sorted(members, key=order.__getitem__)
+    return sorted(cluster.members, key=order.__getitem__)
+
+
+class _Cluster:
+    """Ops that become one kernel, while they are being collected."""
+
+    def __init__(
+        self,
+        around: Neighbourhood,
+        anchor: Op,
+        refuse: Refuse,
+        refuse_source: Refuse,
+        max_ops: int,
+    ) -> None:
+        self.around, self.anchor, self.max_ops = around, anchor, max_ops
+        self.refuse, self.refuse_source = refuse, refuse_source
+        self.members = [anchor]
+
+    def grow(self) -> None:
+        """Take in readers and sources until none is left that may join."""
+        changed = True
+        while changed:
+            before = len(self.members)
+            for op in _readers(self.around, self.members):
+                if not self.problem_of_reader(op):
+                    self.members.append(op)
+            for op in _sources(self.around, self.members):
+                if not self.problem_of_source(op):
+                    self.members += [m for m in self.with_readers(op) if m not in self.members]
+            changed = len(self.members) > before
+
+    def explain(self) -> None:
+        """Note why each neighbour stays outside."""
+        readers = _readers(self.around, self.members)
+        for op in readers:
+            decline("join", op, self.problem_of_reader(op), near=self.anchor)
+        for op in _sources(self.around, self.members):
+            if op not in readers and not self.refuse_source(op):
+                decline("join", op, self.problem_of_source(op), near=self.anchor)
+
+    def problem_of_reader(self, op: Op) -> str:
+        """Why a reader cannot join; empty if it can."""
+        return self.refuse(op) or self.problem_of_group([op])
+
+    def problem_of_source(self, op: Op) -> str:
+        """Why a source cannot join with its other readers; empty if it can."""
+        if any(v in self.around.returned for v in op.results):
+            return "its result is an output of the graph"
+        problem = self.refuse_source(op)
+        if problem:
+            return problem
+        group = self.with_readers(op)
+        if any(map(self.refuse, group[1:])):
+            return "another reader of its result cannot join"
+        return self.problem_of_group(group)
+
+    def with_readers(self, op: Op) -> list[Op]:
+        """An op with those of its readers that are outside."""
+        return [op, *_other_readers(self.around, op, self.members)]
+
+    def problem_of_group(self, group: list[Op]) -> str:
+        """Why ops that are fit cannot join all the same."""
+        if len(self.members) + len(group) > self.max_ops:
+            return "the kernel would have more ops than max-ops allows"
+        backward = self.around.backward
+        if any((op in backward) != (self.anchor in backward) for op in group):
+            return "one of the two runs in the forward pass, the other in the backward pass"
+        if not self.around.convex([*self.members, *group]):
+            return "it also needs a result of work outside that needs one of the kernel's"
+        return ""
 
 
 def _readers(around: Neighbourhood, members: list[Op]) -> list[Op]:
@@ -97,6 +167,7 @@ def fuse(graph: Graph, members: list[Op], kind: str, *, duplicated: Collection[O
     inside = [op for op in graph.ops if op in members or op in duplicated]
     if not spend(f"fuse {kind}: {', '.join(op.kind for op in inside)}"):
         return graph
+    fired(f"fuse {kind}", members[0], "{}", _Kinds(inside))
     made = {v for op in inside for v in op.results}
     inputs = tuple(dict.fromkeys(v for op in inside for v in op.operands if v not in made))
     outputs = tuple(v for op in members for v in op.results if _escapes(around, v, members))
@@ -112,6 +183,16 @@ def fuse(graph: Graph, members: list[Op], kind: str, *, duplicated: Collection[O
     ops = [_renamed(op, mapping) for op in [*rest[0], kernel, *rest[1]]]
     new = graph.with_ops(topological(ops, (*graph.inputs, *graph.cotangents)))
     return _with_returned(new, mapping)
+
+
+class _Kinds:
+    """The kinds of ops as text, made only if somebody reads it."""
+
+    def __init__(self, ops: list[Op]) -> None:
+        self.ops = ops
+
+    def __str__(self) -> str:
+        return ", ".join(op.kind for op in self.ops)
 
 
 def _escapes(around: Neighbourhood, value: Value, members: list[Op]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moec.ir.graph import Graph, Op
 from moec.ir.opdef import opdef
 from moec.manager import register
-from moec.passes.clusters import Neighbourhood, constants_of, fuse, grow
+from moec.passes.clusters import Neighbourhood, constants_of, fuse, grow, not_pointwise
 
 
 @register("fuse-combine")
@@ -27,11 +27,12 @@ def fuse_combine(graph: Graph) -> Graph:
 def _fuse_one(graph: Graph, anchor: Op) -> Graph:
     shape = anchor.result.type.shape
 
-    def accept(op: Op) -> bool:
-        return opdef(op.kind).pointwise and all(
-            v.type.shape in (shape, ()) for v in (*op.operands, *op.results)
-        )
+    def refuse(op: Op) -> str:
+        if not opdef(op.kind).pointwise:
+            return not_pointwise(op)
+        fits = all(v.type.shape in (shape, ()) for v in (*op.operands, *op.results))
+        return "" if fits else "it works on values of another shape"
 
     around = Neighbourhood(graph)
-    members = grow(around, anchor, accept, lambda op: False)
+    members = grow(around, anchor, refuse, lambda op: "only what follows joins")
     return fuse(graph, members, "combine", duplicated=constants_of(around, members))

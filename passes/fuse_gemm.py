@@ -5,7 +5,7 @@ from __future__ import annotations
 from moec.ir.graph import Graph, Op, Value
 from moec.ir.opdef import opdef
 from moec.manager import register
-from moec.passes.clusters import Neighbourhood, constants_of, fuse, grow
+from moec.passes.clusters import Neighbourhood, constants_of, fuse, grow, not_pointwise
 
 _ROW_WORK = {"t.split", "t.merge", "moe.row_scale", "moe.row_dot", "t.reshape", "t.full"}
 _ROW_LOADS = {"moe.permute", "moe.expert_rows", "t.full"}
@@ -34,13 +34,14 @@ def _fuse_one(graph: Graph, anchor: Op, max_ops: int) -> Graph:
     rows = anchor.result.type.shape[0]
     width = _domain_width(around, anchor)
 
-    def accept(op: Op) -> bool:
-        return is_row_work(op, rows, width)
+    def refuse(op: Op) -> str:
+        return not_row_work(op, rows, width)
 
-    def accept_source(op: Op) -> bool:
-        return (op.kind in _ROW_LOADS or accept(op)) and _on_rows(op, rows)
+    def refuse_source(op: Op) -> str:
+        problem = "" if op.kind in _ROW_LOADS else refuse(op)
+        return problem or ("" if _on_rows(op, rows) else "it does not work on the same rows")
 
-    members = grow(around, anchor, accept, accept_source, max_ops)
+    members = grow(around, anchor, refuse, refuse_source, max_ops)
     gather = around.made.get(anchor.operands[0])
     prologue = [gather] if gather is not None and gather.kind == "moe.gather" else []
     constants = constants_of(around, members)
@@ -62,15 +63,16 @@ def _domain_width(around: Neighbourhood, anchor: Op) -> int:
     return width
 
 
-def is_row_work(op: Op, rows: object, width: int) -> bool:
-    """Whether an op works on rows of the tile: pointwise, a split or merge, a row scale or a row
-    sum.
+def not_row_work(op: Op, rows: object, width: int) -> str:
+    """Why an op does not work on rows of the tile; empty if it does: pointwise, a split or merge, a
+    row scale or a row sum.
     """
     if not (opdef(op.kind).pointwise or op.kind in _ROW_WORK):
-        return False
+        return not_pointwise(op)
     parts = int(op.attrs.get("parts", len(op.operands))) if op.kind in ("t.split", "t.merge") else 1
     values = (*op.operands, *op.results)
-    return all(_fits(v, rows, width, parts) for v in values)
+    fits = all(_fits(v, rows, width, parts) for v in values)
+    return "" if fits else "it works on other rows, or on other columns, than the tile"
 
 
 def _fits(value: Value, rows: object, width: int, parts: int) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from moec.ir.graph import Graph, Op
 from moec.ir.opdef import opdef
 from moec.manager import register
-from moec.passes.clusters import Neighbourhood, constants_of, fuse, grow
+from moec.passes.clusters import Neighbourhood, constants_of, fuse, grow, not_pointwise
+from moec.reasons import decline
 
 
 @register("fuse-pointwise")
@@ -30,15 +31,17 @@ def _is_candidate(op: Op) -> bool:
 def _fuse_one(graph: Graph, anchor: Op, min_ops: int) -> Graph:
     shape = anchor.result.type.shape
 
-    def accept(op: Op) -> bool:
-        return opdef(op.kind).pointwise and all(
-            v.type.shape in (shape, ()) for v in (*op.operands, *op.results)
-        )
+    def refuse(op: Op) -> str:
+        if not opdef(op.kind).pointwise:
+            return not_pointwise(op)
+        fits = all(v.type.shape in (shape, ()) for v in (*op.operands, *op.results))
+        return "" if fits else "it works on values of another shape"
 
-    if not accept(anchor):
+    if refuse(anchor):
         return graph
     around = Neighbourhood(graph)
-    members = grow(around, anchor, accept, accept)
+    members = grow(around, anchor, refuse, refuse)
     if len(members) < min_ops:
+        decline("fuse pointwise", anchor, "fewer than {} such ops follow each other", min_ops)
         return graph
     return fuse(graph, members, "pointwise", duplicated=constants_of(around, members))

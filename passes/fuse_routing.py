@@ -5,7 +5,8 @@ from __future__ import annotations
 from moec.ir.graph import Graph, Op, Value
 from moec.ir.opdef import opdef
 from moec.manager import register
-from moec.passes.clusters import Accept, Neighbourhood, constants_of, fuse, grow
+from moec.passes.clusters import Neighbourhood, Refuse, constants_of, fuse, grow, not_pointwise
+from moec.reasons import decline
 
 _ROUTING = {"moe.activate", "moe.select", "moe.weight"}
 
@@ -38,38 +39,54 @@ def _fuse_one(graph: Graph, anchor: Op, max_experts: int) -> Graph:
         shape = value.type.shape
         return shape in ((), (experts,), (tokens, experts), (tokens, choices), (tokens, 1))
 
-    def accept(op: Op) -> bool:
-        routes = op.kind in _ROUTING or opdef(op.kind).pointwise
-        return routes and experts <= max_experts and all(map(fits, (*op.operands, *op.results)))
+    def refuse(op: Op) -> str:
+        if op.kind not in _ROUTING and not opdef(op.kind).pointwise:
+            return not_pointwise(op)
+        if experts > max_experts:
+            return "a row of that many experts does not fit into registers (max-experts)"
+        fitting = all(map(fits, (*op.operands, *op.results)))
+        return "" if fitting else "it works on other values than [T, E], [T, K], [T, 1] and [E]"
 
     select = around.made.get(anchor.operands[0])
-    if select is None or select.kind != "moe.select" or not accept(select):
+    problem = _problem_of_selection(select) or (refuse(select) if select is not None else "")
+    if problem or select is None:
+        decline("fuse routing", anchor, "the kernel is the dispatch alone: {}", problem)
         return fuse(graph, [anchor], "routing")
-    members = _closure(around, anchor, select, accept)
+    members = _closure(around, anchor, select, refuse)
     return fuse(graph, members, "routing", duplicated=constants_of(around, members))
 
 
-def _closure(around: Neighbourhood, anchor: Op, select: Op, accept: Accept) -> list[Op]:
+def _problem_of_selection(select: Op | None) -> str:
+    if select is None:
+        return "its indices are an input"
+    return "" if select.kind == "moe.select" else f"its indices come from {select.kind}"
+
+
+def _closure(around: Neighbourhood, anchor: Op, select: Op, refuse: Refuse) -> list[Op]:
     """The selection with what feeds and follows it; scores stay readable from outside."""
-    members = [*grow(around, select, accept, lambda op: False), anchor]
-    for op in _score_ops(around, members, accept):
+    members = [*grow(around, select, refuse, lambda op: "only what follows joins"), anchor]
+    for op in _score_ops(around, members, refuse):
         if around.convex([*members, op]):
             members.append(op)
     for op in around.graph.ops:
         weighs = op.kind == "moe.weight" and op.operands[1] in select.results
-        if weighs and op not in members and accept(op) and around.convex([*members, op]):
+        if weighs and op not in members and not refuse(op) and around.convex([*members, op]):
             members.append(op)
     return members
 
 
-def _score_ops(around: Neighbourhood, members: list[Op], accept: Accept) -> list[Op]:
+def _score_ops(around: Neighbourhood, members: list[Op], refuse: Refuse) -> list[Op]:
     """What makes the scores, nearest first."""
     found: list[Op] = []
     stack = [v for m in members for v in m.operands]
     while stack:
         op = around.made.get(stack.pop(0))
         known = op is None or op in members or op in found or op.kind == "t.full"
-        if op is None or known or not accept(op):
+        if op is None or known:
+            continue
+        problem = refuse(op)
+        if problem:
+            decline("join", op, problem, near=members[0])
             continue
         if (op in around.backward) == (members[0] in around.backward):
             found.append(op)

@@ -6,7 +6,8 @@ from moec.ir.graph import Graph, Op, Value
 from moec.ir.opdef import opdef
 from moec.manager import register
 from moec.passes.clusters import Neighbourhood, constants_of, fuse, grow
-from moec.passes.fuse_gemm import is_row_work
+from moec.passes.fuse_gemm import not_row_work
+from moec.reasons import decline
 
 
 @register("fuse-rows")
@@ -34,17 +35,19 @@ def _is_candidate(op: Op) -> bool:
 def _fuse_one(graph: Graph, anchor: Op, min_ops: int) -> Graph:
     rows, width = anchor.results[0].type.shape
 
-    def accept(op: Op) -> bool:
-        return (
-            is_row_work(op, rows, int(width)) and op.kind != "t.full" and not _is_wide_reshape(op)
-        )
+    def refuse(op: Op) -> str:
+        if op.kind == "t.full" or _is_wide_reshape(op):
+            return "it is not done block by block"
+        return not_row_work(op, rows, int(width))
 
-    def accept_source(op: Op) -> bool:
-        return accept(op) and all(_has_rows(v, rows) for v in op.results)
+    def refuse_source(op: Op) -> str:
+        on_rows = all(_has_rows(v, rows) for v in op.results)
+        return refuse(op) or ("" if on_rows else "it does not work on the same rows")
 
     around = Neighbourhood(graph)
-    members = grow(around, anchor, accept, accept_source) if accept(anchor) else []
+    members = [] if refuse(anchor) else grow(around, anchor, refuse, refuse_source)
     if len(members) < min_ops:
+        decline("fuse pointwise", anchor, "fewer than {} such ops follow each other", min_ops)
         return graph
     scalars = [op for op in constants_of(around, members) if op.result.type.rank == 0]
     return fuse(graph, members, "pointwise", duplicated=scalars)
