@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 
 from moec.ir.graph import Op
 
+# Why an op stays outside a kernel that is no near miss.
+OWN_KERNEL = "it is a kernel of its own"
+
 
 @dataclass(frozen=True)
 class Note:
@@ -58,11 +61,12 @@ def is_listening() -> bool:
 def decline(rule: str, op: Op, reason: str, *values: object, near: Op | None = None) -> None:
     """Note why a rule that nearly fitted an op does not; ``values`` fill the places ``{}``.
 
-    Returns ``None``, as a rule does that leaves an op alone.
+    It has no result, so a rule that may give anything can end with it.
     """
     record = _LISTENER.get()
     if record is not None:
-        record.declined.append(Note(rule, op, reason.format(*values), near))
+        words = reason.format(*values) if values else reason
+        record.declined.append(Note(rule, op, words, near))
 
 
 def chose(rule: str) -> None:
@@ -76,8 +80,9 @@ def fired(rule: str, op: Op, reason: str = "", *values: object) -> None:
     """Note that a rule replaced an op; a name from :func:`chose` goes before ``rule``."""
     record = _LISTENER.get()
     if record is not None:
-        record.fired.append(Note(record.rule or rule, op, reason.format(*values)))
+        words = reason.format(*values) if values else reason
+        record.fired.append(Note(record.rule or rule, op, words))
         record.rule = ""
 
 
-__all__ = ["Note", "Record", "chose", "decline", "fired", "is_listening", "listening"]
+__all__ = ["OWN_KERNEL", "Note", "Record", "chose", "decline", "fired", "is_listening", "listening"]

@@ -9,6 +9,7 @@ from typing import Any
 from moec.ir.builder import Builder
 from moec.ir.graph import Graph, Op
 from moec.manager import register
+from moec.reasons import chose, decline
 from moec.rewrite import Definitions, fixpoint, transform
 
 
@@ -91,18 +92,27 @@ def _apply(graph: Graph) -> Graph:
             if op.kind != kind:
                 continue
             made = definitions.of(builder, op.operands[place])
-            if (
-                made is not None
-                and made.kind == source
-                and _is_gathered(made, source, definitions, builder)
-                and not _is_between_gathers(op, place, definitions, builder)
-            ):
-                found = rewrite(builder, op, made)
-                if found is not None:
-                    return found
+            if made is None or made.kind != source:
+                continue
+            problem = _problem(op, place, made, definitions, builder)
+            found = None if problem else rewrite(builder, op, made)
+            name = rewrite.__name__.replace("_", "-")
+            if found is not None:
+                chose(name)
+                return found
+            decline(name, op, problem or "the two terms have other types")
         return None
 
     return transform(graph, rule, "adjoint")
+
+
+def _problem(op: Op, place: int, made: Op, definitions: Definitions, builder: Builder) -> str:
+    """Why a rule whose pattern fits is not applied; empty if it is."""
+    if not _is_gathered(made, made.kind, definitions, builder):
+        return "the scaled rows come from no gather: moving the scale would only repeat it"
+    if _is_between_gathers(op, place, definitions, builder):
+        return "the other side is gathered too: the scale would move to and fro"
+    return ""
 
 
 def _is_between_gathers(op: Op, place: int, definitions: Definitions, builder: Builder) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from moec.fuel import spend
 from moec.ir.builder import make_op
 from moec.ir.graph import Graph, Op, Value, backward_ops, producers, users
-from moec.reasons import decline, fired, is_listening
+from moec.reasons import OWN_KERNEL, decline, fired, is_listening
 from moec.rewrite import topological
 
 # why an op cannot join a kernel; empty if it can
@@ -28,7 +28,7 @@ _ANCHORS = {
 def not_pointwise(op: Op) -> str:
     """Why an op that is not pointwise cannot join."""
     own = op.body is not None or op.kind in _ANCHORS
-    return "it is a kernel of its own" if own else "it is not pointwise work"
+    return OWN_KERNEL if own else "it is not pointwise work"
 
 
 class Neighbourhood:

@@ -19,6 +19,7 @@ from moec.passes.expert_layout import (
     moved_order,
     repeated_tokens,
 )
+from moec.reasons import decline
 from moec.rewrite import fixpoint, transform
 
 
@@ -86,7 +87,11 @@ class _Sum:
 
 def _sums(graph: Graph, scatter: Op) -> Iterator[_Sum]:
     """Sums over all experts whose terms are zero where ``scatter`` put nothing."""
-    if not _puts_scores(graph, scatter):
+    if scatter.kind != "t.scatter":
+        return
+    problem = _no_scores(graph, scatter)
+    if problem:
+        decline("scattered-scores", scatter, problem)
         return
     made = producers(graph)
     tokens, experts = scatter.result.type.shape
@@ -97,21 +102,41 @@ def _sums(graph: Graph, scatter: Op) -> Iterator[_Sum]:
         found = _sum_of(cone, op)
         if found is not None:
             yield found
-        for value, known in _learn(cone, op):
-            cone.known[value] = known
+        learned = dict(_learn(cone, op))
+        cone.known.update(learned)
+        if found is None and not learned:
+            _decline_step(cone, op)
 
 
-def _puts_scores(graph: Graph, op: Op) -> bool:
-    """Whether an op puts scores at distinct places of a constant ``[T, E]``."""
-    if op.kind != "t.scatter" or len(op.operands) != 3 or op.result.type.rank != 2:
-        return False
+def _decline_step(cone: _Cone, op: Op) -> None:
+    """Note where the trail of values from the scores ends."""
+    followed = [v for v in op.operands if v in cone.known and cone.known[v].tokens is None]
+    if followed:
+        decline(
+            "dense-sum",
+            op,
+            "reads {}, which has all experts, but it is not seen how its result follows, or that it"
+            " is zero where no expert is chosen",
+            followed[0],
+        )
+
+
+def _no_scores(graph: Graph, op: Op) -> str:
+    """Why a scatter does not put scores at distinct places of a constant ``[T, E]``; empty if it
+    does.
+    """
+    if len(op.operands) != 3 or op.result.type.rank != 2:
+        return "it does not scatter values into [tokens, experts]"
     made = producers(graph)
     base, index = made.get(op.operands[0]), made.get(op.operands[1])
     while index is not None and index.kind == "t.cast":
         index = made.get(index.operands[0])
-    chosen = index is not None and index.kind == "t.topk" and _last(index)
-    constant = base is not None and base.kind == "t.full"
-    return chosen and constant and _last(op) and isinstance(op.result.type.shape[1], int)
+    if index is None or index.kind != "t.topk" or not _last(index):
+        return "its places come from no top-k over the experts, so they may repeat"
+    if base is None or base.kind != "t.full":
+        return "it scatters into values that are no constant"
+    along = _last(op) and isinstance(op.result.type.shape[1], int)
+    return "" if along else "it does not scatter along the experts"
 
 
 def _last(op: Op) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from moec.ir.builder import Builder
 from moec.ir.graph import Graph, Op, Value, users
 from moec.manager import register
+from moec.reasons import chose, decline
 from moec.rewrite import Definitions, fixpoint, transform
 
 Lookup = Callable[[Value], Op | None]
@@ -39,8 +40,10 @@ def select_from_topk(b: Builder, op: Op, find: Lookup) -> Any:
     selection.
     """
     choice = op.operands[0]
-    if choice.type.rank != 2 or not _is_largest(op):
-        return None
+    if choice.type.rank != 2:
+        return decline(_SELECT, op, "its scores {} are no [tokens, experts]", choice)
+    if not _is_largest(op):
+        return decline(_SELECT, op, "it takes the smallest, or along another axis than the last")
     limited = _limited_groups(find, choice)
     scores, attrs = limited or (choice, {})
     operands = _scores_and_bias(find, scores)
@@ -66,6 +69,7 @@ def _scores_and_bias(find: Lookup, scores: Value) -> list[Value]:
     for plain, bias in ((x, y), (y, x)):
         if plain.type == scores.type and bias.type.shape == (scores.type.shape[1],):
             return [plain, bias]
+    decline("selection-bias", total, "neither term is one number for each expert")
     return [scores]
 
 
@@ -73,13 +77,24 @@ def _limited_groups(find: Lookup, value: Value) -> tuple[Value, dict[str, Any]] 
     """Scores and attributes if ``value`` is ``where(not in a best group, fill, scores)``."""
     where = _made_by(find, value, "t.where")
     fill = None if where is None else _constant(find, where.operands[1])
-    if where is None or fill is None or where.operands[2].type != value.type:
+    if where is None:
+        return None
+    if fill is None or where.operands[2].type != value.type:
+        decline(_GROUPS, where, "what takes the place of left-out scores is no constant")
         return None
     negated = _made_by(find, where.operands[0], "t.logical_not")
-    mask = None if negated is None else _group_mask(find, negated.operands[0])
-    if mask is None:
+    if negated is None:
+        decline(_GROUPS, where, "its condition is no t.logical_not of a mask of groups")
         return None
-    return _group_choice(find, mask, where.operands[2], fill)
+    mask = _group_mask(find, negated.operands[0])
+    if mask is None:
+        words = "its mask is no scatter of ones at groups, repeated for their experts"
+        decline(_GROUPS, where, words)
+        return None
+    found = _group_choice(find, mask, where.operands[2], fill)
+    if found is None:
+        decline(_GROUPS, where, "its groups are not the best by maximum or by sum of the best two")
+    return found
 
 
 def _constant(find: Lookup, value: Value) -> float | None:
@@ -162,34 +177,40 @@ def _skip(find: Lookup, value: Value, *kinds: str) -> Value:
 def weight_from_gather(b: Builder, op: Op, find: Lookup) -> Any:
     """Scores gathered at the selected experts are weights."""
     index = _skip(find, op.operands[1], "t.cast")
-    if (
-        _made_by(find, index, "moe.select") is None
-        or not _is_last_axis(op)
-        or op.operands[0].type.rank != 2
-    ):
-        return None
+    if _made_by(find, index, "moe.select") is None:
+        return decline("weight-from-gather", op, "its index {} is no selection of experts", index)
+    if not _is_last_axis(op) or op.operands[0].type.rank != 2:
+        return decline("weight-from-gather", op, "it does not gather experts of [tokens, experts]")
     return b("moe.weight", op.operands[0], index, hint=op.result.hint)
 
 
 def weight_from_activation(b: Builder, op: Op, find: Lookup) -> Any:
     """softmax or sigmoid of the selected logits."""
     weight = _plain_weight(find, op.operands[0])
-    if weight is None or weight.attrs.get("source", "gather") != "gather" or not _is_last_axis(op):
-        return None
+    if weight is None:
+        return _decline_weight("weight-from-activation", op, find)
+    if weight.attrs.get("source", "gather") != "gather" or not _is_last_axis(op):
+        return decline(
+            "weight-from-activation", op, "its weights went through an activation before"
+        )
     return b("moe.weight", *weight.operands, source=op.kind[2:], hint=op.result.hint)
 
 
 def weight_normalised(b: Builder, op: Op, find: Lookup) -> Any:
     """Weights divided by their sum, by their sum plus eps, or by their sum held above eps."""
     weight = _plain_weight(find, op.operands[0])
-    if weight is None or len(op.operands) != 2:
-        return None
+    if weight is None:
+        return _decline_weight(_NORMALISED, op, find)
+    if len(op.operands) != 2:
+        return decline(_NORMALISED, op, "its divisor is a constant")
     total, norm, eps = _bottom(find, op.operands[1])
     made = _made_by(find, total, "t.sum")
-    if made is None or made.operands[0] is not op.operands[0] or not made.attrs.get("keepdim"):
-        return None
-    if made.attrs["dims"] not in ((-1,), (1,)):
-        return None
+    if made is None:
+        return decline(_NORMALISED, op, "its divisor {} is no sum", total)
+    if made.operands[0] is not op.operands[0]:
+        return decline(_NORMALISED, op, "its divisor {} sums other values than it divides", total)
+    if not made.attrs.get("keepdim") or made.attrs["dims"] not in ((-1,), (1,)):
+        return decline(_NORMALISED, op, "its divisor {} is no sum over a token's choices", total)
     attrs: dict[str, Any] = {k: v for k, v in weight.attrs.items() if k == "source"}
     return b("moe.weight", *weight.operands, norm=norm, eps=eps, hint=op.result.hint, **attrs)
 
@@ -209,14 +230,25 @@ def _bottom(find: Lookup, value: Value) -> tuple[Value, str, float]:
 def weight_scaled(b: Builder, op: Op, find: Lookup) -> Any:
     """Weights times a constant."""
     weight = _made_by(find, op.operands[0], "moe.weight")
-    if weight is None or len(op.operands) != 1 or weight.attrs.get("scale", 1.0) != 1.0:
+    if weight is None:
         return None
+    if len(op.operands) != 1 or weight.attrs.get("scale", 1.0) != 1.0:
+        return decline(
+            "weight-scaled", op, "it is no product with a constant, or is the second such product"
+        )
     attrs = {k: v for k, v in weight.attrs.items() if k != "scale"}
     return b(
         "moe.weight", *weight.operands, scale=float(op.attrs["other"]), hint=op.result.hint, **attrs
     )
 
 
+def _decline_weight(rule: str, op: Op, find: Lookup) -> None:
+    """Note that weights were normalised or scaled before, if that is what hinders a rule."""
+    if _made_by(find, op.operands[0], "moe.weight") is not None:
+        decline(rule, op, "its weights were normalised or scaled before")
+
+
+_SELECT, _GROUPS, _NORMALISED = "select-from-topk", "limit-groups", "weight-normalised"
 RULES: dict[str, tuple[RouterRule, ...]] = {
     "t.topk": (select_from_topk,),
     "t.gather": (weight_from_gather,),
@@ -252,10 +284,11 @@ def _apply(graph: Graph, routed: frozenset[Value]) -> Graph:
 
     def rule(builder: Builder, op: Op) -> Any:
         if op.kind == "t.topk" and op.results[1] not in routed:
-            return None
+            return decline(_SELECT, op, "its indices reach no dispatch")
         for router_rule in RULES.get(op.kind, ()):
             found = router_rule(builder, op, lambda v: definitions.of(builder, v))
             if found is not None:
+                chose(router_rule.__name__.replace("_", "-"))
                 return found
         return None
 
@@ -273,10 +306,17 @@ def _raise_activation(graph: Graph) -> Graph:
             return None
         found = _activation(op, lambda v: definitions.of(builder, v))
         if found is None:
-            return None
+            return _decline_activation(op)
+        chose("score-activation")
         return builder("moe.activate", found[0], fn=found[1], hint=op.result.hint)
 
     return transform(graph, rule, "raise-router")
+
+
+def _decline_activation(op: Op) -> None:
+    if not op.kind.startswith("moe."):
+        known = "softmax and sigmoid over experts, and the root of softplus"
+        decline("score-activation", op, "{} makes the scores; known are {}", op.kind, known)
 
 
 def _activation(op: Op, find: Lookup) -> tuple[Value, str] | None:

@@ -7,6 +7,7 @@ from moec.ir.builder import Builder
 from moec.ir.graph import Graph, Op, Value, backward_ops, producers
 from moec.ir.opdef import opdef
 from moec.manager import register
+from moec.reasons import decline, fired
 
 CHEAP = {
     "moe.gather",
@@ -71,11 +72,17 @@ class _Recomputation:
     def value(self, value: Value) -> Value:
         """The value to use in the backward pass: itself, or its recomputation."""
         op = self.made.get(value)
-        if op is None or op in self.backward or not is_cheap(op):
+        if op is None or op in self.backward:
+            return value
+        if not is_cheap(op):
+            decline(
+                "redo", op, "kept, {} bytes: redoing {} takes longer", value.type.bytes, op.kind
+            )
             return value
         if value not in self.again:
             if not spend(f"recompute: {op!r}"):
                 return value
+            fired("redo", op, "{} bytes are not kept", value.type.bytes)
             copied = self.builder.copy(op, [self.value(v) for v in op.operands])
             self.again.update(zip(op.results, copied.results, strict=True))
         return self.again[value]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from moec.ir.builder import Builder
 from moec.ir.graph import Graph, Op, Value
 from moec.manager import register
+from moec.reasons import decline
 from moec.rewrite import transform
 
 
@@ -46,13 +47,20 @@ def _terms(b: Builder, value: Value) -> list[Term]:
     made = b.made_by(value)
     if made is None:
         return [Term(value)]
-    if made.kind == "t.matmul" and _is_low_rank(*made.operands):
-        return [Term(made.operands[0], made.operands[1])]
+    if made.kind == "t.matmul":
+        if _is_low_rank(*made.operands):
+            return [Term(made.operands[0], made.operands[1])]
+        decline("low-rank-term", made, "its factors hold as many numbers as the product, or more")
     if made.kind not in _LINEAR or any(v.type.rank != 3 for v in made.operands):
         return [Term(value)]
     if any(v.type.elements != value.type.elements for v in made.operands):  # one is spread
+        decline("low-rank-sum", made, "a term is repeated to the size of the weights")
         return [Term(value)]
-    found = _LINEAR[made.kind](b, made, *(_terms(b, v) for v in made.operands))
+    inside = [_terms(b, v) for v in made.operands]
+    found = _LINEAR[made.kind](b, made, *inside)
+    low_rank = any(t.right is not None for terms in inside for t in terms)
+    if low_rank and not found:
+        decline("low-rank-sum", made, "it cannot be taken into the terms of its operands")
     return found if any(t.right is not None for t in found) else [Term(value)]
 
 

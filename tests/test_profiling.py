@@ -173,7 +173,7 @@ def test_history_takes_little_memory() -> None:
     steps = len(manager.history)
     tracemalloc.stop()
     assert steps > 20
-    assert kept < 2_000_000  # bytes, of all graphs of one compilation together
+    assert kept < 500_000  # bytes, of all graphs of one compilation together
 
 
 def test_the_environment_sets_the_default_of_dump(

@@ -11,8 +11,9 @@ from moec.codegen.triton.grouped_outer import analyse as analyse_outer
 from moec.codegen.triton.hoist import hoist
 from moec.codegen.triton.kernel import Unsupported
 from moec.codegen.triton.products import analyse
-from moec.codegen.triton.tiles import Tile, outer_tile, row_tile
+from moec.codegen.triton.tiles import Tile, outer_tile, outer_tile_reason, row_tile, row_tile_reason
 from moec.ir.graph import Op
+from moec.reasons import decline, fired
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,16 @@ def attributes(op: Op, limits: Limits) -> dict[str, Any]:
     if op.kind not in ("kern.grouped_gemm", "kern.grouped_outer"):
         return {"tile": (limits.block,)} if limits.block else {}
     op = hoist(op).op
-    template = "tma" if limits.descriptors and takes_descriptors(op) else "pointer"
+    problem = no_descriptors(op) if limits.descriptors else "descriptors are off"
+    template = "pointer" if problem else "tma"
     try:
         tile = _overridden(_default(op, template), limits)
-    except Unsupported:
+    except Unsupported as error:
+        decline("template", op, "none takes it: {}", error)
         return {}
+    if problem:
+        decline("template tma", op, problem)
+    fired("tile", op, "{}", _Reason(op, tile, limits, template))
     return {"template": template, "tile": tile.attribute}
 
 
@@ -56,12 +62,33 @@ def _overridden(tile: Tile, limits: Limits) -> Tile:
     )
 
 
-def takes_descriptors(op: Op) -> bool:
-    """Whether the Hopper template can express a kernel."""
+@dataclass(frozen=True)
+class _Reason:
+    """Why a kernel has its tile, as text that is made only if somebody reads it."""
+
+    op: Op
+    tile: Tile
+    limits: Limits
+    template: str
+
+    def __str__(self) -> str:
+        given = (self.limits.block_m, self.limits.block_n, self.limits.block_k)
+        why = "sizes given as options" if any(given) else self._rule()
+        return f"{self.tile}: {why}"
+
+    def _rule(self) -> str:
+        if self.op.kind == "kern.grouped_gemm":
+            return row_tile_reason(analyse(self.op), self.template)
+        dtype = analyse_outer(self.op).anchor.result.type.dtype
+        return outer_tile_reason(dtype, self.template)
+
+
+def no_descriptors(op: Op) -> str:
+    """Why the Hopper template cannot express a kernel; empty if it can."""
     try:
         DescriptorGemm(op, "trial") if op.kind == "kern.grouped_gemm" else DescriptorOuter(
             op, "trial"
         )
-    except Unsupported:
-        return False
-    return True
+    except Unsupported as error:
+        return str(error)
+    return ""

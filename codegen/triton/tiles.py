@@ -26,6 +26,10 @@ class Tile:
         """The form in which a ``kern.`` op holds it."""
         return (self.rows, self.columns, self.depth, self.warps, self.stages)
 
+    def __str__(self) -> str:
+        sizes = f"{self.rows} rows, {self.columns} columns, {self.depth} deep"
+        return f"{sizes}, {self.warps} warps, {self.stages} stages"
+
 
 def power_of_two(n: int) -> int:
     """The least power of two that is not below ``n``."""
@@ -46,6 +50,27 @@ def row_tile(p: RowProduct, template: str) -> Tile:
     return _fit(
         Tile(64, 64 // p.parts if p.parts <= 2 else 16, 128 // size, 4, 2), p.columns, p.depth
     )
+
+
+def row_tile_reason(p: RowProduct, template: str) -> str:
+    """Why :func:`row_tile` gives what it gives, in words."""
+    if SIZES[p.weights.type.dtype] != 2:
+        why = f"{p.weights.type.dtype} has no 16-bit tensor cores: 64 by 64"
+    elif template == "tma":
+        why = "128 rows, 256 columns of all parts together"
+    elif p.reads:
+        why = "128 rows, 64 columns of all parts together: the epilogue's addresses need registers"
+    else:
+        why = "128 rows, 128 columns of all parts together: three stages fit into 100 KB"
+    parts = f"{p.parts} parts of " if p.parts > 1 else ""
+    return f"{why}; no more than the matrices need, {parts}{p.columns} columns, {p.depth} deep"
+
+
+def outer_tile_reason(dtype: str, template: str) -> str:
+    """Why :func:`outer_tile` gives what it gives, in words."""
+    if SIZES[dtype] != 2:
+        return f"{dtype} has no 16-bit tensor cores: 64 by 64"
+    return f"128 by {256 if template == 'tma' else 128}, no more than the matrices need"
 
 
 def outer_tile(dtype: str, m: int, n: int, template: str) -> Tile:

@@ -13,6 +13,7 @@ from moec.cli.bisect import bisect
 from moec.cli.console import DEBUG_FLAG, Commands
 from moec.cli.diff import diff
 from moec.cli.doctor import doctor
+from moec.cli.explain import explain
 from moec.cli.reduce import reduce
 from moec.cli.show import show
 from moec.reproducer import version_of
@@ -67,7 +68,7 @@ def options(
 
 for _command in (
     doctor,
-    models.explain,
+    explain,
     models.trace,
     graphs.opt,
     graphs.run,

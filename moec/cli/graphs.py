@@ -179,7 +179,7 @@ def _until(calls: list[PassCall], stop_after: str | None) -> list[PassCall]:
         if int(stop_after) > len(calls):
             raise PassError(f"--stop-after {stop_after}: this pipeline has {len(calls)} passes")
         return calls[: int(stop_after)]
-    _require("--stop-after", stop_after, calls)
+    require_pass("--stop-after", stop_after, calls)
     names = [call.definition.name for call in calls]
     return calls[: names.index(stop_after) + 1]
 
@@ -197,11 +197,11 @@ def _printed(option: str, asked: list[str] | None, calls: Sequence[PassCall]) ->
     if not asked or "all" in asked:
         return None
     for name in asked:
-        _require(option, name, calls)
+        require_pass(option, name, calls)
     return set(asked)
 
 
-def _require(option: str, name: str, calls: Sequence[PassCall]) -> None:
+def require_pass(option: str, name: str, calls: Sequence[PassCall]) -> None:
     """Raise :class:`PassError` unless a pipeline runs the pass."""
     if find_pass(name).name not in {call.definition.name for call in calls}:
         raise PassError(f"{option} {name}: this pipeline does not run it; it runs {_shown(calls)}")

@@ -1,4 +1,4 @@
-"""``moec explain`` and ``moec trace``: from a model to its regions."""
+"""``moec trace``: from a model to its regions."""
 
 from __future__ import annotations
 
@@ -28,26 +28,6 @@ Model = Annotated[
         show_default=False,
     ),
 ]
-
-
-def explain(model: Model) -> None:
-    """Say what becomes of each block of a model, and why.
-
-    Lists the MoE blocks found: compiled as a whole, their experts only, or left as they are and
-    for what reason. Nothing is run but the blocks themselves, on a few random tokens.
-
-    \b
-    Examples:
-      moec explain mixtral
-      moec explain path/to/config.json
-      moec explain mypackage.models:build
-    """
-    from moec.api import explain as explain_model
-
-    built = load_model(model)
-    with working("looking for regions"):
-        explanation = explain_model(built)
-    typer.echo(str(explanation))
 
 
 def trace(
