@@ -10,7 +10,7 @@ from moec.cost import Cost, op_cost
 from moec.errors import CodegenError
 from moec.ir.dims import Dim, evaluate, symbols
 from moec.ir.graph import Graph, Op
-from moec.ir.text import show_attribute
+from moec.ir.text import Names, show_attribute, show_op
 from moec.manager import PassCall, PassManager, Step
 from moec.observers import Observer, summary
 from moec.reasons import OWN_KERNEL, Note, Record
@@ -129,23 +129,23 @@ class KernelReport:
         return f"  // {self.op.loc}" if self.op.loc is not None else ""
 
     def _fused(self) -> Iterator[str]:
-        place = ""
-        for op in self.op.body.ops if self.op.body is not None else ():
+        body = self.op.body
+        if body is None:
+            return
+        place, names = "", Names()
+        for value in body.inputs:
+            names.add(value)
+        for op in body.ops:
             here = str(op.loc) if op.loc is not None else "(of no known line)"
             if here != place:
                 place = here
                 yield f"    {place}"
-            attributes = ", ".join(f"{k}={show_attribute(v)}" for k, v in op.attrs.items())
-            yield f"      {_line_without_place(op)}" + (f" {{{attributes}}}" if attributes else "")
+            yield f"      {show_op(op, names)}"
 
     def _cost(self) -> list[str]:
         cost = op_cost(self.op)
-        lines = [f"  moves {cost.bytes} bytes", f"  computes {cost.flops} operations"]
+        lines = [f"  moves at most {cost.bytes} bytes", f"  computes {cost.flops} operations"]
         return lines + [f"    {text}" for text in cost_lines(cost, self.ranges)]
-
-
-def _line_without_place(op: Op) -> str:
-    return _line(op).split("  // ")[0]
 
 
 def cost_lines(cost: Cost, ranges: Mapping[str, tuple[int, int | None]]) -> list[str]:

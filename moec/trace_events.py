@@ -11,6 +11,7 @@ import json
 import os
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ class TraceEvents:
     def write(self, path: str | Path) -> None:
         """Write the file whole, or not at all."""
         text = json.dumps({"traceEvents": list(self.events), "displayTimeUnit": "ms"})
-        temporary = Path(f"{path}.{os.getpid()}.tmp")
+        temporary = Path(f"{path}.{os.getpid()}-{threading.get_ident()}.tmp")
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
 
@@ -58,7 +59,15 @@ def recording(events: TraceEvents, path: str | Path) -> Iterator[None]:
         yield
     finally:
         _RECORDING.reset(token)
+        _write(events, path)
+
+
+def _write(events: TraceEvents, path: str | Path) -> None:
+    """Write the file; a trace that cannot be written must not stop a model."""
+    try:
         events.write(path)
+    except OSError as error:
+        warnings.warn(f"moec: the trace {path} cannot be written: {error}", stacklevel=2)
 
 
 @contextlib.contextmanager

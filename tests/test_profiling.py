@@ -140,6 +140,17 @@ def test_opt_writes_a_trace(tmp_path: Path) -> None:
     assert [e["name"] for e in complete_events(path)] == ["cse", "dce"]
 
 
+def test_a_trace_that_cannot_be_written_stops_no_model(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "compile.json"
+    with pytest.warns(UserWarning, match=r"the trace .*compile\.json cannot be written"):
+        compiled = moec.compile(Net(Block()), options={"trace": path})
+        path.unlink(missing_ok=True)
+        path.parent.rmdir()
+        with torch.no_grad():
+            compiled(torch.randn(1, 3, HIDDEN))
+    assert moec.regions(compiled)[0].artifacts
+
+
 @pytest.mark.parametrize("value", [3, "."])
 def test_a_trace_must_be_a_file(value: object) -> None:
     with pytest.raises(CompileError, match="option 'trace' is a file's path"):
