@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 from torch import ScriptObject, nn
 
-from moec import logs
 from moec.capture.disagreement import odd_experts
 from moec.capture.regions import Candidate, find_candidates
 from moec.compiled import install, model_scope_of, region_of
@@ -70,7 +69,6 @@ def compile(
     _check_arguments(model, dynamic, memory_budget, target, scope)
     settings = _checked_options(options)
     backend = _model_backend(settings, scope)
-    logs.configure()
     session = _session(target, strict, settings)
     compiled = share(model)
     candidates = list(find_candidates(compiled))

@@ -46,7 +46,12 @@ class Watching:
 
 
 def from_environment() -> Watching:
-    """What the user's environment asks for."""
+    """What the user's environment asks for; the logs that it names are turned on.
+
+    Raises:
+        CompileError: it names an unknown log.
+    """
+    logs.configure()
     return Watching(dump=os.environ.get(DUMP_VARIABLE) or None)
 
 

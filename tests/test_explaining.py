@@ -134,6 +134,17 @@ def test_adjoint_names_its_rules_and_what_it_left() -> None:
     assert {n.rule for n in report.fired} >= {"dot-through-product", "scale-after-product"}
 
 
+def test_adjoint_says_why_a_scale_stays() -> None:
+    graph = parse("""graph @scaled(%x: f32[A, 8], %s: f32[A, 1], %w: f32[4, 6, 8], %offsets: i32[5];
+        %d_y: f32[A, 6]) {
+      %scaled = moe.row_scale(%x, %s) : f32[A, 8]
+      %y = moe.grouped_mm(%scaled, %w, %offsets) : f32[A, 6]
+      return %y grad none, none, none, none
+    }""")
+    (text,) = declined(reports_of(graph, "adjoint")["adjoint"])
+    assert text.startswith("scale-after-product: the scaled rows come from no gather")
+
+
 class Unreadable:
     """Something that must not be made into text."""
 

@@ -12,7 +12,7 @@ from moec.inputs import default_dims, random_inputs
 from moec.interp import run
 from moec.ir import Builder, Graph, parse, show
 from moec.manager import PassCall, PassDef, PassManager
-from moec.observers import Check, Dump, Print, Stats, Time, Verify, difference
+from moec.observers import Check, Dump, Print, PrintBefore, Stats, Time, Verify, difference
 from moec.pipeline import pipeline
 from moec.reproducer import Reproducer, pipeline_of
 
@@ -95,6 +95,16 @@ def test_print_of_all_skips_passes_that_changed_nothing(block: Graph) -> None:
     written: list[str] = []
     PassManager("cse, raise-router", [Print(None, written.append)]).run(block)
     assert [text.split(" ")[2] for text in written] == ["raise-router"]
+
+
+def test_print_before_writes_what_a_pass_gets(block: Graph) -> None:
+    written: list[str] = []
+    PassManager("cse, raise-router", [PrintBefore({"raise-router"}, written.append)]).run(block)
+    (text,) = written
+    assert text.startswith("// before raise-router (pass 2): 12 ops\n")
+    assert parse(text) == block
+    PassManager("cse, raise-router", [PrintBefore(None, written.append)]).run(block)
+    assert len(written) == 3
 
 
 def test_dump_writes_what_changed_and_it_reads_back(block: Graph, tmp_path: Path) -> None:
