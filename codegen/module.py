@@ -11,7 +11,7 @@ from moec.codegen.names import PythonNames
 from moec.codegen.writer import Writer
 from moec.errors import CodegenError
 from moec.ir.graph import Graph, Op
-from moec.ir.text import show
+from moec.ir.text import identifier, show
 
 TARGETS = ("triton", "aten")
 
@@ -73,7 +73,7 @@ def _followed(emit_op: EmitOp, after_op: Callable[[Op], str] | None) -> EmitOp:
 
 
 def _emit_header(writer: Writer, graph: Graph, target: str) -> None:
-    writer.line(f'"""@{graph.name} for the {target} target, emitted by moec.')
+    writer.line(f'"""@{identifier(graph.name)} for the {target} target, emitted by moec.')
     writer.line("")
     for line in (
         show(graph, locations=False)
