@@ -7,9 +7,10 @@ from collections.abc import Callable
 from moec.codegen.blocked import emit_blocked
 from moec.codegen.expert_lists import emit_stack, kept_apart
 from moec.codegen.host import EmitOp, emit_aten, emit_host, partition
-from moec.codegen.names import PythonNames
+from moec.codegen.names import RESERVED, PythonNames
 from moec.codegen.writer import Writer
 from moec.errors import CodegenError
+from moec.inputs import dim_names
 from moec.ir.graph import Graph, Op
 from moec.ir.text import identifier, show
 
@@ -35,6 +36,12 @@ def emit_module(
     """
     if target not in TARGETS:
         raise CodegenError(f"unknown target {target!r}; targets: {', '.join(TARGETS)}")
+    clash = sorted(RESERVED & {*graph.ranges, *dim_names(graph)})
+    if clash:
+        raise CodegenError(
+            f"@{identifier(graph.name)}: emitted code uses the name {clash[0]!r} itself; give that"
+            " dim another name"
+        )
     writer = Writer()
     program = partition(graph)
     _emit_header(writer, graph, target)

@@ -71,6 +71,11 @@ def _holds(path: Path, data: bytes) -> bool:
     return found == data
 
 
+def forget() -> None:
+    """Forget what was warned about."""
+    _warned.clear()
+
+
 def _warn(about: Path, words: str) -> None:
     if about not in _warned:
         _warned.add(about)

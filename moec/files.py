@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import secrets
 import stat
 import time
 from pathlib import Path
+from typing import Any
 
 from moec.errors import MoecError, ParseError
 from moec.printable import printable
@@ -15,6 +18,8 @@ from moec.printable import printable
 TEMPORARY = ".tmp"
 # A temporary file of this age, in seconds, belongs to a process that died while it wrote.
 _ABANDONED = 3600.0
+_MAX_DEPTH = 64
+_JSON = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{}]|(?P<digits>[0-9]{400})')
 
 
 def read_bounded(path: Path, limit: int) -> bytes | None:
@@ -43,6 +48,29 @@ def decoded(data: bytes | None, name: str, limit: int) -> str:
         raise ParseError(
             f"{where}:{line}:{column}: not text in UTF-8 (byte {error.start})"
         ) from error
+
+
+def read_json(text: str, name: str) -> Any:
+    """The data in a JSON text of bounded depth and numbers.
+
+    Raises:
+        ParseError: ``name:line:column: message``.
+    """
+    depth = 0
+    for match in _JSON.finditer(text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
+        if depth > _MAX_DEPTH or match["digits"]:
+            words = "a number of too many digits" if match["digits"] else "nested too deep"
+            raise _json_error(text, name, match.start(), words)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise _json_error(text, name, error.pos, error.msg) from error
+
+
+def _json_error(text: str, name: str, offset: int, words: str) -> ParseError:
+    line, column = text.count("\n", 0, offset) + 1, offset - text.rfind("\n", 0, offset)
+    return ParseError(f"{name}:{line}:{column}: {words}")
 
 
 def read_regular(path: Path, limit: int) -> bytes | None:
@@ -123,6 +151,7 @@ __all__ = [
     "decoded",
     "folder_inside",
     "read_bounded",
+    "read_json",
     "read_regular",
     "remove_abandoned",
     "write_whole",

@@ -26,7 +26,7 @@ from tests.bad_models import HIDDEN, Block
 
 @pytest.fixture(autouse=True)
 def nothing_warned() -> Iterator[None]:
-    cache._warned.clear()
+    cache.forget()
     yield
 
 

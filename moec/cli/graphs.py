@@ -160,7 +160,7 @@ def opt(
     calls = _until(calls, stop_after)
     before = _printed("--print-before", print_before, calls)
     after = _printed("--print-after", print_after, calls)
-    check = _check(text, check_each, passes is None)
+    check = _check(text, file, check_each, passes is None)
     reports: list[Observer] = [*([Time()] if time else []), *([Stats()] if stats else [])]
     events = TraceEvents()
 
@@ -193,9 +193,9 @@ def _until(calls: list[PassCall], stop_after: str | None) -> list[PassCall]:
     return calls[: names.index(stop_after) + 1]
 
 
-def _check(text: str, each: bool, replays: bool) -> list[Observer]:
+def _check(text: str, file: Path, each: bool, replays: bool) -> list[Observer]:
     """The check that was asked for: by a reproducer (its sizes and seed), or by the option."""
-    asked = check_of(text) if replays else None
+    asked = check_of(text, str(file)) if replays else None
     if asked is not None:
         return [Check(*asked)]
     return [Check()] if each else []
@@ -350,7 +350,7 @@ def emit(
         raise CodegenError(f"{file} holds {len(found)} graphs; choose one with --graph: {names}")
     asked = emission_of(text, str(file)) or Emission((target or Target.triton).value)
     asked = Emission(target.value if target else asked.target, asked.trial or trial)
-    lowered = as_it_is or emission_of(text) or _has_kernels(found[0])
+    lowered = as_it_is or emission_of(text, str(file)) or _has_kernels(found[0])
     calls = parse_pipeline("" if lowered else default_pipeline(asked.target, training))
     (result,) = run_passes(found, calls, lambda one: [Verify()])
     write_result(emitted(result, asked), output)
