@@ -12,6 +12,7 @@ _TOKEN = re.compile(rb"[A-Za-z_0-9.]+|\s+|.", re.DOTALL)
 _INTEGER = re.compile(rb"(?<![A-Za-z_0-9.])\d+(?![A-Za-z_0-9.])")
 _NAME = re.compile(rb"%[A-Za-z_0-9]+")
 _SHAPE = re.compile(rb"\[[^\[\]\n]{0,60}\]")
+_LIST = re.compile(rb"(?:%[A-Za-z_0-9]+|none)(?:, (?:%[A-Za-z_0-9]+|none))*")
 _ATTRIBUTES = re.compile(rb"\{[^{}\n]+\}")
 _DTYPE = re.compile(rb"\b(?:f64|f32|bf16|f16|i64|i32|i8|u8|bool)\b")
 _MOST = 20_000  # bytes of a mutated text: longer ones are for the corpus
@@ -23,6 +24,8 @@ _INTEGERS += [b"9223372036854775808", b"9" * 30, b"9" * 31, b"1" + b"0" * 400, b
 _DIMS = [b"T", b"2*T", b"T*T", b"T^8", b"T^9", b"T**T**T", b"(T+1)^8", b"ceildiv(T, 0)", b"-T"]
 _DIMS += [b"ceildiv(T, 2)", b"floordiv(T, T)", b"Min(T, 4, 8*T)", b"Max(T, Q)", b"T + Q", b"torch"]
 _DIMS += [b"__import__", b"for", b"(T + Q)*(T - Q)", b"((((T))))", b"1 - T", b"floordiv(T*T, T)"]
+_DIMS += [b"(A+B+C+D+E)^6*(F+G+H+I)^6", b"*".join([b"(A+B)"] * 40), b"Q", b"(T + Q)^8"]
+_DIMS += [b"Min(" + b", ".join(b"Max(A%d, B)" % i for i in range(40)) + b")", b"-" * 300 + b"T"]
 _WORDS = [b"graph", b"return", b"grad", b"none", b"where", b"inf", b"nan", b"-inf", b"true", b"%x"]
 _WORDS += [b"@__class__", b"%class", b"%__import__", b"%torch", b"%low", b"kern.pointwise", b"eval"]
 _WORDS += [b"t.reshape", b"t.permute", b"t.split", b"t.full", b"moe.dispatch", b"t.backward", b"{}"]
@@ -121,6 +124,8 @@ def change_integer(chance: random.Random, data: bytes, others: Sequence[bytes]) 
 
 def change_dim(chance: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
     def new(shape: bytes) -> bytes:
+        if chance.random() < 0.1:
+            return b"[]"
         parts = shape[1:-1].split(b",")
         parts[chance.randrange(len(parts))] = chance.choice((*_DIMS, *_INTEGERS))
         return b"[" + b", ".join(parts * chance.choice((1, 1, 1, 2, 40))) + b"]"
@@ -162,6 +167,36 @@ def change_attribute(chance: random.Random, data: bytes, others: Sequence[bytes]
     return _replaced(chance, data, _ATTRIBUTES, new)
 
 
+def change_symbol(chance: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
+    """Another expression for T, everywhere or where types are written."""
+    pattern = chance.choice((rb"\bT\b", rb"(?<=\[)T\b", rb"(?<=<= )T\b"))
+    return re.sub(pattern, chance.choice((*_DIMS, *_INTEGERS)), data)
+
+
+def change_list(chance: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
+    """Drop, double, reverse or bring in an item of a list of values."""
+    names = _NAME.findall(data) or [b"%x"]
+
+    def new(text: bytes) -> bytes:
+        items = text.split(b", ")
+        i = chance.randrange(len(items))
+        kinds = [items[::-1], items[:i] + items[i + 1 :], [*items, chance.choice(names)]]
+        return b", ".join(chance.choice([*kinds, [*items[:i], b"none", *items[i:]], items * 2]))
+
+    return _replaced(chance, data, _LIST, new)
+
+
+def add_op(chance: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
+    """A well-formed op, as far as it can be told, before the last return."""
+    before, found, after = data.rpartition(b"\n  return")
+    dim, name = chance.choice(_DIMS), b"%%new%d" % chance.randrange(100)
+    value = chance.choice([b"0.0", b"-0.0", b"1e-20", b"nan", b"-inf", b"3.1415926535", b"5"])
+    full = b'%s = t.full() {dtype="f32", shape=[%s], value=%s} : f32[%s]' % (name, dim, value, dim)
+    line = chance.choice([full, full.replace(b"[%s]" % dim, b"[%s, 4, %s]" % (dim, dim))])
+    neg = b"  %%neg = t.neg(%s) : f32[%s]" % (name, dim)
+    return b"\n".join([before, b"  " + line, *chance.choice(([], [neg]))]) + found + after
+
+
 def change_lines(chance: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
     """Drop, double, move or bring in a line."""
     lines = data.split(b"\n")
@@ -180,6 +215,7 @@ BYTES: tuple[Mutation, ...] = (flip, insert, delete, repeat, truncate, splice)
 TOKENS: tuple[Mutation, ...] = (drop_token, replace_token, insert_token, swap_tokens)
 STRUCTURE: tuple[Mutation, ...] = (
     *(change_integer, change_dim, change_name, change_dtype, change_attribute, change_lines),
+    *(change_symbol, change_list, add_op),
 )
 
 

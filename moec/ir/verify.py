@@ -35,6 +35,10 @@ def verify(graph: Graph, *, dialects: Collection[str] | None = None, after: str 
 
 def check_frame(graph: Graph, after: str = "") -> None:
     """What a graph must hold as a whole, beyond each op for itself."""
+    for op in graph.ops:
+        for inner in op.body.ops if op.body is not None else ():
+            if inner.body is not None:
+                raise IRError(f"@{graph.name}: {inner.kind} stands inside {op.kind}{_after(after)}")
     _check_joint(graph, after)
     _check_dims(graph, after)
 
