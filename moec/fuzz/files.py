@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import TypeVar
 
@@ -313,10 +314,12 @@ def run_inputs(
     return counts
 
 
-def _worker(folder: Path, seed: int, numbers: Sequence[int], out: Connection) -> None:
+def _worker(
+    folder: Path, seed: int, numbers: Sequence[int], current: Synchronized[int], out: Connection
+) -> None:
     def note(number: int) -> None:
         signal.setitimer(signal.ITIMER_PROF, HARD_SECONDS)  # kills this process if it is stuck
-        out.send(number)
+        current.value = number
 
     warnings.simplefilter("error")
     out.send(run_inputs(formats(folder), seed, numbers, note))
@@ -329,19 +332,17 @@ def run_in_processes(folder: Path, seed: int, count: int, jobs: int) -> Counts:
     workers = []
     for numbers in waiting:
         inside, outside = context.Pipe(duplex=False)
-        process = context.Process(target=_worker, args=(folder, seed, numbers, outside))
+        current = context.Value("q", -1)
+        process = context.Process(target=_worker, args=(folder, seed, numbers, current, outside))
         process.start()
         outside.close()
-        workers.append((inside, numbers))
-    for inside, numbers in workers:
-        last: int | Counts = -1
-        with contextlib.suppress(EOFError):
-            while not isinstance(last, Counts):
-                last = inside.recv()
-        if isinstance(last, Counts):
-            total.add(last)
-        else:
-            total.findings[last] = f"killed its process; the rest of {numbers} was not tried"
+        workers.append((inside, current, numbers))
+    for inside, current, numbers in workers:
+        try:
+            total.add(inside.recv())
+        except EOFError:
+            words = f"killed its process; the rest of {numbers} was not tried"
+            total.findings[current.value] = words
     return total
 
 
