@@ -470,8 +470,8 @@ def test_an_unknown_model_is_explained(command: str, spec: str, message: str) ->
     ("text", "message"),
     [
         ("{", "config.json:1:2: Expecting property name"),
-        ("[1]", 'config.json has no "model_type"'),
-        ('{"hidden_size": 4}', 'config.json has no "model_type"'),
+        ("[1]", 'config.json:1:1: has no "model_type"'),
+        ('{"hidden_size": 4}', 'config.json:1:1: has no "model_type"'),
         ('{"model_type": "mixtrall"}', "knows no model_type 'mixtrall'; did you mean mixtral"),
         ('{"model_type": "mixtral", "hidden_size": "x"}', "not a valid mixtral configuration"),
     ],

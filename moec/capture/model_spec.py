@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from moec.capture.shrink import shrunk_config
-from moec.errors import CompileError
+from moec.errors import CompileError, ParseError
 from moec.files import decoded, read_bounded, read_json
 from moec.printable import printable
 
@@ -182,19 +182,21 @@ def read_config(path: Path) -> Any:
     """The configuration in a ``config.json``, or in the folder that holds one.
 
     Raises:
-        CompileError, ParseError: with line and column, where a file was there to read.
+        CompileError: with line and column, where a file was there to read.
     """
     file = path / "config.json" if path.is_dir() else path
     try:
         text = decoded(read_bounded(file, MAX_CONFIG), str(file), MAX_CONFIG)
+        data = read_json(text, printable(str(file)))
     except FileNotFoundError as error:
         raise CompileError(f"{file}: no such file") from error
     except OSError as error:
         raise CompileError(f"{file}: {error.strerror}") from error
-    data = read_json(text, printable(str(file)))
+    except ParseError as error:
+        raise CompileError(str(error)) from error
     if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
         raise CompileError(
-            f'{file}:1:1: no "model_type"; it must be the config.json of a Hugging Face model'
+            f'{file}:1:1: has no "model_type"; it must be the config.json of a Hugging Face model'
         )
     _check_counts(file, data)
     return _config_from(file, _without_code(data))
