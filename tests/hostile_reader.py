@@ -28,7 +28,7 @@ from moec.manager import PassManager, parse_pipeline
 from moec.observers import Dump
 from moec.pipeline import pipeline
 from moec.reduce import source_of_test
-from moec.reproducer import write_reproducer
+from moec.reproducer import check_of, emission_of, write_reproducer
 
 PASSES = "simplify, cse, dce"
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
@@ -78,6 +78,8 @@ def read(path: Path, out: Path) -> str:
     text = read_text(path)
     graphs = graphs_in(text, path, None)
     calls_for(None, text, path, PASSES)
+    check_of(text, str(path))
+    emission_of(text, str(path))
     for graph in graphs:
         verify(graph)
         result = PassManager(PASSES, [Dump(out / "dump")]).run(graph)

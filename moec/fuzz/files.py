@@ -15,7 +15,6 @@ import json
 import multiprocessing
 import random
 import re
-import resource
 import signal
 import sys
 import tempfile
@@ -48,6 +47,7 @@ from moec.ir.text import show
 from moec.ir.verify import verify
 from moec.manager import PassManager, parse_pipeline
 from moec.pipeline import pipeline
+from moec.reproducer import check_of, emission_of
 
 _T = TypeVar("_T")
 SEEDS = Path(__file__).parents[2] / "tests" / "corpus" / "seeds"
@@ -110,9 +110,11 @@ def _check_passes(graph: Graph) -> None:
 
 
 def read_run_line(data: bytes) -> str:
-    """The passes that a file names."""
+    """What a file asks for: passes, a check, code for a target."""
     text = _placed(lambda: decoded(data, _NAME, MAX_BYTES))
     _placed(lambda: calls_for(None, text, Path(_NAME), ""))
+    _placed(lambda: check_of(text, _NAME))
+    _placed(lambda: emission_of(text, _NAME))
     return "taken"
 
 
@@ -207,6 +209,7 @@ def formats(folder: Path) -> list[Format]:
     if not graphs:
         raise SystemExit(f"{folder} holds no .moe files to mutate")
     lines = [f"// run: {passes}\n".encode() for passes in _PIPELINES]
+    lines += [b"// run: cse\n// check: seed=0, T=33\n", b"// emit: triton, try\n"]
     return [
         Format("graphs", 72, read_graphs, graphs),
         Format("run lines", 4, read_run_line, tuple(line + graphs[0] for line in lines)),
@@ -293,6 +296,12 @@ class Counts:
         return "\n".join([*lines, f"{sum(self.results.values())} inputs: {worst}", *found])
 
 
+def peak_megabytes() -> float:
+    """The most memory that this process has held; ``getrusage`` would count its parent's, too."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
 def run_inputs(
     known: Sequence[Format], seed: int, numbers: Sequence[int], note: Callable[[int], None]
 ) -> Counts:
@@ -304,7 +313,7 @@ def run_inputs(
         start = time.process_time()
         result, problem = attempt(chosen, data)
         counts.seconds = max(counts.seconds, time.process_time() - start)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        peak = peak_megabytes()
         if peak > MEGABYTES >= counts.megabytes:
             result, problem = "found", problem or f"memory went up to {peak:.0f} MB"
         counts.megabytes = max(counts.megabytes, peak)
