@@ -13,6 +13,7 @@ from moec.codegen import aten
 from moec.codegen.labels import has_range, label
 from moec.codegen.names import PythonNames
 from moec.codegen.writer import Writer
+from moec.inputs import dim_names
 from moec.ir.graph import Graph, Op, Value, backward_ops, forward_ops
 
 EmitOp = Callable[[Writer, Op, PythonNames], bool]
@@ -67,7 +68,7 @@ def emit_host(
     writer.line(f"SAVED = {tuple(v.hint for v in program.saved)!r}")
     writer.line(f"BACKWARD_INPUTS = {program.backward_inputs!r}")
     writer.lines("", "")
-    taken = reserved | frozenset(graph.ranges) | {"ranges", "region"}
+    taken = reserved | frozenset(graph.ranges) | frozenset(dim_names(graph))
     first = ["region"] if ranges else []
     emit_op = _ranged(emit_op) if ranges else emit_op
     _emit_forward(writer, program, emit_op, training, PythonNames(taken), first)

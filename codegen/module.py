@@ -7,11 +7,12 @@ from collections.abc import Callable
 from moec.codegen.blocked import emit_blocked
 from moec.codegen.expert_lists import emit_stack, kept_apart
 from moec.codegen.host import EmitOp, emit_aten, emit_host, partition
-from moec.codegen.names import PythonNames
+from moec.codegen.names import RESERVED, PythonNames
 from moec.codegen.writer import Writer
 from moec.errors import CodegenError
+from moec.inputs import dim_names
 from moec.ir.graph import Graph, Op
-from moec.ir.text import show
+from moec.ir.text import identifier, show
 
 TARGETS = ("triton", "aten")
 
@@ -35,6 +36,12 @@ def emit_module(
     """
     if target not in TARGETS:
         raise CodegenError(f"unknown target {target!r}; targets: {', '.join(TARGETS)}")
+    clash = sorted(RESERVED & {*graph.ranges, *dim_names(graph)})
+    if clash:
+        raise CodegenError(
+            f"@{identifier(graph.name)}: emitted code uses the name {clash[0]!r} itself; give that"
+            " dim another name"
+        )
     writer = Writer()
     program = partition(graph)
     _emit_header(writer, graph, target)
@@ -73,7 +80,7 @@ def _followed(emit_op: EmitOp, after_op: Callable[[Op], str] | None) -> EmitOp:
 
 
 def _emit_header(writer: Writer, graph: Graph, target: str) -> None:
-    writer.line(f'"""@{graph.name} for the {target} target, emitted by moec.')
+    writer.line(f'"""@{identifier(graph.name)} for the {target} target, emitted by moec.')
     writer.line("")
     for line in (
         show(graph, locations=False)

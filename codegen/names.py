@@ -8,7 +8,7 @@ import re
 
 from moec.ir.graph import Value
 
-_RESERVED = {
+RESERVED = {
     *keyword.kwlist,
     *dir(builtins),
     "torch",
@@ -20,9 +20,10 @@ _RESERVED = {
     "F",
     "forward",
     "backward",
-    "T",
-    "B",
-    "S",
+    "ranges",
+    "region",
+    "low",
+    "high",
 }
 _UNSAFE = re.compile(r"[^A-Za-z0-9_]")
 
@@ -34,7 +35,7 @@ class PythonNames:
 
     def __init__(self, reserved: frozenset[str] = frozenset()) -> None:
         self._names: dict[Value, str] = {}
-        self._taken = set(_RESERVED) | reserved
+        self._taken = RESERVED | reserved
 
     def add(self, value: Value) -> str:
         """The value's name; made at the first call."""

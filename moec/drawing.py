@@ -8,7 +8,7 @@ from moec.ir.text import Names, show_op
 
 def dot(graph: Graph) -> str:
     """A graph for Graphviz: ops are boxes, edges carry types."""
-    lines = [f'digraph "{graph.name}" {{', "  node [shape=box, fontname=monospace];"]
+    lines = [f"digraph {_quoted(graph.name)} {{", "  node [shape=box, fontname=monospace];"]
     lines += [
         f"  {name} [{_dot_attributes(label, shape)}];" for name, label, shape in _nodes(graph)
     ]

@@ -65,7 +65,8 @@ def emitted(
     mark = None if after_op is None else lambda op: f"{_MARK}({places[op]})"
     with tempfile.TemporaryDirectory() as folder:
         source = emit_module(graph, target, mark)
-        module = cache.load(cache.store(source, f"{graph.name}_{target}".lower(), folder))
+        path = cache.store(source, f"{graph.name}_{target}".lower(), folder)
+        module = cache.load(path, source)
         vars(module)[_MARK] = after_op
         yield Emitted(graph, module)
 

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TextIO
 
+from moec.cache import source_of
 from moec.errors import CompileError
 from moec.ir.graph import Graph
 from moec.ir.text import show
@@ -84,7 +85,7 @@ def log_artifact(artifact: Artifact, name: str, seconds: float) -> None:
     """Log a module that was emitted for a region, and the kernels in it."""
     if not KERNELS.isEnabledFor(logging.INFO):
         return
-    source = artifact.path.read_text(encoding="utf-8")
+    source = source_of(artifact.path)
     kernels = ", ".join(_KERNEL.findall(source)) or "library calls"
     missing = "".join(f"; {text}" for text in dict.fromkeys(_NO_KERNEL.findall(source)))
     words = (name, artifact.mode, artifact.target, seconds, kernels + missing, artifact.path)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from moec import fuel
 from moec.errors import MoecError, PassError
 from moec.ir.graph import Graph
+from moec.printable import printable
 
 PassFunction = Callable[..., Graph]
 
@@ -104,28 +105,62 @@ def find_pass(name: str) -> PassDef:
     """A pass by name, or a :class:`PassError` that lists all."""
     passes = all_passes()
     if name not in passes:
-        raise PassError(f"unknown pass {name!r}; passes: {', '.join(passes)}")
+        raise PassError(f"unknown pass {name[:80]!r}; passes: {', '.join(passes)}")
     return passes[name]
 
 
-_STEP = re.compile(r"\s*(?P<name>[a-z][a-z0-9-]*)\s*(?:\{(?P<options>[^{}]*)\})?\s*(?:,|\Z)")
+# what is taken is never given back: a long gap would be tried at every length
+_STEP = re.compile(
+    r"(?P<name>[a-z][a-z0-9-]*+)\s*+(?:\{(?P<options>[^{}]*+)\})?\s*+(?:,\s*+|\Z)", re.ASCII
+)
+_COMMENT = re.compile(r"#[^\n]*")
+_MAX_PIPELINE, _MAX_VALUE = 1 << 16, 1000
 
 
-def parse_pipeline(text: str) -> list[PassCall]:
-    """Read ``"cse, fuse-gemm{max-ops=4}"``; ``#`` starts a comment that ends with the line."""
-    text = " ".join(line.split("#", 1)[0] for line in text.splitlines()).strip().rstrip(",")
-    calls, position = [], 0
-    while position < len(text):
-        match = _STEP.match(text, position)
-        if match is None:
-            raise PassError(
-                f"cannot read the pipeline at {text[position : position + 20]!r}; "
-                "write pass,pass{option=value}"
-            )
-        definition = find_pass(match["name"])
-        calls.append(PassCall(definition, _read_options(definition, match["options"] or "")))
-        position = match.end()
+@dataclass(frozen=True)
+class Place:
+    """Where a pipeline's text stands: the name of the file, and line and column from 1."""
+
+    name: str = "passes"
+    line: int = 1
+    column: int = 1
+
+    def of(self, text: str, offset: int) -> str:
+        """``name:line:column`` of a character of the text."""
+        line, start = text.count("\n", 0, offset), text.rfind("\n", 0, offset) + 1
+        column = offset - start + (1 if line else self.column)
+        return f"{printable(self.name)}:{self.line + line}:{column}"
+
+
+def parse_pipeline(text: str, place: Place = Place()) -> list[PassCall]:
+    """Read ``"cse, fuse-gemm{max-ops=4}"``; ``#`` starts a comment that ends with the line.
+
+    Raises:
+        PassError: ``name:line:column: message``; ``place`` says where the text stands.
+    """
+    if len(text) > _MAX_PIPELINE:
+        raise PassError(f"{place.of(text, 0)}: a pipeline of more than {_MAX_PIPELINE} characters")
+    code = _COMMENT.sub(lambda comment: " " * len(comment[0]), text).rstrip().rstrip(",")
+    calls, position = [], len(code) - len(code.lstrip())
+    while position < len(code):
+        try:
+            call, position = _read_call(code, position)
+        except PassError as error:
+            raise PassError(f"{place.of(text, position)}: {error}") from error
+        calls.append(call)
     return calls
+
+
+def _read_call(text: str, position: int) -> tuple[PassCall, int]:
+    """One call, and where the next one begins."""
+    match = _STEP.match(text, position)
+    if match is None:
+        raise PassError(
+            f"cannot read the pipeline at {text[position : position + 20]!r}; "
+            "write pass,pass{option=value}"
+        )
+    definition = find_pass(match["name"])
+    return PassCall(definition, _read_options(definition, match["options"] or "")), match.end()
 
 
 def _read_options(definition: PassDef, text: str) -> dict[str, Any]:
@@ -136,7 +171,7 @@ def _read_options(definition: PassDef, text: str) -> dict[str, Any]:
         if key not in definition.options:
             known = ", ".join(k.replace("_", "-") for k in definition.options) or "none"
             raise PassError(
-                f"pass {definition.name} has no option {name.strip()!r}; options: {known}"
+                f"pass {definition.name} has no option {name.strip()[:80]!r}; options: {known}"
             )
         options[key] = _read_value(
             value.strip(), definition.options[key], f"{definition.name}{{{item}}}"
@@ -145,6 +180,8 @@ def _read_options(definition: PassDef, text: str) -> dict[str, Any]:
 
 
 def _read_value(text: str, default: Any, where: str) -> Any:
+    if not text.isprintable() or (len(text) > _MAX_VALUE and not isinstance(default, str)):
+        raise PassError(f"{where[:80]!r}: no value of an option")
     try:
         if isinstance(default, bool):
             return {"true": True, "false": False, "": True}[text.lower()]

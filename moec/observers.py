@@ -10,6 +10,7 @@ import torch
 
 from moec import trace_events
 from moec.errors import MeaningError
+from moec.files import write_whole
 from moec.inputs import default_dims, dim_names, random_inputs
 from moec.interp import run
 from moec.ir.graph import Graph, Value
@@ -96,7 +97,7 @@ class Dump(Observer):
             self._write(name, f"// {summary(step)}", step.after)
 
     def _write(self, name: str, header: str, graph: Graph) -> None:
-        (self.folder / name).write_text(f"{header}\n{show(graph)}", encoding="utf-8")
+        write_whole(self.folder / name, f"{header}\n{show(graph)}".encode())
 
 
 def summary(step: Step) -> str:

@@ -16,6 +16,7 @@ from moec.errors import MoecError
 from moec.ir.builder import Builder, make_op
 from moec.ir.dims import Dim
 from moec.ir.graph import Graph, Op, Value
+from moec.ir.text import identifier
 from moec.ir.types import Type
 from moec.ir.verify import verify
 
@@ -227,11 +228,18 @@ def _resized_attribute(name: str, value: Any, sizes: Mapping[int, int]) -> Any:
 
 
 # tests
+def _in_quotes(text: str) -> str:
+    """Text as it stands between triple quotes."""
+    return text.replace("\\", "\\\\").replace('"""', '\\"\\"\\"')
+
+
 def source_of_test(graph: Graph, passes: str, text: str, words: str) -> str:
     """A test for pytest that fails as long as the passes are wrong on this graph."""
-    name = "".join(c if c.isalnum() else "_" for c in graph.name.lower())
-    quoted = text.replace("\\", "\\\\").replace('"""', "'''")
-    return f'''"""{words}"""
+    name = identifier(graph.name.lower())
+    quoted, said = (
+        part.replace("\\", "\\\\").replace('"""', '\\"\\"\\"') for part in (text, words)
+    )
+    return f'''"""{said}"""
 
 from moec.ir import parse
 from moec.manager import PassManager
@@ -242,7 +250,7 @@ GRAPH = """
 
 
 def test_{name}() -> None:
-    PassManager("{passes}", [Verify(), Check()]).run(parse(GRAPH))
+    PassManager({passes!r}, [Verify(), Check()]).run(parse(GRAPH))
 '''
 
 

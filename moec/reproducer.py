@@ -13,17 +13,17 @@ from pathlib import Path
 from types import TracebackType
 
 from moec.errors import IRError, MeaningError, ParseError
+from moec.files import write_whole
 from moec.ir.graph import Graph
 from moec.ir.text import show
-from moec.manager import PassCall, Step
+from moec.manager import PassCall, Place, Step
 from moec.observers import verify_step
+from moec.printable import printable
 from moec.targets import TARGETS
 
-_LINE = r"^//\s*{}:\s*(?P<text>\S.*?)\s*$"
-_RUN = re.compile(_LINE.format("run"), re.MULTILINE)
-_CHECK = re.compile(_LINE.format("check"), re.MULTILINE)
-_EMIT = re.compile(_LINE.format("emit"), re.MULTILINE)
-_SIZE = re.compile(r"\s*(?P<name>[A-Za-z_]\w*)=(?P<size>\d{1,18})\s*")
+# each part of a line can be matched in one way only: no line takes more than linear time
+_LINE = re.compile(r"^//[ \t]*(?P<word>run|check|emit):[ \t]*(?P<text>.*)$", re.MULTILINE)
+_SIZE = re.compile(r"(?P<name>[A-Za-z_]\w*)=(?P<size>\d{1,18})", re.ASCII)
 _FRAMES = 6
 
 
@@ -130,7 +130,7 @@ def write_reproducer(
     header = [*_instructions(doing, error), f"// {versions()}", f"// {type(error).__name__}:"]
     header += [f"//   {line}".rstrip() for line in words]
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join([*header, show(graph)]), encoding="utf-8")
+    write_whole(path, "\n".join([*map(printable, header), show(graph)]).encode())
     return path
 
 
@@ -165,36 +165,51 @@ def version_of(package: str) -> str:
 
 def pipeline_of(text: str) -> str | None:
     """The pipeline in the ``// run:`` line of a file, if it has one."""
-    match = _RUN.search(text)
-    return match["text"] if match else None
+    found = instruction(text, "run")
+    return found[0] if found else None
 
 
-def check_of(text: str) -> tuple[dict[str, int], int] | None:
+def instruction(text: str, word: str, name: str = "") -> tuple[str, Place] | None:
+    """What stands in the ``// word:`` line of the file ``name``, and its place."""
+    for match in _LINE.finditer(text):
+        said = match["text"].rstrip()
+        if match["word"] == word and said:
+            start = match.start("text")
+            column = start - text.rfind("\n", 0, start)
+            return said, Place(name, text.count("\n", 0, start) + 1, column)
+    return None
+
+
+def check_of(text: str, name: str = "") -> tuple[dict[str, int], int] | None:
     """Sizes and seed in the ``// check:`` line of a file, if it has one.
 
     Raises:
         ParseError: the line is malformed.
     """
-    match = _CHECK.search(text)
-    if match is None:
+    found = instruction(text, "check", name)
+    if found is None:
         return None
-    items = [_SIZE.fullmatch(item) for item in match["text"].split(",")]
+    said, place = found
+    items = [_SIZE.fullmatch(item.strip()) for item in said.split(",")]
     if any(item is None for item in items):
-        raise ParseError(f"cannot read {match[0]!r}; write // check: seed=0, T=33")
+        where = place.of(said, 0)
+        raise ParseError(f"{where}: cannot read {said[:80]!r}; write // check: seed=0, T=33")
     sizes = {item["name"]: int(item["size"]) for item in items if item is not None}
     return sizes, sizes.pop("seed", 0)
 
 
-def emission_of(text: str) -> Emission | None:
+def emission_of(text: str, name: str = "") -> Emission | None:
     """What the ``// emit:`` line of a file asks for, if it has one.
 
     Raises:
         ParseError: the line is malformed.
     """
-    match = _EMIT.search(text)
-    if match is None:
+    found = instruction(text, "emit", name)
+    if found is None:
         return None
-    target, _, rest = match["text"].partition(",")
+    said, place = found
+    target, _, rest = said.partition(",")
     if target.strip() not in TARGETS or rest.strip() not in ("", "try"):
-        raise ParseError(f"cannot read {match[0]!r}; write // emit: triton, or // emit: aten, try")
+        words = f"cannot read {said[:80]!r}; write // emit: triton, or // emit: aten, try"
+        raise ParseError(f"{place.of(said, 0)}: {words}")
     return Emission(target.strip(), bool(rest.strip()))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from moec import logs, torch_trace
-from moec.cache import cache_directory
+from moec.cache import cache_directory, source_of
 from moec.capture.regions import FoundRegion
 from moec.errors import CompileError
 from moec.exact_gradients import has_smaller_floats
@@ -206,9 +206,9 @@ class Session:
         reproducer.emits(lowered, Emission(target))
         with span("emit", "emit", target=target):
             artifact = build(lowered, target, mode, manager.history, self.cache)
-        seconds = time.perf_counter() - start
+        path, seconds = artifact.path, time.perf_counter() - start
         logs.log_artifact(artifact, name or graph.name, seconds)
-        torch_trace.artifact(f"{name or graph.name}_{mode}_module", artifact.path.read_text)
+        torch_trace.artifact(f"{name or graph.name}_{mode}_module", lambda: source_of(path))
         return artifact
 
     def _pipeline(

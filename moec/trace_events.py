@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moec.files import write_whole
+
 
 @dataclass
 class TraceEvents:
@@ -35,9 +37,7 @@ class TraceEvents:
     def write(self, path: str | Path) -> None:
         """Write the file whole, or not at all."""
         text = json.dumps({"traceEvents": list(self.events), "displayTimeUnit": "ms"})
-        temporary = Path(f"{path}.{os.getpid()}-{threading.get_ident()}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        write_whole(Path(path), text.encode())
 
 
 _RECORDING: ContextVar[TraceEvents | None] = ContextVar("moec_trace_events", default=None)

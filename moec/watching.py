@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from moec import logs
+from moec.files import folder_inside
 from moec.manager import Observer
 from moec.observers import Dump, TracePasses
 from moec.torch_trace import TorchTrace
 from moec.trace_events import TraceEvents, recording
 
 DUMP_VARIABLE = "MOEC_DUMP"
-_UNSAFE = re.compile(r"[^\w.-]")
 
 
 @dataclass
@@ -35,7 +34,7 @@ class Watching:
         place = name or "model"
         found: list[Observer] = [logs.LogPasses(f"{place} ({mode})"), TorchTrace(f"{place}_{mode}")]
         if self.dump is not None:
-            found.append(Dump(new_folder(Path(self.dump) / _UNSAFE.sub("_", place), mode)))
+            found.append(Dump(new_folder(folder_inside(Path(self.dump), place), mode)))
         return [*found, TracePasses()]
 
     def recording(self) -> contextlib.AbstractContextManager[None]:

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-import importlib.util
-import multiprocessing
+import errno
+import inspect
+import linecache
 import os
+import py_compile
+import re
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import platformdirs
 import pytest
+import torch
 
+import moec
 from moec import cache
-from moec.errors import CodegenError
+from moec.fuzz import cache_stress
+from tests.bad_models import HIDDEN, Block
+
+
+@pytest.fixture(autouse=True)
+def nothing_warned() -> Iterator[None]:
+    cache.forget()
+    yield
+
 
 SOURCE = "VALUE = 1\n" + "# a line\n" * 500
 
@@ -30,7 +46,7 @@ def test_text_comes_back_unchanged(tmp_path: Path) -> None:
     text = "VALUE = 'é → ∑'\n"
     path = cache.store(text, "name", tmp_path)
     assert path.read_text(encoding="utf-8") == text
-    assert cache.load(path).VALUE == "é → ∑"
+    assert cache.load(path, text).VALUE == "é → ∑"
 
 
 @pytest.mark.parametrize(
@@ -40,43 +56,149 @@ def test_text_comes_back_unchanged(tmp_path: Path) -> None:
         b"",
         b"\xff\xfe not text",
         SOURCE.replace("VALUE = 1", "VALUE = 9").encode(),  # another text of the same size
+        SOURCE.encode() + b"VALUE = 9\n",
     ],
-    ids=["torn", "empty", "binary", "foreign"],
+    ids=["torn", "empty", "binary", "foreign", "longer"],
 )
-def test_files_with_another_text_are_not_used(tmp_path: Path, content: bytes) -> None:
+def test_a_file_with_another_text_is_reported_once_and_written_again(
+    tmp_path: Path, content: bytes
+) -> None:
     path = cache.store(SOURCE, "other", tmp_path)
     path.write_bytes(content)
-    assert cache.store(SOURCE, "other", tmp_path) == path
+    with pytest.warns(UserWarning, match=r"other_\w+\.py does not hold what was written") as caught:
+        assert cache.store(SOURCE, "other", tmp_path) == path
+        assert path.read_text(encoding="utf-8") == SOURCE
+        path.write_bytes(content)
+        assert cache.store(SOURCE, "other", tmp_path) == path
+    assert len(caught) == 1
     assert path.read_text(encoding="utf-8") == SOURCE
 
 
-def test_bytecode_of_another_text_is_not_used(tmp_path: Path) -> None:
-    path = cache.store(SOURCE, "bytecode", tmp_path)
-    foreign = SOURCE.replace("VALUE = 1", "VALUE = 9")
+def test_what_runs_is_what_was_emitted_whatever_the_file_holds(tmp_path: Path) -> None:
+    """Neither a changed file, nor bytecode beside it, nor a source read later is the module's."""
+    source = f"{SOURCE}def f():\n    return 1\n"
+    path = cache.store(source, "changed", tmp_path)
+    foreign = source.replace("VALUE = 1", "VALUE = 9").replace("return 1", "return 9")
     path.write_text(foreign, encoding="utf-8")
-    stamp = path.stat().st_mtime
-    spec = importlib.util.spec_from_file_location("foreign_bytecode", path)
-    assert spec is not None and spec.loader is not None
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))  # leaves its bytecode behind
-    cache.store(SOURCE, "bytecode", tmp_path)
-    os.utime(path, (stamp, stamp))  # size and time are all that bytecode is checked by
-    assert cache.load(path).VALUE == 1
+    py_compile.compile(str(path), doraise=True)
+    module = cache.load(path, source)
+    assert (module.VALUE, module.f()) == (1, 1)
+    linecache.checkcache()
+    assert inspect.getsource(module.f) == "def f():\n    return 1\n"
 
 
-def test_a_folder_in_the_way_is_an_error_that_names_it(tmp_path: Path) -> None:
+def test_links_are_neither_read_nor_written_through(tmp_path: Path) -> None:
+    outside = tmp_path / "outside.txt"
+    outside.write_text(SOURCE)
+    folder = tmp_path / "cache"
+    path = cache.store(SOURCE, "linked", folder)
+    path.unlink()
+    path.symlink_to(outside)
+    outside.write_text("mine")
+    with pytest.warns(UserWarning, match="does not hold"):
+        assert cache.store(SOURCE, "linked", folder) == path
+    assert outside.read_text() == "mine"
+    assert not path.is_symlink() and path.read_text() == SOURCE
+
+
+def test_a_pipe_in_place_of_an_entry_does_not_block(tmp_path: Path) -> None:
+    path = cache.store(SOURCE, "pipe", tmp_path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.warns(UserWarning, match="does not hold"):
+        cache.store(SOURCE, "pipe", tmp_path)
+    assert path.read_text() == SOURCE
+
+
+NAMES = ("../../up", "/etc/passwd", "a\0b", "n" * 4000, "new\nline", "\u202eevil", 'quote"""', "")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_never_paths(tmp_path: Path, name: str) -> None:
+    path = cache.store(SOURCE, name, tmp_path)
+    assert path.parent == tmp_path
+    assert path.read_text() == SOURCE
+    assert re.fullmatch(r"\w{0,80}_[0-9a-f]{16}\.py", path.name, re.ASCII)
+
+
+@pytest.mark.parametrize("folder", ["with spaces", "ünï/çödé ∑", 'quote\'s "folder"'])
+def test_folders_of_any_name(tmp_path: Path, folder: str) -> None:
+    source = f"{SOURCE}NAME = {folder!r}\n"
+    path = cache.store(source, "name", tmp_path / folder)
+    assert cache.load(path, source).NAME == folder
+
+
+def _full(handle: int) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def _read_only(path: Any, flags: int, *rest: Any, **options: Any) -> int:
+    if flags & os.O_CREAT:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+    return _open(path, flags, *rest, **options)
+
+
+_open = os.open
+
+
+@pytest.mark.parametrize("fault", ["full", "read only", "a file in the way", "no such device"])
+def test_without_a_folder_modules_stay_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """One warning for the folder; both modules work, with their sources."""
+    folder = tmp_path / fault
+    if fault == "full":
+        monkeypatch.setattr(os, "fsync", _full)
+    elif fault == "read only":
+        monkeypatch.setattr(os, "open", _read_only)
+    else:
+        folder = Path("/dev/null/cache") if fault == "no such device" else folder
+        (tmp_path / fault).write_text("")
+    modules = []
+    with pytest.warns(UserWarning, match=r"the cache: .* cannot be written .* memory") as caught:
+        for number in (1, 2):
+            source = f"# {fault}\ndef f():\n    return {number}\n"
+            path = cache.store(source, "name", folder)
+            assert not path.exists()
+            modules.append(cache.load(path, source))
+    assert len(caught) == 1
+    assert [m.f() for m in modules] == [1, 2]
+    assert inspect.getsource(modules[1].f) == "def f():\n    return 2\n"
+    assert fault in ("a file in the way", "no such device") or not list(folder.iterdir())
+
+
+def test_a_model_compiles_without_a_cache_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CodegenError, match=r"cannot write the emitted module to .*file"):
-        cache.store(SOURCE, "name", tmp_path / "file")
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path / "file"))
+    torch.manual_seed(0)
+    model = Block()
+    x = torch.randn(2, 5, HIDDEN)
+    with pytest.warns(UserWarning, match="kept in memory only") as caught:
+        compiled: Any = moec.compile(model)
+        ours = compiled(x)
+        ours.sum().backward()
+        with torch.no_grad():
+            compiled(x)
+    assert len(caught) == 1
+    torch.testing.assert_close(ours, model(x))
+    assert [region.status for region in moec.regions(compiled)] == ["compiled"]
 
 
-def test_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(handle: int) -> None:
-        raise OSError("disk full")
+def test_files_of_killed_writers_are_removed_when_old(tmp_path: Path) -> None:
+    old, new = tmp_path / ".old.tmp", tmp_path / ".new.tmp"
+    for path in (old, new):
+        path.write_text("torn")
+    os.utime(old, (0, 0))
+    cache.store(SOURCE, "name", tmp_path)
+    assert not old.exists() and new.exists()
 
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(CodegenError, match="disk full"):
-        cache.store(SOURCE, "name", tmp_path)
-    assert not list(tmp_path.iterdir())
+
+@pytest.mark.parametrize("part", ["concurrent", "killed", "flipped"])
+def test_stress(part: str) -> None:
+    counts = ["--processes=3", "--rounds=20", "--kills=25", "--flips=40"]
+    assert cache_stress.main([part, *counts]) == 0
 
 
 def _reads_whole(folder: str) -> int:
@@ -94,33 +216,21 @@ def test_threads_that_write_at_once(tmp_path: Path) -> None:
     assert [p.suffix for p in tmp_path.iterdir()] == [".py"]
 
 
-def test_processes_that_write_at_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_reads_whole, args=(str(tmp_path),)) for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    wrong = _reads_whole(str(tmp_path))
-    for worker in workers:
-        worker.join()
-    assert wrong == 0
-    assert [worker.exitcode for worker in workers] == [0, 0]
-    assert [p.suffix for p in tmp_path.iterdir()] == [".py"]
-
-
 def test_loading_happens_once_and_whole(tmp_path: Path) -> None:
     text = "import time\ntime.sleep(0.05)\nVALUE = 7\nCOUNT = globals().get('COUNT', 0) + 1\n"
     path = cache.store(text, "slow", tmp_path)
     with ThreadPoolExecutor(4) as pool:
-        modules = list(pool.map(cache.load, [path] * 4))
+        modules = list(pool.map(cache.load, [path] * 4, [text] * 4))
     assert all(m is modules[0] for m in modules)
     assert all((m.VALUE, m.COUNT) == (7, 1) for m in modules)
 
 
 def test_a_module_that_fails_to_load_is_forgotten(tmp_path: Path) -> None:
-    path = cache.store("raise ValueError('broken')\n", "broken", tmp_path)
+    source = "raise ValueError('broken')\n"
+    path = cache.store(source, "broken", tmp_path)
     for _ in range(2):
         with pytest.raises(ValueError, match="broken"):
-            cache.load(path)
+            cache.load(path, source)
     assert f"moec_emitted.{path.stem}" not in sys.modules
 
 

@@ -222,8 +222,8 @@ def test_opt_explains_mistakes(words: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "bad.moe: holds no graph"),
-        ("// only a comment\n", "bad.moe: holds no graph"),
+        ("", "bad.moe:1:1: holds no graph"),
+        ("// only a comment\n", "bad.moe:1:1: holds no graph"),
         ("hello", "bad.moe:1:1: expected 'graph', found 'hello'"),
         (BLOCK[:-3], "bad.moe:14:12: expected '}', found 'end of text'"),
         (BLOCK.replace("t.silu", "t.sliu"), "bad.moe:10:10: unknown op 't.sliu'"),
@@ -240,7 +240,7 @@ def test_malformed_text_is_reported_with_its_place(text: str, message: str) -> N
 
 def test_binary_file_is_reported() -> None:
     Path("bad.moe").write_bytes(b"graph \xff\xfe")
-    assert "bad.moe: not text in UTF-8 (byte 6)" in fail("opt", "bad.moe")
+    assert "bad.moe:1:7: not text in UTF-8 (byte 6)" in fail("opt", "bad.moe")
 
 
 def test_a_failed_run_does_not_touch_the_output() -> None:
@@ -260,7 +260,7 @@ def test_a_bug_is_one_message_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def buggy(*arguments: object, **options: object) -> None:
         raise KeyError("surprise")
 
-    monkeypatch.setattr("moec.cli.graphs.parse_pipeline", buggy)
+    monkeypatch.setattr("moec.cli.graphs.graphs_in", buggy)
     result = moec("opt", "block.moe")
     assert result.exit_code == 1
     assert "internal error: KeyError: 'surprise'" in result.stderr
@@ -470,8 +470,8 @@ def test_an_unknown_model_is_explained(command: str, spec: str, message: str) ->
     ("text", "message"),
     [
         ("{", "config.json:1:2: Expecting property name"),
-        ("[1]", 'config.json has no "model_type"'),
-        ('{"hidden_size": 4}', 'config.json has no "model_type"'),
+        ("[1]", 'config.json:1:1: has no "model_type"'),
+        ('{"hidden_size": 4}', 'config.json:1:1: has no "model_type"'),
         ('{"model_type": "mixtrall"}', "knows no model_type 'mixtrall'; did you mean mixtral"),
         ('{"model_type": "mixtral", "hidden_size": "x"}', "not a valid mixtral configuration"),
     ],

@@ -92,21 +92,19 @@ def test_labels_say_what_a_kernel_fuses() -> None:
     assert labels[-1] == "combine"
 
 
-def test_a_cache_that_cannot_be_written_leaves_the_regions_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from moec.errors import CodegenError
-
-    def full(*arguments: Any) -> Path:
-        raise CodegenError("no space")
+def test_ranges_need_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError("no space")
 
     compiled = moec.compile(Net(Block()), options={"cache": tmp_path})
     with torch.no_grad():
         plain = compiled(torch.ones(1, 3, HIDDEN))
-        monkeypatch.setattr("moec.cache.store", full)
-        found, events = profiled(lambda: compiled(torch.ones(1, 3, HIDDEN)))
+        monkeypatch.setattr("moec.cache.write_whole", full)
+        with pytest.warns(UserWarning, match="kept in memory only"):
+            found, events = profiled(lambda: compiled(torch.ones(1, 3, HIDDEN)))
     torch.testing.assert_close(found, plain)
-    assert [e.name for e in events] == ["moec: layers.0 forward"]
+    assert "moec: layers.0 forward" in [e.name for e in events]
+    assert len(events) > 1
 
 
 # the time of compilation

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from moec import manager
 from moec.cli.app import app
-from moec.errors import ParseError
+from moec.errors import CodegenError, ParseError
 from moec.ir import parse
 from moec.reproducer import Emission, check_of, emission_of, pipeline_of
 from moec.session import Session
@@ -99,9 +99,14 @@ def test_a_reproducer_holds_no_values_and_no_home(tmp_path: Path) -> None:
     assert str(Path.home()) not in text
 
 
-def test_an_error_of_the_file_system_is_no_reproducer(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    session = Session(cache=str(tmp_path / "file"))
+def test_an_error_of_the_file_system_is_no_reproducer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: object) -> None:
+        raise CodegenError("no library") from OSError("disk full")
+
+    monkeypatch.setattr("moec.session.build", fails)
+    session = Session(cache=str(tmp_path))
     with pytest.warns(UserWarning, match="No reproducer was written"):
         assert session.artifact(parse(BLOCK), None, torch.device("cpu")) is None
 

@@ -6,7 +6,6 @@ import contextlib
 import difflib
 import importlib
 import inspect
-import json
 import os
 import re
 import sys
@@ -18,7 +17,9 @@ from typing import Any
 import torch
 
 from moec.capture.shrink import shrunk_config
-from moec.errors import CompileError
+from moec.errors import CompileError, ParseError
+from moec.files import decoded, read_bounded, read_json
+from moec.printable import printable
 
 # A larger model is built with its first layers only, and with weights that share memory.
 MEMORY_LIMIT = 8_000_000_000
@@ -30,6 +31,14 @@ _FACTORY = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<name>[A-Za-z_][\w.]*)\Z"
 _NAME = re.compile(r"[A-Za-z_][\w.-]*\Z")
 _EXPERT_LAYER = re.compile(r"\blayers\.(\d+)\..*expert")
 # Tried in this order for a configuration that names no architecture.
+MAX_CONFIG, MAX_SIZE = 4 << 20, 1 << 48
+# Numbers of parts that transformers makes in Python loops, by a part of their keys.
+_COUNTS = {"layer": 1024, "depth": 1024, "stage": 1024, "num_blocks": 1024, "num_labels": 1 << 16}
+_CODE = {
+    *("auto_map", "trust_remote_code", "use_kernels"),
+    *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
+    *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
+}
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
 
 
@@ -78,7 +87,7 @@ def load_small(spec: str) -> LoadedModel:
 def _load(spec: str, from_config: Callable[[Any], LoadedModel]) -> LoadedModel:
     path = Path(spec)
     if path.exists() or path.suffix == ".json" or os.sep in spec:
-        return from_config(_read_config(path))
+        return from_config(read_config(path))
     if match := _FACTORY.match(spec):
         return LoadedModel(_from_factory(match["module"], match["name"]))
     if _NAME.match(spec):
@@ -169,35 +178,62 @@ def _transformers() -> Any:
         ) from error
 
 
-def _read_config(path: Path) -> Any:
+def read_config(path: Path) -> Any:
+    """The configuration in a ``config.json``, or in the folder that holds one.
+
+    Raises:
+        CompileError: with line and column, where a file was there to read.
+    """
     file = path / "config.json" if path.is_dir() else path
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        text = decoded(read_bounded(file, MAX_CONFIG), str(file), MAX_CONFIG)
+        data = read_json(text, printable(str(file)))
     except FileNotFoundError as error:
         raise CompileError(f"{file}: no such file") from error
     except OSError as error:
         raise CompileError(f"{file}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise CompileError(f"{file}: not text in UTF-8 (byte {error.start})") from error
-    except json.JSONDecodeError as error:
-        raise CompileError(f"{file}:{error.lineno}:{error.colno}: {error.msg}") from error
+    except ParseError as error:
+        raise CompileError(str(error)) from error
     if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
         raise CompileError(
-            f'{file} has no "model_type"; it must be the config.json of a Hugging Face model'
+            f'{file}:1:1: has no "model_type"; it must be the config.json of a Hugging Face model'
         )
-    return _config_from(file, data)
+    _check_counts(file, data)
+    return _config_from(file, _without_code(data))
+
+
+def _check_counts(file: Path, data: Any, key: str = "") -> None:
+    """Refuse counts of parts that would be made one by one for hours."""
+    if isinstance(data, dict):
+        for name, value in data.items():
+            _check_counts(file, value, name)
+    elif isinstance(data, list):
+        for value in data:
+            _check_counts(file, value)
+    elif isinstance(data, int | float):
+        most = next((most for word, most in _COUNTS.items() if word in key), MAX_SIZE)
+        if (isinstance(data, int) and abs(data) > most) or data > most:
+            raise CompileError(f"{file}:1:1: {key[:80]!r} is {data}; at most {most} is taken")
+
+
+def _without_code(data: Any) -> Any:
+    """The configuration without what would name code to fetch and run."""
+    if isinstance(data, dict):
+        return {k: _without_code(v) for k, v in data.items() if k not in _CODE}
+    return [_without_code(v) for v in data] if isinstance(data, list) else data
 
 
 def _config_from(file: Path, data: dict[str, Any]) -> Any:
     known = _transformers().CONFIG_MAPPING
     if data["model_type"] not in known:
         near = _near(data["model_type"], list(known.keys()))
-        raise CompileError(f"{file}: transformers knows no model_type {data['model_type']!r}{near}")
+        named = data["model_type"][:80]
+        raise CompileError(f"{file}:1:1: transformers knows no model_type {named!r}{near}")
     try:
         return known[data["model_type"]].from_dict(data)
     except Exception as error:  # each configuration checks its fields in its own way
         raise CompileError(
-            f"{file}: not a valid {data['model_type']} configuration: {error}"
+            f"{file}:1:1: not a valid {data['model_type']} configuration: {str(error)[:600]}"
         ) from error
 
 
@@ -258,11 +294,31 @@ def _small_from_config(config: Any) -> LoadedModel:
 
 
 def _build(config: Any, device: str) -> torch.nn.Module:
-    transformers = _transformers()
-    named = [n for n in config.architectures or () if n in dir(transformers)]
+    try:
+        return _built(_transformers(), config, device)
+    except CompileError:
+        raise
+    except Exception as error:  # sizes that do not fit fail in each model's own way
+        raise CompileError(
+            f"transformers cannot build a model from this {type(config).__name__}:"
+            f" {type(error).__name__}: {str(error)[:600]}"
+        ) from error
+
+
+def _architectures(transformers: Any, names: Any) -> list[Any]:
+    """The models among the names that a configuration gives; any other name is passed over."""
+    there = dir(transformers)
+    known = [n for n in names if n in there] if isinstance(names, list | tuple) else []
+    found = [getattr(transformers, n) for n in known]
+    base = transformers.PreTrainedModel
+    return [f for f in found if isinstance(f, type) and issubclass(f, base)]
+
+
+def _built(transformers: Any, config: Any, device: str) -> torch.nn.Module:
+    named = _architectures(transformers, config.architectures)
     with torch.device(device):
         if named:
-            model: torch.nn.Module = getattr(transformers, named[0])._from_config(config)
+            model: torch.nn.Module = named[0]._from_config(config)
             return model.eval()
         for auto in _AUTO_CLASSES:
             with contextlib.suppress(ValueError):  # this family has no such class; try the next

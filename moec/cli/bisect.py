@@ -12,16 +12,15 @@ import typer
 
 from moec import bisect as search
 from moec.cli.bisect_time import Baseline, Rounds, time_graphs, time_model
-from moec.cli.console import graphs_in, read_text, say, working
+from moec.cli.console import calls_for, graphs_in, read_text, say, working
 from moec.cli.graphs import Name, Passes, Target, Training, read_sizes
 from moec.command import command_test
 from moec.errors import PassError
 from moec.execute import on_device_of
 from moec.inputs import default_dims, random_inputs
 from moec.ir import Graph
-from moec.manager import PassCall, parse_pipeline
+from moec.manager import PassCall
 from moec.pipeline import pipeline as default_pipeline
-from moec.reproducer import pipeline_of
 from moec.targets import has_descriptors
 from moec.verdict import Verdict, judge
 
@@ -111,7 +110,7 @@ def bisect(
         found = times(subject, sizes, target, training, passes, graph, seed, baseline, rounds)
     elif is_file:
         text = read_text(Path(subject))
-        calls = _calls(passes if passes is not None else pipeline_of(text), target, training)
+        calls = calls_for(passes, text, Path(subject), _default(target, training))
         graphs = graphs_in(text, Path(subject), graph)
         found = any([_graph(one, calls, target.value, sizes, seed, command) for one in graphs])
     else:
@@ -120,13 +119,11 @@ def bisect(
         raise typer.Exit(1)
 
 
-def _calls(pipeline: str | None, target: Target, training: bool) -> list[PassCall]:
-    """The passes that are named, or the target's on this machine."""
-    if pipeline is not None:
-        return parse_pipeline(pipeline)
+def _default(target: Target, training: bool) -> str:
+    """The target's passes on this machine."""
     on_gpu = target is Target.triton and torch.cuda.is_available()
     descriptors = on_gpu and has_descriptors(torch.device("cuda"))
-    return parse_pipeline(default_pipeline(target.value, training, descriptors))
+    return default_pipeline(target.value, training, descriptors)
 
 
 def _graph(

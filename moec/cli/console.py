@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +16,12 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from moec.errors import MoecError, ParseError
+from moec.files import decoded, read_bounded, write_whole
 from moec.ir import Graph, parse_file
+from moec.ir.lexer import MAX_BYTES
+from moec.manager import PassCall, parse_pipeline
+from moec.printable import printable
+from moec.reproducer import instruction
 
 DEBUG_FLAG = "--debug"
 
@@ -120,12 +123,11 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 # files
 def read_text(path: Path) -> str:
-    """The text of a file; "-" is the standard input."""
-    data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ParseError(f"{path}: not text in UTF-8 (byte {error.start})") from error
+    """The text of a file, of at most ``MAX_BYTES``; "-" is the standard input."""
+    data = (
+        sys.stdin.buffer.read(MAX_BYTES + 1) if str(path) == "-" else read_bounded(path, MAX_BYTES)
+    )
+    return decoded(data, str(path), MAX_BYTES)
 
 
 def read_graphs(path: Path, name: str | None = None) -> list[Graph]:
@@ -135,35 +137,33 @@ def read_graphs(path: Path, name: str | None = None) -> list[Graph]:
 
 def graphs_in(text: str, path: Path, name: str | None) -> list[Graph]:
     """The graphs of a text that was read from ``path``, or the one called ``name``."""
-    graphs = parse_file(text, str(path))
+    graphs = parse_file(text, printable(str(path)))
     if not graphs:
-        raise ParseError(f"{path}: holds no graph; a graph begins with: graph @name(")
+        raise ParseError(f"{path}:1:1: holds no graph; a graph begins with: graph @name(")
     if name is None:
         return graphs
     chosen = [g for g in graphs if g.name == name.removeprefix("@")]
     if not chosen:
         there = ", ".join(f"@{g.name}" for g in graphs)
-        raise ParseError(f"{path}: has no graph {name!r}; it holds {there}")
+        raise ParseError(f"{path}:1:1: has no graph {name!r}; it holds {there}")
     return chosen
 
 
+def calls_for(passes: str | None, text: str, path: Path, default: str) -> list[PassCall]:
+    """The passes named by an option, else by the ``// run:`` line of a file's text, else the
+    default.
+    """
+    if passes is not None:
+        return parse_pipeline(passes)
+    found = instruction(text, "run", str(path))
+    return parse_pipeline(*found) if found else parse_pipeline(default)
+
+
 def write_result(text: str, path: Path | None) -> None:
-    """Write to a file, whole or not at all, or to stdout."""
+    """Write to a file, whole or not at all, or to stdout; a device or a pipe is written to."""
     if path is None or str(path) == "-":
         typer.echo(text, nl=False)
-        return
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    elif path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+    else:
+        write_whole(path.resolve(), text.encode())

@@ -14,9 +14,18 @@ import torch
 import typer
 
 from moec import interp
-from moec.cli.console import graphs_in, progress, read_graphs, read_text, say, write_result
+from moec.cli.console import (
+    calls_for,
+    graphs_in,
+    progress,
+    read_graphs,
+    read_text,
+    say,
+    write_result,
+)
 from moec.errors import CodegenError, DimError, PassError
 from moec.execute import try_emitted
+from moec.files import folder_inside
 from moec.inputs import check_dims, dim_names, random_inputs
 from moec.ir import Graph, Value, show
 from moec.ir.graph import walk
@@ -35,7 +44,7 @@ from moec.observers import (
     Verify,
 )
 from moec.pipeline import pipeline as default_pipeline
-from moec.reproducer import Emission, Reproducer, check_of, emission_of, pipeline_of
+from moec.reproducer import Emission, Reproducer, check_of, emission_of
 from moec.torch_trace import TorchTrace
 from moec.trace_events import TraceEvents, recording
 
@@ -147,12 +156,11 @@ def opt(
     """
     text = read_text(file)
     found = graphs_in(text, file, graph)
-    named = passes if passes is not None else pipeline_of(text)
-    calls = parse_pipeline(default_pipeline(target.value, training) if named is None else named)
+    calls = calls_for(passes, text, file, default_pipeline(target.value, training))
     calls = _until(calls, stop_after)
     before = _printed("--print-before", print_before, calls)
     after = _printed("--print-after", print_after, calls)
-    check = _check(text, check_each, passes is None)
+    check = _check(text, file, check_each, passes is None)
     reports: list[Observer] = [*([Time()] if time else []), *([Stats()] if stats else [])]
     events = TraceEvents()
 
@@ -160,7 +168,8 @@ def opt(
         watching: list[Observer] = [Verify()] if verify else []
         watching += [PrintBefore(before, say)] if print_before else []
         watching += [Print(after, say)] if print_after else []
-        watching += [Dump(dump / one.name if len(found) > 1 else dump)] if dump else []
+        if dump:
+            watching.append(Dump(folder_inside(dump, one.name) if len(found) > 1 else dump))
         watching += [*check, *reports, LogPasses(f"@{one.name}"), TorchTrace(one.name)]
         return [*watching, TracePasses()]
 
@@ -184,9 +193,9 @@ def _until(calls: list[PassCall], stop_after: str | None) -> list[PassCall]:
     return calls[: names.index(stop_after) + 1]
 
 
-def _check(text: str, each: bool, replays: bool) -> list[Observer]:
+def _check(text: str, file: Path, each: bool, replays: bool) -> list[Observer]:
     """The check that was asked for: by a reproducer (its sizes and seed), or by the option."""
-    asked = check_of(text) if replays else None
+    asked = check_of(text, str(file)) if replays else None
     if asked is not None:
         return [Check(*asked)]
     return [Check()] if each else []
@@ -339,9 +348,9 @@ def emit(
     if len(found) > 1:
         names = ", ".join(g.name for g in found)
         raise CodegenError(f"{file} holds {len(found)} graphs; choose one with --graph: {names}")
-    asked = emission_of(text) or Emission((target or Target.triton).value)
+    asked = emission_of(text, str(file)) or Emission((target or Target.triton).value)
     asked = Emission(target.value if target else asked.target, asked.trial or trial)
-    lowered = as_it_is or emission_of(text) or _has_kernels(found[0])
+    lowered = as_it_is or emission_of(text, str(file)) or _has_kernels(found[0])
     calls = parse_pipeline("" if lowered else default_pipeline(asked.target, training))
     (result,) = run_passes(found, calls, lambda one: [Verify()])
     write_result(emitted(result, asked), output)

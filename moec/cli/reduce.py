@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from moec import bisect as search
-from moec.cli.console import graphs_in, read_text, say, working, write_result
+from moec.cli.console import calls_for, graphs_in, read_text, say, working, write_result
 from moec.cli.graphs import File, Name, Output, Passes, Target, Training
 from moec.command import command_problem
 from moec.errors import PassError
 from moec.ir import Graph, show
-from moec.manager import PassCall, parse_pipeline
+from moec.manager import PassCall
 from moec.pipeline import pipeline as default_pipeline
 from moec.reduce import reduce as smallest
 from moec.reduce import source_of_test
-from moec.reproducer import pipeline_of
 
 
 def reduce(
@@ -64,9 +63,8 @@ def reduce(
     if command is not None:
         (start, fails), call = _command_failure(found, command), None
     else:
-        named = passes if passes is not None else pipeline_of(text)
-        pipeline = default_pipeline(target.value, training) if named is None else named
-        start, fails, call = _pass_failure(found, pipeline)
+        calls = calls_for(passes, text, file, default_pipeline(target.value, training))
+        start, fails, call = _pass_failure(found, calls)
     with working(f"reducing @{start.name}: {len(start.ops)} ops"):
         small = smallest(start, fails)
     say(f"@{start.name}: {len(start.ops)} -> {len(small.ops)} ops")
@@ -78,16 +76,17 @@ def reduce(
 
 
 def _pass_failure(
-    graphs: list[Graph], pipeline: str
+    graphs: list[Graph], calls: Sequence[PassCall]
 ) -> tuple[Graph, Callable[[Graph], bool], PassCall]:
     """The graph before the first guilty pass, whether a graph makes it fail alike, and the pass."""
     same = search.same_meaning()
     for one in graphs:
-        guilty, _ = search.find_pass(one, parse_pipeline(pipeline), same)
+        guilty, _ = search.find_pass(one, calls, same)
         if guilty is not None:
             break
     else:
-        raise PassError(f"nothing fails: every graph is right after every pass of {pipeline}")
+        shown = ", ".join(map(str, calls))
+        raise PassError(f"nothing fails: every graph is right after every pass of {shown}")
     call, kind = guilty.call, search.kind_of(guilty.problem)
 
     def fails(graph: Graph) -> bool:

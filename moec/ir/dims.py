@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import keyword
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -23,7 +24,9 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z_0-9]*\Z")
 # words that mean something else where IR text or emitted Python has a dim
 _RESERVED = {"true", "false", "inf", "nan"}
 # what a dim in a file may cost to read: an expanded product or power must stay small
-MAX_TEXT, MAX_NESTING, MAX_TERMS, MAX_POWER, MAX_BITS = 4000, 100, 64, 8, 256
+MAX_TEXT, MAX_NESTING, MAX_TERMS, MAX_POWER, MAX_BITS, MAX_ARGUMENTS = 2000, 64, 64, 8, 64, 4
+# what any dim may be expanded to
+_MAX_EXPANDED = 1024
 
 
 class _Quotient(sympy.Function):  # type: ignore[misc]  # sympy has no types
@@ -87,8 +90,21 @@ def canon(value: Any) -> Dim:
         return value
     if not isinstance(value, sympy.Expr):
         raise DimError(f"{value!r} is not a dim")
+    if _terms(value) > _MAX_EXPANDED:
+        raise DimError(f"a dim of more than {_MAX_EXPANDED} terms")
     value = sympy.expand(value)
     return int(value) if value.is_Integer else value
+
+
+def _terms(value: Any) -> int:
+    """At most how many terms the expanded form has."""
+    if value.is_Add:
+        return sum(map(_terms, value.args))
+    if value.is_Mul:
+        return math.prod(map(_terms, value.args))
+    if value.is_Pow and value.exp.is_Integer:
+        return int(_terms(value.base) ** min(abs(int(value.exp)), _MAX_EXPANDED))
+    return 1
 
 
 def product(dims: Sequence[Dim]) -> Dim:
@@ -159,9 +175,10 @@ def _build(node: ast.expr, text: str, depth: int = 0) -> Any:
             _check_expansion(op, *operands)
             return _limited(sympy.expand(_BINARY[type(op)](*operands)))
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _FUNCTIONS:
-            if len(args) < 2 or (len(args) > 2 and name not in ("Min", "Max")):
+            most = MAX_ARGUMENTS if name in ("Min", "Max") else 2
+            if not 2 <= len(args) <= most:
                 raise DimError(f"{name} does not take {len(args)} arguments")
-            return _FUNCTIONS[name](*(_build(a, text, depth + 1) for a in args))
+            return _limited(_FUNCTIONS[name](*(_build(a, text, depth + 1) for a in args)))
     raise DimError(f"{type(node).__name__} is not allowed in the dim {text!r}")
 
 
@@ -184,6 +201,8 @@ def _limited(value: Any) -> Any:
         for factor in sympy.Mul.make_args(rest):
             if factor.is_Pow and factor.exp > MAX_POWER:
                 raise DimError(f"a power in a dim is above {MAX_POWER}")
+            if factor.is_Function and len(factor.args) > MAX_ARGUMENTS:
+                raise DimError(f"{factor.func.__name__} of more than {MAX_ARGUMENTS} dims")
     return value
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from moec.ir.dims import Range
 from moec.ir.types import Type
+from moec.printable import printable
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Location:
     module: str = ""
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}" + (f" ({self.module})" if self.module else "")
+        text = f"{self.file}:{self.line}" + (f" ({self.module})" if self.module else "")
+        return printable(" ".join(text.split()))  # it stands in comments of emitted code
 
 
 @dataclass(frozen=True, eq=False)

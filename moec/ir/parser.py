@@ -5,37 +5,22 @@ errors.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
-from moec.errors import DimError, IRError, MoecError, ParseError
+from moec.errors import DimError, IRError, MoecError
 from moec.ir.builder import infer_types
 from moec.ir.dims import Dim, Range, dim, parse_dim
 from moec.ir.graph import Graph, Location, Op, Value
+from moec.ir.lexer import Lexer, Token
 from moec.ir.types import DTYPES, Type
+from moec.ir.verify import check_frame
 
 _T = TypeVar("_T")
 MAX_DEPTH = 32
-MAX_DIGITS = 30
-_TOKEN = re.compile(
-    r"""(?P<space>[ \t\r\n]+)|(?P<comment>//[^\n]*)
-    |(?P<value>%[A-Za-z_][A-Za-z_0-9]*)|(?P<at>@[A-Za-z_][A-Za-z_0-9]*)
-    |(?P<string>"(?:[^"\\\n]|\\.)*")|(?P<float>-?(?:\d+\.\d*(?:e[+-]?\d+)?|\d+e[+-]?\d+|inf\b|nan\b))|(?P<int>\d+)
-    |(?P<word>[A-Za-z_][A-Za-z_0-9]*(?:\.[A-Za-z_0-9]+)*)|(?P<mark><=|[-+*^(){}\[\],:;=])""",
-    re.VERBOSE,
-)
-_PLACE = re.compile(r"//\s*(?P<file>\S.*?):(?P<line>\d{1,9})(?:\s+\((?P<module>.*)\))?\s*\Z")
-
-
-@dataclass(frozen=True)
-class Token:
-    """A piece of the text and where it starts."""
-
-    kind: str
-    text: str
-    offset: int
+# What a list may hold, and how long all different dims of a file may be together: the algebra of
+# dims takes up to a millisecond a character, and as long for 16 of them as for one minimum.
+MAX_ITEMS, MAX_DIM_TEXT, _EXTREME = 1 << 16, 1 << 11, 16
 
 
 def parse(text: str, filename: str = "<text>") -> Graph:
@@ -57,54 +42,20 @@ def parse_file(text: str, filename: str = "<text>") -> list[Graph]:
 
 class _Parser:
     def __init__(self, text: str, filename: str) -> None:
-        self.text, self.filename = text, filename
-        self.places: dict[int, Location] = {}
-        self.tokens = self._lex()
-        self.index = 0
+        self.lexer = Lexer(text, filename)
         self.depth = 0
+        self.dims: dict[str, Dim] = {}
+        self.dim_text = 0
 
-    # errors
     def fail(self, message: str, offset: int | None = None) -> NoReturn:
-        offset = self.token.offset if offset is None else offset
-        line = self.text.count("\n", 0, offset) + 1
-        start = self.text.rfind("\n", 0, offset) + 1
-        end = self.text.find("\n", offset)
-        source = self.text[start : end if end >= 0 else len(self.text)][:200]
-        column = offset - start + 1
-        raise ParseError(
-            f"{self.filename}:{line}:{column}: {message}\n"
-            f"  {source}\n  {' ' * min(column - 1, 200)}^"
-        )
-
-    # lexing
-    def _lex(self) -> list[Token]:
-        tokens, offset = [], 0
-        while offset < len(self.text):
-            match = _TOKEN.match(self.text, offset)
-            if match is None:
-                self.fail(f"unexpected character {self.text[offset]!r}", offset)
-            kind = str(match.lastgroup)
-            if kind == "comment":
-                self._note_place(match.group(), offset)
-            elif kind != "space":
-                tokens.append(Token(kind, match.group(), offset))
-            offset = match.end()
-        return [*tokens, Token("end", "end of text", len(self.text))]
-
-    def _note_place(self, comment: str, offset: int) -> None:
-        match = _PLACE.match(comment)
-        if match:
-            line = self.text.count("\n", 0, offset)
-            self.places[line] = Location(match["file"], int(match["line"]), match["module"] or "")
+        self.lexer.fail(message, offset)
 
     @property
     def token(self) -> Token:
-        return self.tokens[self.index]
+        return self.lexer.token
 
     def next(self) -> Token:
-        token = self.token
-        self.index = min(self.index + 1, len(self.tokens) - 1)
-        return token
+        return self.lexer.next()
 
     def at(self, text: str) -> bool:
         return self.token.text == text and self.token.kind in ("mark", "word")
@@ -133,12 +84,15 @@ class _Parser:
         found: list[_T] = []
         while not any(self.at(c) for c in closers):
             found.append(item())
+            if len(found) > MAX_ITEMS:
+                self.fail(f"a list of more than {MAX_ITEMS} items")
             if not self.accept(","):
                 break
         return found
 
     # graphs
     def graph(self) -> Graph:
+        start = self.token.offset
         self.depth += 1
         if self.depth > MAX_DEPTH:
             self.fail(f"graphs are nested more than {MAX_DEPTH} deep")
@@ -159,7 +113,13 @@ class _Parser:
         outputs, gradients = self.returned(scope)
         self.expect("}")
         self.depth -= 1
-        return Graph(name, tuple(inputs), tuple(ops), outputs, ranges, tuple(cotangents), gradients)
+        cut = tuple(inputs), tuple(ops), outputs
+        graph = Graph(name, *cut, ranges, tuple(cotangents), gradients)
+        try:
+            check_frame(graph)
+        except IRError as error:
+            self.fail(str(error), start)
+        return graph
 
     def returned(
         self, scope: dict[str, Value]
@@ -209,16 +169,13 @@ class _Parser:
         ranges[name] = low, high
 
     def integer(self) -> int:
-        offset = self.token.offset
         negative = self.accept("-")
         digits = self.take("int", "an integer")
-        if len(digits) > MAX_DIGITS:
-            self.fail(f"an integer of more than {MAX_DIGITS} digits", offset)
         return -int(digits) if negative else int(digits)
 
     # ops
     def op(self, scope: dict[str, Value]) -> Op:
-        start = self.token.offset
+        line = self.token.line
         names = [(self.token.offset, self.take("value", "a result (%name) or 'return'")[1:])]
         while self.accept(","):
             names.append((self.token.offset, self.take("value", "a result (%name)")[1:]))
@@ -240,11 +197,10 @@ class _Parser:
             )
         self.check(kind, operands, attrs, body, types, kind_offset)
         results = tuple(self.define(scope, n, t, o) for (o, n), t in zip(names, types, strict=True))
-        return Op(kind, tuple(operands), results, attrs, body, self.place(start, body))
+        return Op(kind, tuple(operands), results, attrs, body, self.place(line))
 
-    def place(self, start: int, body: Graph | None) -> Location | None:
-        line = self.text.count("\n", 0, start)
-        return self.places.get(line)
+    def place(self, line: int) -> Location | None:
+        return self.lexer.places.get(line)
 
     def body(self) -> Graph:
         graph = self.graph()
@@ -322,23 +278,36 @@ class _Parser:
 
     def dim(self) -> Dim:
         """A dim ends at the first comma or bracket that it did not open."""
-        start, depth, words = self.token.offset, 0, []
+        start, words = self.token.offset, self.dim_words()
+        if not words:
+            self.fail(f"expected a dim, found {self.token.text!r}")
+        # from the tokens, not the text between them, in which a comment would read as a division
+        text = " ".join(words)
+        if text.isdigit() and len(words) == 1:
+            return int(text)
+        if text not in self.dims:
+            self.dims[text] = self.new_dim(text, start)
+        return self.dims[text]
+
+    def new_dim(self, text: str, start: int) -> Dim:
+        self.dim_text += len(text) + _EXTREME * (text.count("Min") + text.count("Max"))
+        if self.dim_text > MAX_DIM_TEXT:
+            self.fail(f"different dims of more than {MAX_DIM_TEXT} characters together", start)
+        try:
+            return parse_dim(text)
+        except MoecError as error:
+            self.fail(str(error), start)
+
+    def dim_words(self) -> list[str]:
+        depth, words = 0, []
         while self.token.kind in ("int", "word") or (
             self.token.kind == "mark" and self.token.text in "-+*^(),"
         ):
             text = self.token.text
-            if len(text) > MAX_DIGITS and self.token.kind == "int":
-                self.fail(f"an integer of more than {MAX_DIGITS} digits")
             if depth == 0 and text in (")", ","):
                 break
             depth += {"(": 1, ")": -1}.get(text, 0)
             if depth > MAX_DEPTH:
                 self.fail(f"brackets are nested more than {MAX_DEPTH} deep")
             words.append(self.next().text)
-        if not words:
-            self.fail(f"expected a dim, found {self.token.text!r}")
-        # from the tokens, not the text between them, in which a comment would read as a division
-        try:
-            return parse_dim(" ".join(words))
-        except MoecError as error:
-            self.fail(str(error), start)
+        return words

@@ -24,6 +24,7 @@ from moec.ir.dims import show_dim
 from moec.ir.graph import Graph, Op, Value
 
 _IDENTIFIER = re.compile(r"[^A-Za-z_0-9]")
+MAX_NAME = 200
 
 
 class Names:
@@ -32,15 +33,17 @@ class Names:
     def __init__(self) -> None:
         self._names: dict[Value, str] = {}
         self._taken: set[str] = set()
+        self._counts: dict[str, int] = {}  # the last number that a hint was given
 
     def add(self, value: Value) -> str:
         """Give a value its name: the hint, or the hint with the first free number."""
         base = identifier(value.hint)
-        name, count = base, 0
+        name, count = base, self._counts.get(base, 0)
         while name in self._taken:
             count += 1
             name = f"{base}_{count}"
         self._taken.add(name)
+        self._counts[base] = count
         self._names[value] = name
         return name
 
@@ -52,7 +55,7 @@ class Names:
 
 def identifier(text: str) -> str:
     """``text`` as a name that the grammar can read."""
-    name = _IDENTIFIER.sub("_", text) or "v"
+    name = _IDENTIFIER.sub("_", text[:MAX_NAME]) or "v"
     return "v" + name if name[0].isdigit() else name
 
 
@@ -122,8 +125,7 @@ def show_op(op: Op, names: Names) -> str:
 
 def _op_lines(op: Op, names: Names, indent: str, locations: bool) -> list[str]:
     line = indent + show_op(op, names)
-    # a line break in a file's name must not end the comment
-    place = "  // " + " ".join(str(op.loc).split()) if locations and op.loc is not None else ""
+    place = f"  // {op.loc}" if locations and op.loc is not None else ""
     if op.body is None:
         return [line + place]
     return [line + " [" + place, *_graph_lines(op.body, indent + "  ", locations), indent + "]"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 SIZES: dict[str, int] = {name: dtype.itemsize for name, dtype in DTYPES.items()}
+MAX_RANK, MAX_ELEMENTS = 64, (1 << 63) - 1
 FLOATS = ("f64", "f32", "bf16", "f16")
 
 
@@ -43,8 +45,14 @@ class Type:
         if self.dtype not in DTYPES:
             raise IRError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
         object.__setattr__(self, "shape", tuple(canon(d) for d in self.shape))
-        if any(isinstance(d, int) and d < 0 for d in self.shape):
+        sizes = [d for d in self.shape if isinstance(d, int)]
+        if any(d < 0 for d in sizes):
             raise IRError(f"{self} has a negative size")
+        if len(self.shape) > MAX_RANK or math.prod(max(d, 1) for d in sizes) > MAX_ELEMENTS:
+            raise IRError(
+                f"no tensor has {len(self.shape)} dims of these sizes (at most {MAX_RANK} dims, and"
+                " fewer than 2^63 elements)"
+            )
 
     @property
     def rank(self) -> int:

@@ -29,9 +29,18 @@ def verify(graph: Graph, *, dialects: Collection[str] | None = None, after: str 
             raise IRError(
                 f"@{graph.name} returns {value!r}, which is never defined" + _after(after)
             )
+    check_frame(graph, after)
+    return graph
+
+
+def check_frame(graph: Graph, after: str = "") -> None:
+    """What a graph must hold as a whole, beyond each op for itself."""
+    for op in graph.ops:
+        for inner in op.body.ops if op.body is not None else ():
+            if inner.body is not None:
+                raise IRError(f"@{graph.name}: {inner.kind} stands inside {op.kind}{_after(after)}")
     _check_joint(graph, after)
     _check_dims(graph, after)
-    return graph
 
 
 def _define(value: Value, defined: set[Value], names: Names, graph: Graph) -> None:

@@ -132,7 +132,7 @@ def build(
     """Emit, store and import a lowered graph."""
     source = emit_module(graph, target)
     path = cache.store(source, f"{graph.name}_{target}_{mode}".lower(), directory)
-    module = cache.load(path)
+    module = cache.load(path, source)
     return Artifact(
         graph,
         target,

@@ -18,7 +18,6 @@ from torch.autograd import profiler
 
 from moec import cache
 from moec.codegen.module import emit_module
-from moec.errors import CodegenError
 from moec.ir.graph import Graph
 
 
@@ -32,17 +31,15 @@ def of(region: str, what: str) -> Any:
     return profiler.record_function(f"moec: {region} {what}")
 
 
-def with_ranges(graph: Graph, target: str, path: Path) -> ModuleType | None:
+def with_ranges(graph: Graph, target: str, path: Path) -> ModuleType:
     """The functions of an emitted module once more, with a range around each op's lines.
 
-    They take the name of the region first. ``None`` if the module cannot be written.
+    They take the name of the region first.
     """
     source = emit_module(graph, target, ranges=True)
-    try:
-        module = cache.load(cache.store(source, f"{path.stem}_ranges", path.parent))
-    except CodegenError:  # a folder that was writable before: the ranges of regions remain
-        return None
-    kernels = {k: v for k, v in vars(cache.load(path)).items() if k not in vars(module)}
+    module = cache.load(cache.store(source, f"{path.stem}_ranges", path.parent), source)
+    first = cache.load(path, cache.source_of(path))
+    kernels = {k: v for k, v in vars(first).items() if k not in vars(module)}
     vars(module).update(kernels)
     return module
 
