@@ -31,7 +31,7 @@ from moec.timing import change, in_turns
 from .graphs import Options, build
 from .models import build as build_model
 
-SLEEP = "__import__('time').sleep(0.004)"
+BUSY = "sum(range(200_000))"  # some milliseconds
 
 
 def moec(*words: str) -> Result:
@@ -88,7 +88,7 @@ def test_the_slow_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(writer: Writer, op: Op, names: PythonNames) -> bool:
         done = emit(writer, op, names)
         if done:
-            writer.line(SLEEP)
+            writer.line(BUSY)
         return done
 
     monkeypatch.setattr(module, "emit_blocked", slow)
