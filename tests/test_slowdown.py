@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from moec import manager
 from moec.cli.app import app
-from moec.codegen import blocked, module
+from moec.codegen import blocked, emit_module, module
 from moec.codegen.names import PythonNames
 from moec.codegen.writer import Writer
 from moec.execute import op_times, run_emitted
@@ -146,6 +146,22 @@ def test_ops_are_timed_where_they_stand(tokens: int, training: bool) -> None:
     assert set(times) == set(graph.ops)
     assert all(ms >= 0 for ms in times.values())
     assert len(run_emitted(graph, "aten", arguments)) == len(graph.returned)
+
+
+@pytest.mark.parametrize("target", ["aten", "triton"])
+def test_every_op_of_a_module_can_be_followed_by_a_mark(target: str) -> None:
+    graph = PassManager(pipeline(target, training=True)).run(build(Options()).graph)
+    text = emit_module(graph, target, lambda op: f"mark({graph.ops.index(op)})")
+    compile(text, "emitted", "exec")
+    assert all(f"    mark({place})\n" in text for place in range(len(graph.ops)))
+
+
+def test_times_of_interpreted_kernels_are_refused(file: str) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    result = moec("bisect", file, "--metric", "time", "--target", "triton")
+    assert result.exit_code == 1
+    assert "no GPU here to run Triton kernels on; choose --target aten" in result.stderr
 
 
 # measurement
