@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from moec.errors import PassError
 from moec.inputs import default_dims, random_inputs
 from moec.ir.graph import Graph, Op
 from moec.runtime.artifact import build
-from moec.timing import event
+from moec.timing import cpu_seconds, event
 
 # The name under which an emitted module finds what is called after each of its ops.
 _MARK = "moec_after_op"
@@ -138,7 +137,7 @@ class _Stamps:
             now = event()
             now.record()
         else:
-            now = time.perf_counter()
+            now = cpu_seconds()
         self.taken.append((place, now))
 
     def end(self) -> dict[int, float]:

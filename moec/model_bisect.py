@@ -280,7 +280,7 @@ def arguments_of(
 
 def _capture_problem(block: Block, training: bool) -> tuple[float, str]:
     """How far the captured IR is from the module, both in float64, and the problem in words."""
-    module = copy.deepcopy(block.found.module).to("cpu", torch.float64)
+    module = _own_copy(block.found.module).to("cpu", torch.float64)
     data = [_double(t, training) for t in block.data]
     tensors = _tensors(module)
     weights = [tensors[path] for path in block.found.weights]
@@ -298,6 +298,12 @@ def _capture_problem(block: Block, training: bool) -> tuple[float, str]:
     if size <= _CAPTURE_TOLERANCE:
         return size, ""
     return size, f"{name} of the IR differs from the module's by {size:.2g} of its largest element"
+
+
+def _own_copy(module: nn.Module) -> nn.Module:
+    """A copy of a module with weights of its own; what compiling it left there is shared."""
+    left = (vars(m).get(name) for m in module.modules() for name in ("_moec_region", "config"))
+    return copy.deepcopy(module, {id(value): value for value in left if value is not None})
 
 
 def _double(tensor: torch.Tensor, training: bool) -> torch.Tensor:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from moec.cli.app import app
+from moec.codegen.host import partition
 from moec.drawing import dot, mermaid
 from moec.ir.dims import evaluate
 from moec.ir.text import show
 from moec.manager import PassManager
+from moec.pipeline import pipeline
 from moec.report import report_of_graphs, report_of_model
-from moec.report.memory import live_bytes
+from moec.report.memory import MemoryUse, expression, live_bytes, memory_use
+from moec.report.memory_text import size_text
 
 from .graphs import Options, build, random_block
 from .models import build as build_model
@@ -92,3 +97,52 @@ def test_the_command_shows_files(tmp_path: Path, format: str) -> None:
     result = CliRunner().invoke(app, ["show", str(path), "--format", format])
     assert result.exit_code == 0, result.output
     assert "moe.combine" in result.stdout
+
+
+def _memory(training: bool, target: str = "aten", tokens: int = 64) -> MemoryUse:
+    graph = PassManager(pipeline(target, training)).run(build(Options()).graph)
+    use = memory_use(graph, {"T": tokens})
+    assert use is not None
+    return use
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("tokens", [0, 1, 64])
+def test_what_lives_at_the_peak_makes_the_peak(training: bool, tokens: int) -> None:
+    use = _memory(training, tokens=tokens)
+    assert use.peak == max(live_bytes(use.graph, use.sizes)) == use.bytes(use.alive)
+    assert evaluate(expression(use.alive), use.sizes) == use.peak
+    assert bool(use.held) == training
+    assert list(use.alive) == sorted(use.alive, key=lambda v: -use.bytes([v]))
+
+
+@pytest.mark.parametrize("target", ["aten", "triton"])
+def test_what_is_held_is_what_the_emitted_program_saves(target: str) -> None:
+    use = _memory(True, target)
+    assert set(use.held) == set(partition(use.graph).saved)
+
+
+def test_memory_as_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.moe"
+    path.write_text(show(build(Options()).graph))
+    words = ["show", str(path), "T=100", "--training", "--format", "memory"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    use = _memory(True, "triton", 100)
+    assert f"peak: {size_text(use.peak)}" in result.stdout
+    assert f"held between forward and backward: {size_text(use.bytes(use.held))}" in result.stdout
+    assert "gradients returned" in result.stdout
+    assert CliRunner().invoke(app, ["show", str(path), "T=1"]).exit_code == 2
+
+
+def test_a_graph_without_ops_has_no_peak() -> None:
+    graph = build(Options()).graph
+    assert memory_use(replace(graph, ops=(), outputs=graph.inputs[:1]), {"T": 3}) is None
+
+
+def test_blocks_that_were_not_captured_are_listed() -> None:
+    with torch.device("meta"):
+        model = build_model("olmoe")
+    (left,) = data_of(report_of_model(model, "triton"))["left"]
+    assert len(left[0]) == 2 and left[0][0].startswith("model.layers.0.mlp")
+    assert left[1]

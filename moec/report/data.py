@@ -9,12 +9,14 @@ from typing import Any
 
 from moec.codegen import emit_module
 from moec.compare import Change, compare
+from moec.cost import saved_values
 from moec.errors import MoecError
 from moec.inputs import default_dims
-from moec.ir.graph import Graph, Op
+from moec.ir.dims import evaluate, show_dim
+from moec.ir.graph import Graph, Op, Value, backward_ops
 from moec.ir.text import Names, show, show_op
 from moec.manager import Step
-from moec.report.memory import live_bytes
+from moec.report.memory import in_order, lifetimes, live_bytes
 
 TOKENS = (1, 128, 4096, 65536)
 # Lines of the model's source shown before and after the one that an op comes from.
@@ -63,7 +65,15 @@ def subject_data(subject: Subject) -> dict[str, Any]:
 def _first(graph: Graph) -> dict[str, Any]:
     texts = _texts(graph)
     lines = [_line(Change.SAME, op, texts) for op in graph.ops]
-    return {"name": "input", **_frame(graph), "ms": 0.0, "rewrites": 0, "lines": lines}
+    about = "What was captured, or read from the file."
+    return {
+        "name": "input",
+        "doc": about,
+        **_frame(graph),
+        "ms": 0.0,
+        "rewrites": 0,
+        "lines": lines,
+    }
 
 
 def _stage(step: Step) -> dict[str, Any]:
@@ -75,11 +85,19 @@ def _stage(step: Step) -> dict[str, Any]:
             lines.append(_line(difference.change, op, texts))
     return {
         "name": str(step.call),
+        "doc": _first_sentence(step.call.definition.doc),
         **_frame(step.after),
         "ms": round(step.seconds * 1e3, 2),
         "rewrites": step.rewrites,
         "lines": lines if step.changed else None,
     }
+
+
+def _first_sentence(doc: str) -> str:
+    """The first sentence of a docstring, as plain text."""
+    words = " ".join(doc.split("\n\n")[0].split()).replace("`", "")
+    first, dot, _ = words.partition(". ")
+    return first + dot.strip()
 
 
 def _frame(graph: Graph) -> dict[str, Any]:
@@ -102,17 +120,50 @@ def _line(change: Change, op: Op, texts: Mapping[int, str]) -> list[str]:
 
 
 def _memory(graph: Graph) -> dict[str, Any]:
-    series = {}
-    for tokens in TOKENS:
-        sizes = {n: max(tokens, low) for n, (low, _) in graph.ranges.items()}
-        series[tokens] = live_bytes(graph, {**default_dims(graph, size=tokens), **sizes})
+    """Live bytes at each op at some numbers of tokens, and the values that they are made of."""
+    sizes = {tokens: _sizes(graph, tokens) for tokens in TOKENS}
     texts = _texts(graph)
-    part = "forward and backward" if graph.cotangents else "forward"
+    behind = backward_ops(graph)
+    ops = in_order(graph)
     return {
-        "part": part,
-        "ops": [texts[id(op)].split(" : ")[0] for op in graph.ops],
-        "bytes": series,
+        "part": "forward and backward" if graph.cotangents else "forward",
+        "ops": [[texts[id(op)], str(op.loc or ""), int(op in behind)] for op in ops],
+        "bytes": {tokens: live_bytes(graph, sizes[tokens]) for tokens in TOKENS},
+        "values": _memory_values(graph, texts, sizes),
     }
+
+
+def _sizes(graph: Graph, tokens: int) -> dict[str, int]:
+    known = {n: max(tokens, low) for n, (low, _) in graph.ranges.items()}
+    return {**default_dims(graph, size=tokens), **known}
+
+
+def _memory_values(
+    graph: Graph, texts: Mapping[int, str], sizes: Mapping[int, Mapping[str, int]]
+) -> list[list[Any]]:
+    """Name, type, bytes for every size, first and last op, bytes at each number of tokens, and
+    whether a value is held for the backward pass.
+    """
+    held = set(saved_values(graph)) if graph.cotangents else set()
+    names = dict(_value_names(graph, texts))
+    return [
+        [
+            names[value],
+            str(value.type),
+            show_dim(value.type.bytes),
+            first,
+            last,
+            [evaluate(value.type.bytes, sizes[tokens]) for tokens in TOKENS],
+            int(value in held),
+        ]
+        for value, (first, last) in lifetimes(graph).items()
+    ]
+
+
+def _value_names(graph: Graph, texts: Mapping[int, str]) -> Iterable[tuple[Value, str]]:
+    """Each result of an op with the name that the graph's text gives it."""
+    for op in graph.ops:
+        yield from zip(op.results, texts[id(op)].split(" = ", 1)[0].split(", "), strict=True)
 
 
 def _emitted(graph: Graph, target: str) -> str:
@@ -135,7 +186,9 @@ def _kernels(graph: Graph, target: str, emitted: str) -> list[dict[str, str]]:
             names = [kernel.name, *(f"{kernel.name}_{part}" for part in ("tile", "sums"))]
             source = "\n\n".join(functions[n] for n in names if n in functions)
             body = show(op.body, locations=False)
-            found.append({"name": kernel.name, "op": op.kind, "body": body, "source": source})
+            place = str(op.loc or "")
+            one = {"name": kernel.name, "op": op.kind, "body": body, "source": source}
+            found.append({**one, "place": place})
     return found
 
 
@@ -170,11 +223,14 @@ def _numbered(line: str, number: int, is_here: bool) -> str:
     return f"{'>' if is_here else ' '} {number:5} {line}"
 
 
-def all_data(title: str, subjects: Iterable[Subject], versions: str) -> dict[str, Any]:
-    """The whole page's data."""
+def all_data(
+    title: str, subjects: Iterable[Subject], versions: str, left: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """The whole page's data; ``left`` are the blocks that were not captured, by reason."""
     return {
         "title": title,
         "versions": versions,
+        "left": [[list(places), reason] for reason, places in left.items()],
         "subjects": [subject_data(subject) for subject in subjects],
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -38,8 +38,10 @@ def report_of_model(model: nn.Module, target: str, training: bool = False) -> st
     calls = parse_pipeline(default_pipeline(target, training))
     subjects: dict[str, Subject] = {}
     notes: dict[str, list[str]] = {}
+    left: dict[str, list[str]] = {}
     for found in find_regions(model):
         if found.graph is None:
+            left.setdefault(found.reason, []).append(found.name or "(the model)")
             continue
         notes.setdefault(found.fingerprint, []).append(found.name or "(the model)")
         if found.fingerprint not in subjects:
@@ -53,7 +55,7 @@ def report_of_model(model: nn.Module, target: str, training: bool = False) -> st
                 notes[found.fingerprint],
                 source_files(found.module),
             )
-    return _page(type(model).__name__, list(subjects.values()))
+    return _page(type(model).__name__, list(subjects.values()), left)
 
 
 def source_files(module: nn.Module) -> dict[str, str]:
@@ -68,9 +70,11 @@ def source_files(module: nn.Module) -> dict[str, str]:
     return found
 
 
-def _page(title: str, subjects: Sequence[Subject]) -> str:
+def _page(
+    title: str, subjects: Sequence[Subject], left: Mapping[str, Sequence[str]] | None = None
+) -> str:
     template = resources.files("moec.report").joinpath("page.html").read_text(encoding="utf-8")
-    data = json.dumps(all_data(title, subjects, versions()), separators=(",", ":"))
+    data = json.dumps(all_data(title, subjects, versions(), left or {}), separators=(",", ":"))
     # "</" must not end the script that holds the data
     safe = data.replace("</", "<\\/").replace("<!--", "<\\!--")
     return template.replace("__TITLE__", html.escape(title)).replace('"__DATA__"', safe)
