@@ -78,7 +78,7 @@ def run(
 
 
 def _made_on(arguments: Sequence[torch.Tensor]) -> AbstractContextManager[Any]:
-    """Where ops that read no tensor make theirs; on the CPU that needs no context, which is slow."""
+    """Where ops that read no tensor make theirs; the CPU needs no context, which would be slow."""
     device = arguments[0].device if arguments else torch.device("cpu")
     is_plain = device == torch.get_default_device() == torch.device("cpu")
     return nullcontext() if is_plain else device

@@ -9,7 +9,7 @@ from __future__ import annotations
 from moec.fuzz.planting import Fault
 
 _SIMPLIFY, _RAISE, _ADJOINT = "passes/simplify.py", "passes/raise_router.py", "passes/adjoint.py"
-_POINTWISE, _TENSOR, _MOE = "moec/ops/pointwise.py", "moec/ops/tensor.py", "moec/ops/moe.py"
+_POINTWISE, _TENSOR = "moec/ops/pointwise.py", "moec/ops/tensor.py"
 _ROUTING, _ATEN = "moec/ops/routing.py", "codegen/aten.py"
 
 RULES = (
@@ -299,7 +299,7 @@ GRADIENTS = (
     ),
     Fault(
         "unrouted-gradient",
-        _MOE,
+        "moec/ops/routed.py",
         'unrouted = b("t.lt", inverse, other=0.0)',
         'unrouted = b("t.lt", inverse, other=-1.0)',
         ("grad", "moe."),

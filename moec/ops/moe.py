@@ -15,6 +15,7 @@ from moec.ir.graph import Op, Value
 from moec.ir.opdef import defop
 from moec.ir.types import DTYPES, Type
 from moec.ops import routing
+from moec.ops.routed import all_routed, of_routed
 from moec.ops.shapes import require, same_dtype
 
 
@@ -238,7 +239,7 @@ class Unpermute:
 
     def vjp(b: Any, op: Op, g: Value) -> tuple[Value | None, ...]:
         _, perm, inverse = op.operands
-        return b("moe.permute", _of_routed(b, g, inverse), perm, inverse), None, None
+        return b("moe.permute", of_routed(b, g, inverse), perm, inverse), None, None
 
 
 @defop("moe.combine")
@@ -279,14 +280,14 @@ class Combine:
             perm,
             inverse,
         )
-        if len(op.operands) == 3 and _all_routed(b, inverse):
+        if len(op.operands) == 3 and all_routed(b, inverse):
             return spread, None, None
         w = (
             op.operands[3]
             if len(op.operands) == 4
             else b.full(g.type.with_shape(*inverse.type.shape), 1.0)
         )
-        routed = _of_routed(b, w, inverse)
+        routed = of_routed(b, w, inverse)
         column = b("moe.permute", routed, perm, inverse)
         column = b("t.reshape", column, shape=(perm.type.shape[0], 1))
         d_rows = b("moe.row_scale", spread, column)
@@ -294,30 +295,6 @@ class Combine:
             return d_rows, None, None
         dots = b("moe.row_dot", rows, spread, dtype=w.type.dtype)
         return d_rows, None, None, b("moe.unpermute", dots, perm, inverse)
-
-
-def _of_routed(b: Any, x: Value, inverse: Value) -> Value:
-    """Numbers of pairs ``[T, K]``, zero for a pair without a row: what goes back to the rows of no
-    expert must be zero, or it would count where a weight is shared by all rows.
-    """
-    if _all_routed(b, inverse):
-        return x
-    unrouted = b("t.lt", inverse, other=0.0)
-    masked: Value = b("t.where", unrouted, b.full(Type(x.type.dtype, ()), 0.0), x, hint=x.hint)
-    return masked
-
-
-def _all_routed(b: Any, inverse: Value) -> bool:
-    """Whether the router is known to choose an expert in every place."""
-    op = b.made_by(inverse)
-    while op is not None and op.kind in ("moe.dispatch", "t.cast"):
-        op = b.made_by(op.operands[0])
-    if op is None:
-        return False
-    whole = ("topk", "group_limited", "topk_per_group")
-    return op.kind == "t.topk" or (
-        op.kind == "moe.select" and op.attrs.get("mode", "topk") in whole
-    )
 
 
 @defop("moe.row_scale")
