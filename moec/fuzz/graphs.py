@@ -179,7 +179,10 @@ def halves(g: _Growing) -> Any:
     if g.random.random() < 0.3:
         return tuple(parts)
     worked = [g.b("t.silu", parts[0]), parts[1]] if g.random.random() < 0.5 else list(parts)
-    return (g.b("t.merge", *worked, layout=g.random.choice((layout, "concat"))), *parts)
+    merged = g.b("t.merge", *worked, layout=g.random.choice((layout, "concat")))
+    if g.random.random() < 0.4:
+        return g.b("t.split", merged, parts=2, layout=g.random.choice((layout, "concat")))
+    return (merged, *parts)
 
 
 def _sliced(g: _Growing, x: Value, layout: str) -> list[Value]:
