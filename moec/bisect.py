@@ -8,6 +8,7 @@ time, all others replaced by their bodies.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -27,6 +28,8 @@ from moec.observers import Check, difference, reference_gradients
 
 # What the interpreter's verdict says.
 CHANGED = "changed the meaning"
+# Names and types of values, and numbers, say nothing about the kind of a failure.
+_PARTICULARS = re.compile(r"%\w+|\w+\[[^\]]*\]|[(),:]|\b\d+\b")
 # What is wrong with what a pass did, in words; nothing if all is well.
 StepTest = Callable[[Step], str]
 
@@ -133,7 +136,9 @@ def attempt(
 
 def kind_of(problem: str) -> str:
     """What kind of failure words describe: the meaning changed, or an error (its first words)."""
-    return CHANGED if CHANGED in problem else " ".join(problem.split()[:4])
+    if CHANGED in problem:
+        return CHANGED
+    return " ".join(_PARTICULARS.sub(" ", problem).split()[:4])
 
 
 def find_rewrite(call: PassCall, graph: Graph, test: StepTest) -> Rewrite | None:
