@@ -53,3 +53,7 @@ class CompileError(MoecError):
 
 class CallError(MoecError):
     """Wrong inputs to a compiled region: dtype, shape or device."""
+
+
+class PlanError(MoecError):
+    """A planning problem or a schedule that is malformed, or a budget that no plan meets."""
