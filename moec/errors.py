@@ -57,3 +57,16 @@ class CallError(MoecError):
 
 class PlanError(MoecError):
     """A planning problem or a schedule that is malformed, or a budget that no plan meets."""
+
+
+class BudgetError(PlanError):
+    """No plan within the budget was found, or there is none.
+
+    ``least_known``: the least budget in bytes for which a plan is known; ``least_possible``: no
+    plan needs less.
+    """
+
+    def __init__(self, message: str, least_known: int, least_possible: int) -> None:
+        super().__init__(message)
+        self.least_known = least_known
+        self.least_possible = least_possible

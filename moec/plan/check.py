@@ -44,8 +44,10 @@ def replay(problem: Problem, sequence: Sequence[int], budget: int | None = None)
         held[node] = problem.nodes[node].size
         bytes_at.append(problem.resident + sum(held.values()) + problem.nodes[node].workspace)
         if budget is not None and bytes_at[-1] > budget:
-            raise PlanError(f"step {step} ({problem.nodes[node].name}) holds {bytes_at[-1]} bytes;"
-                            f" the budget is {budget}")
+            raise PlanError(
+                f"step {step} ({problem.nodes[node].name}) holds {bytes_at[-1]} bytes;"
+                f" the budget is {budget}"
+            )
         for freed in releases[step]:
             del held[freed]
     _check_end(problem, runs, held)
@@ -59,8 +61,9 @@ def _check_step(problem: Problem, step: int, node: int, held: dict[int, int], ru
     about = problem.nodes[node]
     missing = [source for source in problem.inputs[node] if source not in held]
     if missing:
-        raise PlanError(f"step {step} ({about.name}) needs {problem.nodes[missing[0]].name},"
-                        " which is not held")
+        raise PlanError(
+            f"step {step} ({about.name}) needs {problem.nodes[missing[0]].name}, which is not held"
+        )
     if runs and not about.rematable:
         raise PlanError(f"step {step} repeats {about.name}, which may run only once")
 

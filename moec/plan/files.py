@@ -71,8 +71,10 @@ class _Field:
         mapping = self.mapping()
         for name in names:
             if name in mapping:
-                return _Field(f"{self.path}: {name}" if "[" not in self.path
-                              else f"{self.path}.{name}", mapping[name])
+                return _Field(
+                    f"{self.path}: {name}" if "[" not in self.path else f"{self.path}.{name}",
+                    mapping[name],
+                )
         if default is ...:
             self.fail(f"an object with the key {names[0]!r}")
         return _Field(f"{self.path}: {names[0]}", default)
@@ -130,8 +132,9 @@ class _Field:
 def _native(data: _Field, tokens: int | None) -> Problem:
     if data.get("format").value != GRAPH_FORMAT:
         data.get("format").fail(f'the format "{GRAPH_FORMAT}"')
-    nodes = [_native_node(field, place, tokens) for place, field in
-             enumerate(data.get("nodes").items())]
+    nodes = [
+        _native_node(field, place, tokens) for place, field in enumerate(data.get("nodes").items())
+    ]
     edges = [_edge(field) for field in data.get("edges").items()]
     order = [v.integer() for v in data.get("order").items()] if "order" in data.value else None
     resident = data.get("const", default=0).bytes(tokens)
@@ -167,16 +170,19 @@ def _node_link(data: _Field, tokens: int | None) -> Problem:
             name.fail("a name")
         places[name.value] = place
         size = field.get("cost_ram", "out_cost").bytes(tokens)
-        nodes.append(Node(str(name.value), size,
-                          field.get("cost_cpu", "duration").duration(tokens)))
+        nodes.append(
+            Node(str(name.value), size, field.get("cost_cpu", "duration").duration(tokens))
+        )
 
     def place_of(field: _Field) -> int:
         if not isinstance(field.value, str | int) or field.value not in places:
             field.fail("the name of a node")
         return places[field.value]
 
-    edges = [(place_of(e.get("source", "0")), place_of(e.get("target", "1")))
-             for e in data.get("links", "edges").items()]
+    edges = [
+        (place_of(e.get("source", "0")), place_of(e.get("target", "1")))
+        for e in data.get("links", "edges").items()
+    ]
     order = [place_of(v) for v in about.get("order").items()] if "order" in about.value else None
     return make_problem(str(about.get("name", default="graph").value), nodes, edges, order)
 

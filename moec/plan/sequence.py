@@ -209,9 +209,7 @@ def detach_inputs(graph: Arrays, state: State, run: int) -> None:
         made = run_before(state, source, place)
         if state.last[made] == run:
             state.last[made] = last_use(graph, state, made, place)
-            add_memory(
-                state, state.place[state.last[made]] + 1, place, -graph.size[source]
-            )
+            add_memory(state, state.place[state.last[made]] + 1, place, -graph.size[source])
 
 
 @njit
@@ -229,9 +227,7 @@ def insert(graph: Arrays, state: State, node: int, place: int) -> int:
     if earlier >= 0 and state.place[state.last[earlier]] > place:
         state.last[run] = state.last[earlier]
         state.last[earlier] = last_use(graph, state, earlier, place)
-        add_memory(
-            state, state.place[state.last[earlier]] + 1, place, -graph.size[node]
-        )
+        add_memory(state, state.place[state.last[earlier]] + 1, place, -graph.size[node])
     attach_inputs(graph, state, run)
     return run
 

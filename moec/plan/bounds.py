@@ -1,0 +1,248 @@
+"""Lower bounds on the time of any plan within a budget: a relaxation to gaps between uses.
+
+While node v runs for the first time, everything it depends on has run and nothing that depends on
+it has. So an output u that v's past made and v's future reads is either held then, or u runs again
+between v and that reader. The users of u that come one after another in every order divide time
+into *gaps*; ``again[u, i]`` says how often u runs again in gap i. The linear program
+
+    minimise    sum duration[u] * again[u, i]
+    such that   at the first run of v, for every v: held outputs and v's own needs fit the budget;
+                u is held at v, or runs again in the gaps that lie between v and the next reader;
+                u runs again in a gap only if each input is held at the gap's start or runs again
+
+holds for every plan, so its optimum is a lower bound. With the order of first runs given, the
+relation "before" is total and the gaps are those between consecutive users. Only the rows that a
+solution violates are added.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from ortools.linear_solver import pywraplp
+
+from moec.plan.problem import Problem
+
+# Rows that are added at once, and how much of the budget a row may be violated by
+ROWS_AT_ONCE = 24
+TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """Of one node: the users that are totally ordered, and for each row v where its output is
+    needed later, the first and the last gap in which it could run again before that.
+    """
+
+    chain: tuple[int, ...]
+    rows: Any
+    first: Any
+    final: Any
+
+
+def before_matrix(problem: Problem, fixed: bool) -> Any:
+    """``[u, v]``: u first runs before v, in every order, or in the given one."""
+    count = len(problem.nodes)
+    before = np.zeros((count, count), bool)
+    if fixed:
+        place = np.empty(count, np.int64)
+        place[list(problem.order)] = np.arange(count)
+        return place[:, None] < place[None, :]
+    for node in problem.order:
+        for source in problem.inputs[node]:
+            before[:, node] |= before[:, source]
+            before[source, node] = True
+    return before
+
+
+def gaps_of(problem: Problem, before: Any) -> list[Gaps]:
+    """The gaps of every node."""
+    return [_gaps(problem, before, node) for node in range(len(problem.nodes))]
+
+
+def _gaps(problem: Problem, before: Any, node: int) -> Gaps:
+    users = list(problem.users[node])
+    chain = _longest_chain(users, before)
+    crossed = before[node] & before[:, users].any(axis=1) if users else np.zeros(len(before), bool)
+    crossed[users] = False
+    rows = np.flatnonzero(crossed)
+    past = before[np.ix_(chain, rows)].sum(axis=0)
+    future = before[np.ix_(rows, chain)].sum(axis=1)
+    return Gaps(tuple(chain), rows, past, len(chain) - future)
+
+
+def _longest_chain(users: list[int], before: Any) -> list[int]:
+    """A longest totally ordered subset, in order."""
+    ordered = sorted(users, key=lambda user: (int(before[:, user].sum()), user))
+    longest: dict[int, list[int]] = {}
+    for user in ordered:
+        options = [longest[other] for other in longest if before[other, user]]
+        longest[user] = [*max(options, key=len, default=[]), user]
+    return max(longest.values(), key=len, default=[])
+
+
+@dataclass
+class Relaxation:
+    """The linear program, grown row by row."""
+
+    problem: Problem
+    budget: int
+    fixed: bool = False
+    rows: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.before = before_matrix(self.problem, self.fixed)
+        self.gaps = gaps_of(self.problem, self.before)
+        self.size = np.array([node.size for node in self.problem.nodes], float)
+        self.room = np.array(
+            [self.budget - self.problem.working_set(v) for v in range(len(self.gaps))], float
+        )
+        self.crossing = _by_row(self.gaps)
+        # In units of the mean, numbers stay near one.
+        self.unit = max(float(self.size.mean()), 1.0)
+        self.solver = pywraplp.Solver.CreateSolver("GLOP")
+        self.solver.SetSolverSpecificParametersAsString("use_dual_simplex: true")
+        self.infinity = self.solver.infinity()
+        self.again = [self._again(v) for v in range(len(self.gaps))]
+        self.held: dict[tuple[int, int, int], Any] = {}
+        self.extra: dict[tuple[int, int], Any] = {}
+        self._add_inputs()
+
+    def _again(self, node: int) -> list[Any]:
+        about = self.problem.nodes[node]
+        most = self.infinity if about.rematable else 0.0
+        found = []
+        for gap in range(len(self.gaps[node].chain) + 1):
+            variable = self.solver.NumVar(0.0, most, f"again_{node}_{gap}")
+            self.solver.Objective().SetCoefficient(variable, about.duration)
+            found.append(variable)
+        return found
+
+    def _add_inputs(self) -> None:
+        """Running again in a gap takes the inputs: held at its start, or running again in it."""
+        for node, gaps in enumerate(self.gaps):
+            for gap in range(1, len(gaps.chain) + 1):
+                start = gaps.chain[gap - 1]
+                end = gaps.chain[gap] if gap < len(gaps.chain) else None
+                for source in self.problem.inputs[node]:
+                    if source not in self.problem.inputs[start]:
+                        self._need(node, gap, source, start, end)
+
+    def _need(self, node: int, gap: int, source: int, start: int, end: int | None) -> None:
+        row = self.solver.Constraint(0.0, self.infinity)
+        row.SetCoefficient(self.again[node][gap], -1.0)
+        row.SetCoefficient(self._extra(source, start), 1.0)
+        chain = self.gaps[source].chain
+        for other in range(len(chain) + 1):
+            over = other < len(chain) and (
+                chain[other] == start or self.before[chain[other], start]
+            )
+            later = (
+                other > 0
+                and end is not None
+                and (chain[other - 1] == end or self.before[end, chain[other - 1]])
+            )
+            if not over and not later:
+                row.SetCoefficient(self.again[source][other], 1.0)
+
+    def _extra(self, node: int, row: int) -> Any:
+        """Whether a node's output is held at a row, as a variable of its own."""
+        if (node, row) not in self.extra:
+            self.extra[node, row] = self.solver.NumVar(0.0, 1.0, f"held_at_{node}_{row}")
+            self._at_least(self.extra[node, row], node, self._span(node, row))
+        return self.extra[node, row]
+
+    def _span(self, node: int, row: int) -> tuple[int, int] | None:
+        gaps = self.gaps[node]
+        k = np.searchsorted(gaps.rows, row)
+        if k == len(gaps.rows) or gaps.rows[k] != row:
+            return None
+        return int(gaps.first[k]), int(gaps.final[k])
+
+    def _at_least(self, variable: Any, node: int, span: tuple[int, int] | None) -> None:
+        """Held, unless it runs again in the span."""
+        if span is None:
+            return
+        row = self.solver.Constraint(1.0, self.infinity)
+        row.SetCoefficient(variable, 1.0)
+        for gap in range(span[0], span[1] + 1):
+            row.SetCoefficient(self.again[node][gap], 1.0)
+
+    def _held(self, node: int, row: int, span: tuple[int, int]) -> Any:
+        if (node, row) in self.extra:
+            return self.extra[node, row]
+        key = (node, *span)
+        if key not in self.held:
+            self.held[key] = self.solver.NumVar(0.0, 1.0, f"held_{node}_{span[0]}_{span[1]}")
+            self._at_least(self.held[key], node, span)
+        return self.held[key]
+
+    def add_row(self, row: int) -> None:
+        """What is held at the first run of a node fits the budget."""
+        self.rows.add(row)
+        constraint = self.solver.Constraint(-self.infinity, self.room[row] / self.unit)
+        nodes, first, final = self.crossing[row]
+        for node, low, high in zip(nodes, first, final, strict=True):
+            variable = self._held(int(node), row, (int(low), int(high)))
+            constraint.SetCoefficient(variable, self.size[node] / self.unit)
+        seen = set(nodes.tolist())
+        for (node, at), variable in self.extra.items():
+            if at == row and node not in seen:
+                constraint.SetCoefficient(variable, self.size[node] / self.unit)
+
+    def load(self) -> Any:
+        """How far each row that is not there yet is above what fits."""
+        sums = [np.cumsum([0.0, *(v.solution_value() for v in again)]) for again in self.again]
+        above = -self.room
+        for node, gaps in enumerate(self.gaps):
+            again = sums[node][gaps.final + 1] - sums[node][gaps.first]
+            above[gaps.rows] += self.size[node] * np.clip(1.0 - again, 0.0, None)
+        above[list(self.rows)] = -np.inf
+        return above
+
+    def solve(self, seconds: float) -> float:
+        """The bound: a time that no plan within the budget is below; infinity if there is none."""
+        deadline = time.monotonic() + seconds
+        if self.room.min(initial=0.0) < 0:
+            return float("inf")
+        bound = 0.0
+        above = self._unrelieved()
+        while above.max(initial=0.0) > TOLERANCE * max(self.budget, 1):
+            for row in np.argsort(-above, kind="stable")[:ROWS_AT_ONCE]:
+                if above[row] > TOLERANCE * self.budget:
+                    self.add_row(int(row))
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            self.solver.SetTimeLimit(int(1000 * left) + 1)
+            status = self.solver.Solve()
+            if status == pywraplp.Solver.INFEASIBLE:
+                return float("inf")
+            if status != pywraplp.Solver.OPTIMAL:
+                break
+            bound = self.solver.Objective().Value()
+            above = self.load()
+        return self.problem.least_time + max(bound, 0.0) * (1 - 1e-9)
+
+    def _unrelieved(self) -> Any:
+        above = -self.room
+        for node, gaps in enumerate(self.gaps):
+            above[gaps.rows] += self.size[node]
+        return above
+
+
+def _by_row(gaps: list[Gaps]) -> list[tuple[Any, Any, Any]]:
+    """For each row, the nodes that are needed later, with the first and the last gap."""
+    nodes = np.repeat(np.arange(len(gaps)), [len(g.rows) for g in gaps])
+    rows = np.concatenate([g.rows for g in gaps]) if gaps else np.zeros(0, int)
+    first = np.concatenate([g.first for g in gaps]) if gaps else rows
+    final = np.concatenate([g.final for g in gaps]) if gaps else rows
+    order = np.argsort(rows, kind="stable")
+    ends = np.searchsorted(rows[order], np.arange(len(gaps) + 1))
+    return [
+        (nodes[order[a:b]], first[order[a:b]], final[order[a:b]])
+        for a, b in zip(ends[:-1], ends[1:], strict=True)
+    ]
