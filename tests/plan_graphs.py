@@ -1,4 +1,4 @@
-"""Graphs to plan for tests: random layered ones and training-like ones, and the optimum by force."""
+"""Graphs to plan for tests, random and training-like, and the optimum by brute force."""
 
 import heapq
 import random
@@ -51,16 +51,16 @@ def training(blocks: int) -> Problem:
     forward, last = [], 0
     for block in range(blocks):
         names = (("norm", 8, 1), ("up", 32, 9), ("act", 16, 2), ("down", 8, 9))
-        made = []
+        made: list[int] = []
         for name, size, duration in names:
             edges.append((last, len(nodes)))
             made.append(last := len(nodes))
             nodes.append(Node(f"{name}{block}", size, duration))
         forward.append(made)
     for block in reversed(range(blocks)):
-        for made in reversed(forward[block]):
-            node = nodes[made]
-            edges += [(last, len(nodes)), (made, len(nodes))]
+        for source in reversed(forward[block]):
+            node = nodes[source]
+            edges += [(last, len(nodes)), (source, len(nodes))]
             last = len(nodes)
             nodes.append(Node(f"{node.name}.grad", node.size, 2 * node.duration))
     return make_problem(f"training{blocks}", nodes, edges)
@@ -96,7 +96,7 @@ def least_time(problem: Problem, budget: int) -> float | None:
             return spent
         for v in range(count):
             node = problem.nodes[v]
-            if v in ran and not node.rematable or not set(problem.inputs[v]) <= set(held):
+            if not set(problem.inputs[v]) <= set(held) or (v in ran and not node.rematable):
                 continue
             for mask in range(1 << len(held)):
                 kept = {u for k, u in enumerate(held) if mask >> k & 1 and u != v}

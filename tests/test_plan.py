@@ -4,12 +4,12 @@ import math
 import random
 
 import pytest
-from tests.plan_graphs import layered, least_time, random_graph, training
 
 from moec.errors import BudgetError, PlanError
 from moec.plan import Node, Problem, Progress, make_problem, replay, solve
 from moec.plan.bounds import Relaxation
 from moec.plan.search import Candidate, search
+from tests.plan_graphs import layered, least_time, random_graph, training
 
 
 def peak_of(problem: Problem) -> int:

@@ -8,7 +8,7 @@ into *gaps*; ``again[u, i]`` says how often u runs again in gap i. The linear pr
     minimise    sum duration[u] * again[u, i]
     such that   at the first run of v, for every v: held outputs and v's own needs fit the budget;
                 u is held at v, or runs again in the gaps that lie between v and the next reader;
-                u runs again in a gap only if each input is held at the gap's start or runs again
+                u runs again after v only if each input is held at v or runs again in between
 
 holds for every plan, so its optimum is a lower bound. With the order of first runs given, the
 relation "before" is total and the gaps are those between consecutive users. Only the rows that a
@@ -17,6 +17,7 @@ solution violates are added.
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +28,7 @@ from ortools.linear_solver import pywraplp
 from moec.plan.problem import Problem
 
 # Rows that are added at once, and how much of the budget a row may be violated by
-ROWS_AT_ONCE = 24
+ROWS_AT_ONCE = 8
 TOLERANCE = 1e-6
 
 
@@ -64,24 +65,34 @@ def gaps_of(problem: Problem, before: Any) -> list[Gaps]:
 
 
 def _gaps(problem: Problem, before: Any, node: int) -> Gaps:
-    users = list(problem.users[node])
-    chain = _longest_chain(users, before)
-    crossed = before[node] & before[:, users].any(axis=1) if users else np.zeros(len(before), bool)
+    users = np.array(problem.users[node], int)
+    chain = np.array(_longest_chain(users.tolist(), before), int)
+    crossed = before[node] & before[:, users].any(axis=1)
     crossed[users] = False
     rows = np.flatnonzero(crossed)
-    past = before[np.ix_(chain, rows)].sum(axis=0)
-    future = before[np.ix_(rows, chain)].sum(axis=1)
-    return Gaps(tuple(chain), rows, past, len(chain) - future)
+    past = before[chain[:, None], rows].sum(axis=0) + np.isin(rows, chain)
+    reached = len(chain) - (before[users[:, None], chain] | (users[:, None] == chain)).sum(axis=1)
+    later = before[rows[:, None], users]
+    final = np.where(later, reached, len(chain)).min(axis=1, initial=len(chain))
+    return Gaps(tuple(chain.tolist()), rows, past, final)
 
 
-def _longest_chain(users: list[int], before: Any) -> list[int]:
+def _longest_chain(readers: list[int], before: Any) -> list[int]:
     """A longest totally ordered subset, in order."""
-    ordered = sorted(users, key=lambda user: (int(before[:, user].sum()), user))
-    longest: dict[int, list[int]] = {}
-    for user in ordered:
-        options = [longest[other] for other in longest if before[other, user]]
-        longest[user] = [*max(options, key=len, default=[]), user]
-    return max(longest.values(), key=len, default=[])
+    ordered = sorted(readers, key=lambda user: (int(before[:, user].sum()), user))
+    among = before[np.ix_(np.array(ordered, int), np.array(ordered, int))]
+    length = np.ones(len(ordered), int)
+    previous = np.full(len(ordered), -1)
+    for k in range(len(ordered)):
+        options = np.where(among[:k, k], length[:k], 0)
+        if options.any():
+            previous[k] = int(options.argmax())
+            length[k] = options.max() + 1
+    chain, k = [], int(length.argmax()) if ordered else -1
+    while k >= 0:
+        chain.append(ordered[k])
+        k = int(previous[k])
+    return chain[::-1]
 
 
 @dataclass
@@ -91,7 +102,7 @@ class Relaxation:
     problem: Problem
     budget: int
     fixed: bool = False
-    rows: set[int] = field(default_factory=set)
+    rows: dict[int, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.before = before_matrix(self.problem, self.fixed)
@@ -107,8 +118,8 @@ class Relaxation:
         self.solver.SetSolverSpecificParametersAsString("use_dual_simplex: true")
         self.infinity = self.solver.infinity()
         self.again = [self._again(v) for v in range(len(self.gaps))]
-        self.held: dict[tuple[int, int, int], Any] = {}
-        self.extra: dict[tuple[int, int], Any] = {}
+        self.held: dict[tuple[int, int], Any] = {}
+        self.at_row: dict[int, list[int]] = {}
         self._add_inputs()
 
     def _again(self, node: int) -> list[Any]:
@@ -128,32 +139,40 @@ class Relaxation:
                 start = gaps.chain[gap - 1]
                 end = gaps.chain[gap] if gap < len(gaps.chain) else None
                 for source in self.problem.inputs[node]:
-                    if source not in self.problem.inputs[start]:
+                    if source not in self.problem.inputs[start] and source != start:
                         self._need(node, gap, source, start, end)
 
     def _need(self, node: int, gap: int, source: int, start: int, end: int | None) -> None:
         row = self.solver.Constraint(0.0, self.infinity)
         row.SetCoefficient(self.again[node][gap], -1.0)
-        row.SetCoefficient(self._extra(source, start), 1.0)
-        chain = self.gaps[source].chain
-        for other in range(len(chain) + 1):
-            over = other < len(chain) and (
-                chain[other] == start or self.before[chain[other], start]
-            )
-            later = (
-                other > 0
-                and end is not None
-                and (chain[other - 1] == end or self.before[end, chain[other - 1]])
-            )
-            if not over and not later:
-                row.SetCoefficient(self.again[source][other], 1.0)
+        row.SetCoefficient(self._held(source, start), 1.0)
+        self._add_again(row, source, start, end)
 
-    def _extra(self, node: int, row: int) -> Any:
-        """Whether a node's output is held at a row, as a variable of its own."""
-        if (node, row) not in self.extra:
-            self.extra[node, row] = self.solver.NumVar(0.0, 1.0, f"held_at_{node}_{row}")
-            self._at_least(self.extra[node, row], node, self._span(node, row))
-        return self.extra[node, row]
+    def _add_again(self, row: Any, node: int, start: int, end: int | None) -> None:
+        """Add to a row how often a node runs again between two first runs, at most."""
+        before, chain = self.before, self.gaps[node].chain
+        for gap, variable in enumerate(self.again[node]):
+            over = gap < len(chain) and (chain[gap] == start or before[chain[gap], start])
+            later = gap > 0 and end is not None
+            later = later and (chain[gap - 1] == end or before[end, chain[gap - 1]])
+            if not over and not later:
+                row.SetCoefficient(variable, 1.0)
+
+    def _held(self, node: int, row: int) -> Any:
+        """Whether a node's output is held at the first run of another."""
+        if (node, row) not in self.held:
+            variable = self.solver.NumVar(0.0, 1.0, f"held_{node}_{row}")
+            self.held[node, row] = variable
+            if row in self.rows:
+                self.rows[row].SetCoefficient(variable, self.size[node] / self.unit)
+            span = self._span(node, row)
+            if span is not None:
+                constraint = self.solver.Constraint(1.0, self.infinity)
+                constraint.SetCoefficient(variable, 1.0)
+                for gap in range(span[0], span[1] + 1):
+                    constraint.SetCoefficient(self.again[node][gap], 1.0)
+            self.at_row.setdefault(row, []).append(node)
+        return self.held[node, row]
 
     def _span(self, node: int, row: int) -> tuple[int, int] | None:
         gaps = self.gaps[node]
@@ -162,36 +181,28 @@ class Relaxation:
             return None
         return int(gaps.first[k]), int(gaps.final[k])
 
-    def _at_least(self, variable: Any, node: int, span: tuple[int, int] | None) -> None:
-        """Held, unless it runs again in the span."""
-        if span is None:
-            return
-        row = self.solver.Constraint(1.0, self.infinity)
-        row.SetCoefficient(variable, 1.0)
-        for gap in range(span[0], span[1] + 1):
-            row.SetCoefficient(self.again[node][gap], 1.0)
-
-    def _held(self, node: int, row: int, span: tuple[int, int]) -> Any:
-        if (node, row) in self.extra:
-            return self.extra[node, row]
-        key = (node, *span)
-        if key not in self.held:
-            self.held[key] = self.solver.NumVar(0.0, 1.0, f"held_{node}_{span[0]}_{span[1]}")
-            self._at_least(self.held[key], node, span)
-        return self.held[key]
-
     def add_row(self, row: int) -> None:
-        """What is held at the first run of a node fits the budget."""
-        self.rows.add(row)
+        """What is held at the first run of a node fits the budget; what is not held there and
+        needed later runs again after it, from inputs that are held there or run again as well.
+        """
         constraint = self.solver.Constraint(-self.infinity, self.room[row] / self.unit)
-        nodes, first, final = self.crossing[row]
-        for node, low, high in zip(nodes, first, final, strict=True):
-            variable = self._held(int(node), row, (int(low), int(high)))
+        self.rows[row] = constraint
+        for node in self.at_row.get(row, ()):
+            variable = self.held[node, row]
             constraint.SetCoefficient(variable, self.size[node] / self.unit)
-        seen = set(nodes.tolist())
-        for (node, at), variable in self.extra.items():
-            if at == row and node not in seen:
-                constraint.SetCoefficient(variable, self.size[node] / self.unit)
+        for node, final in zip(*self.crossing[row], strict=True):
+            self._held(int(node), row)
+            self._add_inputs_at(row, int(node), int(final))
+
+    def _add_inputs_at(self, row: int, node: int, final: int) -> None:
+        chain = self.gaps[node].chain
+        for source in self.problem.inputs[node]:
+            if source == row or source in self.problem.inputs[row]:
+                continue
+            need = self.solver.Constraint(1.0, self.infinity)
+            need.SetCoefficient(self._held(node, row), 1.0)
+            need.SetCoefficient(self._held(source, row), 1.0)
+            self._add_again(need, source, row, chain[final] if final < len(chain) else None)
 
     def load(self) -> Any:
         """How far each row that is not there yet is above what fits."""
@@ -227,6 +238,14 @@ class Relaxation:
             above = self.load()
         return self.problem.least_time + max(bound, 0.0) * (1 - 1e-9)
 
+    def chains(self) -> list[tuple[int, ...]]:
+        """The users that divide the gaps of each node."""
+        return [gaps.chain for gaps in self.gaps]
+
+    def solution(self) -> list[list[float]]:
+        """How often each node runs again in each of its gaps."""
+        return [[variable.solution_value() for variable in again] for again in self.again]
+
     def _unrelieved(self) -> Any:
         above = -self.room
         for node, gaps in enumerate(self.gaps):
@@ -234,15 +253,11 @@ class Relaxation:
         return above
 
 
-def _by_row(gaps: list[Gaps]) -> list[tuple[Any, Any, Any]]:
-    """For each row, the nodes that are needed later, with the first and the last gap."""
+def _by_row(gaps: list[Gaps]) -> list[tuple[Any, Any]]:
+    """For each row, the nodes that are needed later, with the last gap before that."""
     nodes = np.repeat(np.arange(len(gaps)), [len(g.rows) for g in gaps])
     rows = np.concatenate([g.rows for g in gaps]) if gaps else np.zeros(0, int)
-    first = np.concatenate([g.first for g in gaps]) if gaps else rows
     final = np.concatenate([g.final for g in gaps]) if gaps else rows
     order = np.argsort(rows, kind="stable")
     ends = np.searchsorted(rows[order], np.arange(len(gaps) + 1))
-    return [
-        (nodes[order[a:b]], first[order[a:b]], final[order[a:b]])
-        for a, b in zip(ends[:-1], ends[1:], strict=True)
-    ]
+    return [(nodes[order[a:b]], final[order[a:b]]) for a, b in itertools.pairwise(ends)]

@@ -110,7 +110,7 @@ class _Field:
             raise PlanError(f"{self.path}: depends on the number of tokens T; say which (--tokens)")
         coefficients = [c.number() for c in self.get("T").items()]
         exact = [int(c) if float(c).is_integer() else c for c in coefficients]
-        value = sum(c * tokens**power for power, c in enumerate(exact))
+        value: float = sum(c * tokens**power for power, c in enumerate(exact))
         step = self.get("round", default=0).integer()
         return -(-value // step) * step if step else value
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -17,14 +17,14 @@ import numpy as np
 
 from moec.plan.annealing import anneal
 from moec.plan.changes import new_search
-from moec.plan.problem import Problem
+from moec.plan.problem import Node, Problem, make_problem
 from moec.plan.sequence import OVER, Arrays, State, arrays_of, build, empty_state, nodes_of
 
 # Changes for each node in the first round, and how much longer each round is than the last
 FIRST_ROUND = 40
 GROWTH = 1.5
 # Temperatures in mean durations: at the start of a search, of an improvement, at the end
-HOT, WARM, COLD = 3.0, 0.5, 0.003
+HOT, WARM, COLD = 3.0, (0.1, 0.5, 0.02), 0.003
 # Rounds without improvement after which the search ends
 PATIENCE = 8
 
@@ -54,7 +54,7 @@ def search(
     seed: int = 0,
     starts: Sequence[Sequence[int]] = (),
     deadline: float = math.inf,
-) -> Iterator[Candidate]:
+) -> Generator[Candidate, None, None]:
     """The best candidate after each round; ends when nothing was found for long, or at the
     deadline (of ``time.monotonic``).
 
@@ -62,15 +62,22 @@ def search(
     zero fits. Closing the iterator ends the search.
     """
     searcher = _Searcher(problem, budget, fixed)
-    best = min(map(searcher.measure, [problem.order, *starts]), key=lambda c: c.cost)
+    given = searcher.measure(problem.order)
+    others = [searcher.measure(start) for start in starts]
+    best = min(given, *others, key=lambda c: c.cost) if others else given
     moves = FIRST_ROUND * len(problem.nodes)
     stale = number = 0
     with ThreadPoolExecutor(2) as threads:
         while stale < PATIENCE and time.monotonic() < deadline:
             first = 2 * number + 2 + 1000003 * seed
+            warm = WARM[number % len(WARM)]
+            # From scratch in every second round, from the other starts in turns between.
+            again = others[number // 2 % len(others)] if others and number % 2 == 0 else None
             jobs = [
-                threads.submit(searcher.run, problem.order, first, moves, None),
-                threads.submit(searcher.run, best.sequence, first + 1, moves, best),
+                threads.submit(
+                    searcher.run, again or given, first, moves, WARM[0] if again else None
+                ),
+                threads.submit(searcher.run, best, first + 1, moves, warm),
             ]
             try:
                 wait(jobs, min(deadline - time.monotonic(), threading.TIMEOUT_MAX))
@@ -112,14 +119,12 @@ class _Searcher:
         build(self.arrays, state, np.array(sequence, np.int32))
         return state
 
-    def run(
-        self, sequence: Sequence[int], seed: int, moves: int, best: Candidate | None
-    ) -> Candidate:
-        """Anneal from a sequence; from the best so far at a lower temperature."""
-        state = self._state(sequence)
-        price = self.price if best is None else best.price
-        found = new_search(len(state.at), seed, price, self.fixed, self.stop)
-        hot, settled = (HOT, 0.5) if best is None else (WARM, 0.0)
+    def run(self, start: Candidate, seed: int, moves: int, warm: float | None) -> Candidate:
+        """Anneal from a candidate: from ``warm`` on with its price, or from the start."""
+        state = self._state(start.sequence)
+        found = new_search(len(state.at), seed, start.price, self.fixed, self.stop)
+        found.price[1] = self.price
+        hot, settled = (HOT, 0.5) if warm is None else (warm, 0.0)
         anneal(
             self.arrays,
             state,
@@ -139,3 +144,12 @@ class _Searcher:
 
 def _tuple(nodes: Iterable[int]) -> tuple[int, ...]:
     return tuple(int(node) for node in nodes)
+
+
+def compile_search() -> None:
+    """Have numba compile the search, or load it from its cache: half a minute at the first use
+    of an installation, so that no time limit should count it.
+    """
+    nodes = [Node("first", 1, 1.0), Node("second", 1, 1.0)]
+    searcher = _Searcher(make_problem("compile", nodes, [(0, 1)]), 1, False)
+    searcher.run(searcher.measure((0, 1)), 1, 1, None)

@@ -16,6 +16,8 @@ from moec.plan.problem import Problem
 
 # A plan of a time this much above the bound, as a share of it, is as good as optimal.
 NEGLIGIBLE = 1e-9
+# From how much on what the relaxation runs again is repeated
+THRESHOLDS = (0.2, 0.5, 0.8)
 
 
 @dataclass(frozen=True)
@@ -127,10 +129,13 @@ class _Solver:
         self.best: tuple[Replay, tuple[int, ...]] | None = None
         self.least_peak = math.inf
         self.history: list[tuple[float, float]] = []
+        self.starts: list[list[int]] = []
+        self.exact_bound: float | None = None
 
     def run(self, exact: bool) -> None:
         """The phases, until the plan is proven or time is up."""
         from moec.plan.exact import MOST_NODES
+        from moec.plan.search import compile_search
 
         self.offer(self.problem.order)
         if self.is_done() or self.least_possible() > self.budget:
@@ -138,11 +143,19 @@ class _Solver:
         if len(self.problem.nodes) <= MOST_NODES:
             self.enumerate_states()
             return
+        self.report("compile")
+        compile_search()
+        self.restart_clock()
         for phase in (self.first_search, self.relax, *((self.prove,) if exact else ())):
             phase()
             if self.is_done():
                 return
         self.search(self.deadline)
+
+    def restart_clock(self) -> None:
+        """Begin to count the time limit now."""
+        self.start = time.monotonic()
+        self.deadline = self.start + self.limit
 
     def is_done(self) -> bool:
         """Whether nothing is left to find: the plan is optimal, or there is none."""
@@ -186,13 +199,13 @@ class _Solver:
 
     def first_search(self) -> None:
         """A short search, so that there is a plan early."""
-        self.search(self.start + min(0.2 * self.limit, 2.0))
+        self.search(self.start + min(0.1 * self.limit, 1.0))
 
     def search(self, deadline: float) -> None:
         """Search on until a deadline; begins with the best plan."""
         from moec.plan.search import search
 
-        starts = [self.best[1]] if self.best else []
+        starts = [*([self.best[1]] if self.best else []), *self.starts]
         found = search(
             self.problem,
             self.budget,
@@ -209,29 +222,40 @@ class _Solver:
                     return
 
     def relax(self) -> None:
-        """The lower bound of the gap relaxation."""
+        """The lower bound of the gap relaxation, and plans rounded from its solution."""
         from moec.plan.bounds import Relaxation
+        from moec.plan.rounding import rounded
 
         self.report("bound")
         relaxation = Relaxation(self.problem, self.budget, self.fixed)
         self.bound = max(self.bound, relaxation.solve(0.3 * self.limit))
         self.report("bound")
+        if math.isinf(self.bound):
+            return
+        for threshold in THRESHOLDS:
+            again = relaxation.solution()
+            sequence = rounded(self.problem, relaxation.chains(), again, threshold)
+            self.offer(sequence)
+            self.starts.append(sequence)
 
     def prove(self) -> None:
-        """CP-SAT, from the best plan."""
+        """CP-SAT, from the best plan. Its bound is for as many runs of a node as it allows."""
         from moec.plan.retention import prove
 
         hint = self.best[1] if self.best else None
-        for sequence, bound in prove(self.problem, self.budget, self.fixed, hint, self.deadline):
+        for sequence, bound, _ in prove(self.problem, self.budget, self.fixed, hint, self.deadline):
             if sequence is not None:
                 self.offer(sequence)
-            self.bound = max(self.bound, bound)
+            self.exact_bound = bound
             self.report("exact")
 
     def plan(self) -> Plan:
         """The best plan, replayed once more against the budget."""
         if self.best is None:
-            raise self.failure()
+            failure = self.failure()
+            # The search for the least budget may find what the first did not.
+            if self.best is None:
+                raise failure
         found = replay(self.problem, self.best[1], self.budget)
         return Plan(
             self.best[1],
