@@ -71,7 +71,7 @@ def test_malformed_graphs_are_refused_with_the_place(data: Any, message: str) ->
     [
         ('{"nodes": [\n  {]}', r"g.json:2:4: "),
         ('{"nodes": [{"id": 0, "size": 1, "time": NaN}]}', "NaN is no number"),
-        ('{"nodes": [{"id": 0, "size": 1, "time": 1e999}]}', "finite"),
+        ('{"nodes": [{"id": 0, "cost_ram": 1, "cost_cpu": 1e999}]}', "finite"),
         ("[" * 100000, "cannot be read"),
         ("", "g.json:1:1"),
     ],

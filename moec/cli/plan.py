@@ -97,6 +97,8 @@ def plan(
 def summary(found: Plan, budget: int) -> str:
     """A plan in a line."""
     proof = "optimal" if found.is_optimal else f"at most {found.gap:.3f} points above the optimum"
+    if found.proven_runs and not found.is_optimal:
+        proof += f", optimal among plans that run no node more than {found.proven_runs} times"
     return (
         f"peak {found.peak} of {budget} bytes, extra time {found.extra:.3f}% ({proof}),"
         f" {len(found.sequence)} executions"

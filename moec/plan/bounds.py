@@ -118,6 +118,8 @@ class Relaxation:
         self.solver.SetSolverSpecificParametersAsString("use_dual_simplex: true")
         self.infinity = self.solver.infinity()
         self.again = [self._again(v) for v in range(len(self.gaps))]
+        # How often each node runs again in each of its gaps, when it was solved last
+        self.solution = [[0.0] * len(again) for again in self.again]
         self.held: dict[tuple[int, int], Any] = {}
         self.at_row: dict[int, list[int]] = {}
         self._add_inputs()
@@ -206,7 +208,7 @@ class Relaxation:
 
     def load(self) -> Any:
         """How far each row that is not there yet is above what fits."""
-        sums = [np.cumsum([0.0, *(v.solution_value() for v in again)]) for again in self.again]
+        sums = [np.cumsum([0.0, *again]) for again in self.solution]
         above = -self.room
         for node, gaps in enumerate(self.gaps):
             again = sums[node][gaps.final + 1] - sums[node][gaps.first]
@@ -235,16 +237,13 @@ class Relaxation:
             if status != pywraplp.Solver.OPTIMAL:
                 break
             bound = self.solver.Objective().Value()
+            self.solution = [[v.solution_value() for v in again] for again in self.again]
             above = self.load()
         return self.problem.least_time + max(bound, 0.0) * (1 - 1e-9)
 
     def chains(self) -> list[tuple[int, ...]]:
         """The users that divide the gaps of each node."""
         return [gaps.chain for gaps in self.gaps]
-
-    def solution(self) -> list[list[float]]:
-        """How often each node runs again in each of its gaps."""
-        return [[variable.solution_value() for variable in again] for again in self.again]
 
     def _unrelieved(self) -> Any:
         above = -self.room

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,18 @@ class _Run:
     active: Any
 
 
+@dataclass(frozen=True)
+class Proof:
+    """The best sequence (None if there is none), a time that no plan which runs each node at most
+    ``most_runs`` times is below, and whether the sequence is proven the best of these.
+    """
+
+    sequence: list[int] | None
+    bound: float
+    complete: bool
+    most_runs: int
+
+
 def prove(
     problem: Problem,
     budget: int,
@@ -40,19 +52,17 @@ def prove(
     hint: Sequence[int] | None,
     deadline: float,
     copies: int = 2,
-) -> Iterator[tuple[list[int] | None, float, bool]]:
-    """Solve until the deadline: a sequence if a better one was found, the bound on the time, and
-    whether the model is solved to the end.
-
-    The bound holds for plans that run each node at most ``copies`` times, or as often as the hint
-    does; it says nothing of plans that run a node more often.
+) -> Proof:
+    """Solve until the deadline, from a hint that fits. Nodes that the hint runs more often than
+    ``copies`` may run as often.
     """
     counts = Counter(hint or ())
     most = [max(copies, counts[v]) if node.rematable else 1 for v, node in enumerate(problem.nodes)]
     model = _Model(problem, budget, fixed, most, len(hint or ()))
     if hint is not None:
         model.hint(hint)
-    yield model.solve(deadline)
+    sequence, bound, complete = model.solve(deadline)
+    return Proof(sequence, bound, complete, copies)
 
 
 class _Model:

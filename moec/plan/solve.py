@@ -18,6 +18,8 @@ from moec.plan.problem import Problem
 NEGLIGIBLE = 1e-9
 # From how much on what the relaxation runs again is repeated
 THRESHOLDS = (0.2, 0.5, 0.8)
+# The share of the time that an exact solution spends on search first
+EXACT_SEARCH = 0.2
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Plan:
     """A plan that was replayed: ``sequence`` of nodes in order of execution, each output freed
     right after its last use; its ``peak`` in bytes; its ``time``; the ``bound`` that no plan is
     below; ``least_time``: of running every node once; ``history``: seconds and time of each
-    better plan that was found on the way.
+    better plan that was found on the way. ``proven_runs``: where CP-SAT proved that no plan is
+    faster that runs each node at most so often (0: it proved nothing).
     """
 
     sequence: tuple[int, ...]
@@ -50,6 +53,7 @@ class Plan:
     time: float
     bound: float
     least_time: float
+    proven_runs: int = 0
     history: tuple[tuple[float, float], ...] = field(default=(), compare=False)
 
     @property
@@ -130,7 +134,7 @@ class _Solver:
         self.least_peak = math.inf
         self.history: list[tuple[float, float]] = []
         self.starts: list[list[int]] = []
-        self.exact_bound: float | None = None
+        self.proven_runs = 0
 
     def run(self, exact: bool) -> None:
         """The phases, until the plan is proven or time is up."""
@@ -146,11 +150,13 @@ class _Solver:
         self.report("compile")
         compile_search()
         self.restart_clock()
-        for phase in (self.first_search, self.relax, *((self.prove,) if exact else ())):
-            phase()
-            if self.is_done():
-                return
-        self.search(self.deadline)
+        self.search(self.start + min(0.1 * self.limit, 1.0))
+        if not self.is_done():
+            self.relax()
+        if not self.is_done():
+            self.search(self.start + EXACT_SEARCH * self.limit if exact else self.deadline)
+        if exact and not self.is_done():
+            self.prove()
 
     def restart_clock(self) -> None:
         """Begin to count the time limit now."""
@@ -197,10 +203,6 @@ class _Solver:
         self.bound = self.problem.time_of(sequence)
         self.report("exact")
 
-    def first_search(self) -> None:
-        """A short search, so that there is a plan early."""
-        self.search(self.start + min(0.1 * self.limit, 1.0))
-
     def search(self, deadline: float) -> None:
         """Search on until a deadline; begins with the best plan."""
         from moec.plan.search import search
@@ -233,21 +235,23 @@ class _Solver:
         if math.isinf(self.bound):
             return
         for threshold in THRESHOLDS:
-            again = relaxation.solution()
-            sequence = rounded(self.problem, relaxation.chains(), again, threshold)
+            chains, again = relaxation.chains(), relaxation.solution
+            sequence = rounded(self.problem, chains, again, threshold)
             self.offer(sequence)
             self.starts.append(sequence)
 
     def prove(self) -> None:
-        """CP-SAT, from the best plan. Its bound is for as many runs of a node as it allows."""
+        """CP-SAT, from the best plan."""
         from moec.plan.retention import prove
 
+        self.report("exact")
         hint = self.best[1] if self.best else None
-        for sequence, bound, _ in prove(self.problem, self.budget, self.fixed, hint, self.deadline):
-            if sequence is not None:
-                self.offer(sequence)
-            self.exact_bound = bound
-            self.report("exact")
+        found = prove(self.problem, self.budget, self.fixed, hint, self.deadline)
+        if found.sequence is not None:
+            self.offer(found.sequence)
+        if found.complete:
+            self.proven_runs = found.most_runs
+        self.report("exact")
 
     def plan(self) -> Plan:
         """The best plan, replayed once more against the budget."""
@@ -263,6 +267,7 @@ class _Solver:
             found.time,
             min(self.bound, found.time),
             self.problem.least_time,
+            self.proven_runs,
             tuple(self.history),
         )
 
