@@ -169,8 +169,11 @@ class _Model:
         seen: Counter[int] = Counter()
         for k, node in enumerate(sequence):
             run = self.runs[node][seen[node]]
-            seen[node] += 1
             self._hint_run(run, events[k], events[last[k]])
+            # The first run is always there: a constant, which takes no hint.
+            if seen[node]:
+                self.model.add_hint(run.active, 1)
+            seen[node] += 1
         for node, runs in enumerate(self.runs):
             for run in runs[seen[node] :]:
                 self.model.add_hint(run.active, 0)
@@ -178,8 +181,6 @@ class _Model:
     def _hint_run(self, run: _Run, start: int, end: int) -> None:
         self.model.add_hint(run.start, start)
         self.model.add_hint(run.end, end)
-        if not isinstance(run.active, int):
-            self.model.add_hint(run.active, 1)
 
     def _events_of(self, sequence: Sequence[int]) -> list[int]:
         if not self.fixed:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,8 +25,11 @@ FIRST_ROUND = 40
 GROWTH = 1.5
 # Temperatures in mean durations: at the start of a search, of an improvement, at the end
 HOT, WARM, COLD = 3.0, (0.1, 0.5, 0.02), 0.003
+# Initial prices of a byte above the budget, in turns: of the time at which a mean output that is
+# above it for ten places costs a mean duration. The tighter the budget, the more helps.
+PRICES = (1.0, 10.0, 30.0)
 # Rounds without improvement after which the search ends
-PATIENCE = 8
+PATIENCE = 14
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,10 @@ def search(
             warm = WARM[number % len(WARM)]
             # From scratch in every second round, from the other starts in turns between.
             again = others[number // 2 % len(others)] if others and number % 2 == 0 else None
+            fresh = replace(given, price=given.price * PRICES[number % len(PRICES)])
             jobs = [
                 threads.submit(
-                    searcher.run, again or given, first, moves, WARM[0] if again else None
+                    searcher.run, again or fresh, first, moves, WARM[0] if again else None
                 ),
                 threads.submit(searcher.run, best, first + 1, moves, warm),
             ]
@@ -103,7 +107,6 @@ class _Searcher:
         self.least = problem.least_time
         self.unit = problem.least_time / count or 1.0
         mean_size = max(sum(node.size for node in problem.nodes) / count, 1.0)
-        # A mean output that is above the limit for ten places costs a mean duration.
         self.price = self.unit / mean_size / 10
         self.stop = np.zeros(1, np.bool_)
 

@@ -20,6 +20,8 @@ NEGLIGIBLE = 1e-9
 THRESHOLDS = (0.2, 0.5, 0.8)
 # The share of the time that an exact solution spends on search first
 EXACT_SEARCH = 0.2
+# More runs of a node than this are not proven for
+MOST_COPIES = 6
 
 
 @dataclass(frozen=True)
@@ -241,16 +243,18 @@ class _Solver:
             self.starts.append(sequence)
 
     def prove(self) -> None:
-        """CP-SAT, from the best plan."""
+        """CP-SAT, from the best plan: first with two runs a node, then with more."""
         from moec.plan.retention import prove
 
-        self.report("exact")
-        hint = self.best[1] if self.best else None
-        found = prove(self.problem, self.budget, self.fixed, hint, self.deadline)
-        if found.sequence is not None:
-            self.offer(found.sequence)
-        if found.complete:
-            self.proven_runs = found.most_runs
+        for copies in range(2, MOST_COPIES):
+            self.report("exact")
+            hint = self.best[1] if self.best else None
+            found = prove(self.problem, self.budget, self.fixed, hint, self.deadline, copies)
+            if found.sequence is not None:
+                self.offer(found.sequence)
+            if not found.complete or time.monotonic() > self.deadline:
+                break
+            self.proven_runs = copies
         self.report("exact")
 
     def plan(self) -> Plan:
