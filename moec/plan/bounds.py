@@ -30,6 +30,8 @@ from moec.plan.problem import Problem
 # Rows that are added at once, and how much of the budget a row may be violated by
 ROWS_AT_ONCE = 8
 TOLERANCE = 1e-6
+# More conditions on inputs than this are left out, which keeps the bound a bound.
+MOST_CONDITIONS = 60000
 
 
 @dataclass(frozen=True)
@@ -47,16 +49,16 @@ class Gaps:
 def before_matrix(problem: Problem, fixed: bool) -> Any:
     """``[u, v]``: u first runs before v, in every order, or in the given one."""
     count = len(problem.nodes)
-    before = np.zeros((count, count), bool)
+    past = np.zeros((count, count), bool)
     if fixed:
         place = np.empty(count, np.int64)
         place[list(problem.order)] = np.arange(count)
         return place[:, None] < place[None, :]
     for node in problem.order:
         for source in problem.inputs[node]:
-            before[:, node] |= before[:, source]
-            before[source, node] = True
-    return before
+            past[node] |= past[source]
+            past[node, source] = True
+    return np.ascontiguousarray(past.T)
 
 
 def gaps_of(problem: Problem, before: Any) -> list[Gaps]:
@@ -145,6 +147,8 @@ class Relaxation:
                         self._need(node, gap, source, start, end)
 
     def _need(self, node: int, gap: int, source: int, start: int, end: int | None) -> None:
+        if self.solver.NumConstraints() > MOST_CONDITIONS:
+            return
         row = self.solver.Constraint(0.0, self.infinity)
         row.SetCoefficient(self.again[node][gap], -1.0)
         row.SetCoefficient(self._held(source, start), 1.0)
@@ -201,6 +205,8 @@ class Relaxation:
         for source in self.problem.inputs[node]:
             if source == row or source in self.problem.inputs[row]:
                 continue
+            if self.solver.NumConstraints() > MOST_CONDITIONS:
+                return
             need = self.solver.Constraint(1.0, self.infinity)
             need.SetCoefficient(self._held(node, row), 1.0)
             need.SetCoefficient(self._held(source, row), 1.0)

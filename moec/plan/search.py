@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,15 +21,17 @@ from moec.plan.problem import Node, Problem, make_problem
 from moec.plan.sequence import OVER, Arrays, State, arrays_of, build, empty_state, nodes_of
 
 # Changes for each node in the first round, and how much longer each round is than the last
-FIRST_ROUND = 40
-GROWTH = 1.5
-# Temperatures in mean durations: at the start of a search, of an improvement, at the end
-HOT, WARM, COLD = 3.0, (0.1, 0.5, 0.02), 0.003
-# Initial prices of a byte above the budget, in turns: of the time at which a mean output that is
-# above it for ten places costs a mean duration. The tighter the budget, the more helps.
-PRICES = (1.0, 10.0, 30.0)
+FIRST_ROUND = 50
+GROWTH = 2.0
+# How a search begins, in turns: the temperature in mean durations, and the price of a byte above
+# the budget, in units of that at which a mean output above it for ten places costs a mean
+# duration. Loose budgets gain from the first, tight ones from the others.
+FRESH = ((3.0, 1.0), (1.0, 30.0), (1.0, 1.0))
+# Temperatures at which the best plan is improved, in turns; at which one that does not fit is
+# changed, and with which price; and at the end of all
+WARM, UNFIT, COLD = (0.1, 0.5, 0.02), (1.0, 10.0), 0.003
 # Rounds without improvement after which the search ends
-PATIENCE = 14
+PATIENCE = 8
 
 
 @dataclass(frozen=True)
@@ -65,23 +67,16 @@ def search(
     zero fits. Closing the iterator ends the search.
     """
     searcher = _Searcher(problem, budget, fixed)
-    given = searcher.measure(problem.order)
     others = [searcher.measure(start) for start in starts]
-    best = min(given, *others, key=lambda c: c.cost) if others else given
+    best = min([searcher.given, *others], key=lambda c: c.cost)
     moves = FIRST_ROUND * len(problem.nodes)
     stale = number = 0
     with ThreadPoolExecutor(2) as threads:
         while stale < PATIENCE and time.monotonic() < deadline:
             first = 2 * number + 2 + 1000003 * seed
-            warm = WARM[number % len(WARM)]
-            # From scratch in every second round, from the other starts in turns between.
-            again = others[number // 2 % len(others)] if others and number % 2 == 0 else None
-            fresh = replace(given, price=given.price * PRICES[number % len(PRICES)])
             jobs = [
-                threads.submit(
-                    searcher.run, again or fresh, first, moves, WARM[0] if again else None
-                ),
-                threads.submit(searcher.run, best, first + 1, moves, warm),
+                threads.submit(searcher.run, job, first + k, moves)
+                for k, job in enumerate(searcher.jobs(number, best, others))
             ]
             try:
                 wait(jobs, min(deadline - time.monotonic(), threading.TIMEOUT_MAX))
@@ -93,6 +88,18 @@ def search(
             best = min(best, found, key=lambda c: c.cost)
             yield best
             moves, number = int(moves * GROWTH), number + 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """One annealing: from a candidate, at a temperature in mean durations and a price, which is
+    adapted after a share of the changes.
+    """
+
+    start: Candidate
+    hot: float
+    price: float
+    settled: float
 
 
 class _Searcher:
@@ -109,6 +116,7 @@ class _Searcher:
         mean_size = max(sum(node.size for node in problem.nodes) / count, 1.0)
         self.price = self.unit / mean_size / 10
         self.stop = np.zeros(1, np.bool_)
+        self.given = self.measure(problem.order)
 
     def measure(self, sequence: Sequence[int]) -> Candidate:
         """A sequence as a candidate."""
@@ -122,22 +130,26 @@ class _Searcher:
         build(self.arrays, state, np.array(sequence, np.int32))
         return state
 
-    def run(self, start: Candidate, seed: int, moves: int, warm: float | None) -> Candidate:
-        """Anneal from a candidate: from ``warm`` on with its price, or from the start."""
-        state = self._state(start.sequence)
-        found = new_search(len(state.at), seed, start.price, self.fixed, self.stop)
+    def jobs(self, number: int, best: Candidate, others: Sequence[Candidate]) -> tuple[Job, Job]:
+        """What a round anneals: the given order, or every second time one of the other starts;
+        and the best candidate.
+        """
+        hot, factor = FRESH[number % len(FRESH)]
+        explore = Job(self.given, hot, self.given.price * factor, 0.5)
+        if others and number % 2 == 0:
+            other = others[number // 2 % len(others)]
+            explore = Job(other, WARM[0], other.price, 0.0)
+        if best.over:
+            return explore, Job(best, UNFIT[0], self.given.price * UNFIT[1], 0.0)
+        return explore, Job(best, WARM[number % len(WARM)], best.price, 0.0)
+
+    def run(self, job: Job, seed: int, moves: int) -> Candidate:
+        """Anneal once."""
+        state = self._state(job.start.sequence)
+        found = new_search(len(state.at), seed, job.price, self.fixed, self.stop)
         found.price[1] = self.price
-        hot, settled = (HOT, 0.5) if warm is None else (warm, 0.0)
-        anneal(
-            self.arrays,
-            state,
-            found,
-            moves,
-            hot * self.unit,
-            COLD * self.unit,
-            settled,
-            self.least,
-        )
+        hot, cold = job.hot * self.unit, COLD * self.unit
+        anneal(self.arrays, state, found, moves, hot, cold, job.settled, self.least)
         if np.isfinite(found.best_time[0]):
             nodes = found.best[: found.best_length[0]]
             return Candidate(0, float(found.best_time[0]), float(found.price[0]), _tuple(nodes))
@@ -155,4 +167,4 @@ def compile_search() -> None:
     """
     nodes = [Node("first", 1, 1.0), Node("second", 1, 1.0)]
     searcher = _Searcher(make_problem("compile", nodes, [(0, 1)]), 1, False)
-    searcher.run(searcher.measure((0, 1)), 1, 1, None)
+    searcher.run(Job(searcher.given, 1.0, 1.0, 0.0), 1, 1)
