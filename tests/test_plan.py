@@ -2,12 +2,17 @@
 
 import math
 import random
+import time
+from collections import Counter
 
 import pytest
 
 from moec.errors import BudgetError, PlanError
 from moec.plan import Node, Problem, Progress, make_problem, replay, solve
 from moec.plan.bounds import Relaxation
+from moec.plan.exact import cheapest_sequence
+from moec.plan.retention import prove
+from moec.plan.rounding import rounded
 from moec.plan.search import Candidate, search
 from tests.plan_graphs import layered, least_time, random_graph, training
 
@@ -52,6 +57,36 @@ def test_the_relaxation_is_a_lower_bound_and_the_search_finds_the_optimum(first:
         assert bound <= optimum * (1 + 1e-9)
         candidate = found_by_search(problem, budget)
         assert (candidate.over, candidate.time) == (0, optimum)
+
+
+def test_constraint_programming_proves_the_optimum() -> None:
+    for seed in range(12):
+        problem = random_graph(seed, most=6)
+        budget = int(peak_of(problem) * 0.8)
+        optimum = cheapest_sequence(problem, budget)
+        runs = max(Counter(optimum or problem.order).values())
+        proof = prove(problem, budget, False, optimum, time.monotonic() + 20, copies=runs)
+        assert proof.complete
+        assert (proof.sequence is None) == (optimum is None)
+        if optimum is not None and proof.sequence is not None:
+            assert replay(problem, proof.sequence, budget).time == problem.time_of(optimum)
+            assert proof.bound == pytest.approx(problem.time_of(optimum))
+
+
+def test_constraint_programming_keeps_a_fixed_order() -> None:
+    problem = training(4)
+    plan = solve(problem, int(0.7 * peak_of(problem)), time_limit=3, fixed_order=True, exact=True)
+    assert plan.proven_runs >= 2 or plan.is_optimal
+    assert tuple(dict.fromkeys(plan.sequence)) == problem.order
+
+
+def test_the_rounded_relaxation_is_a_valid_sequence() -> None:
+    problem = training(6)
+    relaxation = Relaxation(problem, int(0.6 * peak_of(problem)))
+    relaxation.solve(5)
+    sequence = rounded(problem, relaxation.chains(), relaxation.solution, 0.5)
+    assert len(sequence) > len(problem.nodes)
+    assert replay(problem, sequence).peak < peak_of(problem)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 Each node has up to ``copies`` optional intervals: it runs at the start, its output is held until
 the end. With a fixed order, first runs are at given events, and between the first runs of two
-neighbours any earlier node may run again, in the given order. Without, every run has an event of
+neighbours any earlier node may run again once, in the given order, as in the paper. Without, every run has an event of
 its own, and all are different. Solved with CP-SAT, from a hint.
 """
 
@@ -58,7 +58,7 @@ def prove(
     """
     counts = Counter(hint or ())
     most = [max(copies, counts[v]) if node.rematable else 1 for v, node in enumerate(problem.nodes)]
-    model = _Model(problem, budget, fixed, most, len(hint or ()))
+    model = _Model(problem, budget, fixed, most)
     if hint is not None:
         model.hint(hint)
     sequence, bound, complete = model.solve(deadline)
@@ -66,15 +66,13 @@ def prove(
 
 
 class _Model:
-    def __init__(
-        self, problem: Problem, budget: int, fixed: bool, most: list[int], length: int
-    ) -> None:
+    def __init__(self, problem: Problem, budget: int, fixed: bool, most: list[int]) -> None:
         self.problem = problem
         self.model = cp_model.CpModel()
         self.fixed = fixed
         self.place = {node: k for k, node in enumerate(problem.order)}
         count = len(problem.nodes)
-        self.events = count * (count + 1) // 2 if fixed else max(length, count) + count // 2 + 1
+        self.events = count * (count + 1) // 2 if fixed else sum(most)
         self.runs = [[self._run(v, copy) for copy in range(most[v])] for v in range(count)]
         self._order_copies()
         self._limit_memory(budget)

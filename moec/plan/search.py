@@ -26,7 +26,7 @@ GROWTH = 2.0
 # How a search begins, in turns: the temperature in mean durations, and the price of a byte above
 # the budget, in units of that at which a mean output above it for ten places costs a mean
 # duration. Loose budgets gain from the first, tight ones from the others.
-FRESH = ((3.0, 1.0), (1.0, 30.0), (1.0, 1.0))
+FRESH = ((3.0, 1.0), (1.0, 30.0), (3.0, 3.0))
 # Temperatures at which the best plan is improved, in turns; at which one that does not fit is
 # changed, and with which price; and at the end of all
 WARM, UNFIT, COLD = (0.1, 0.5, 0.02), (1.0, 10.0), 0.003
@@ -139,6 +139,8 @@ class _Searcher:
         if others and number % 2 == 0:
             other = others[number // 2 % len(others)]
             explore = Job(other, WARM[0], other.price, 0.0)
+        if best.over and number % 2:
+            return explore, Job(self.given, 1.0, self.given.price, 0.5)
         if best.over:
             return explore, Job(best, UNFIT[0], self.given.price * UNFIT[1], 0.0)
         return explore, Job(best, WARM[number % len(WARM)], best.price, 0.0)

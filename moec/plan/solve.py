@@ -47,7 +47,8 @@ class Plan:
     right after its last use; its ``peak`` in bytes; its ``time``; the ``bound`` that no plan is
     below; ``least_time``: of running every node once; ``history``: seconds and time of each
     better plan that was found on the way. ``proven_runs``: where CP-SAT proved that no plan is
-    faster that runs each node at most so often (0: it proved nothing).
+    faster that runs each node at most so often (0: it proved nothing); with a fixed order, of those
+    that between two first runs repeat in the given order.
     """
 
     sequence: tuple[int, ...]
