@@ -11,6 +11,7 @@ from moec.errors import BudgetError, PlanError
 from moec.plan import Node, Problem, Progress, make_problem, replay, solve
 from moec.plan.bounds import Relaxation
 from moec.plan.exact import cheapest_sequence
+from moec.plan.least import is_excluded
 from moec.plan.retention import prove
 from moec.plan.rounding import rounded
 from moec.plan.search import Candidate, search
@@ -87,6 +88,17 @@ def test_the_rounded_relaxation_is_a_valid_sequence() -> None:
     sequence = rounded(problem, relaxation.chains(), relaxation.solution, 0.5)
     assert len(sequence) > len(problem.nodes)
     assert replay(problem, sequence).peak < peak_of(problem)
+
+
+def test_a_budget_is_excluded_only_if_nothing_fits() -> None:
+    excluded = 0
+    for seed in range(60):
+        problem = random_graph(seed, most=7)
+        budget = int(peak_of(problem) * 0.7)
+        if is_excluded(problem, budget):
+            assert cheapest_sequence(problem, budget) is None
+            excluded += 1
+    assert excluded > 10
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
 Each node has up to ``copies`` optional intervals: it runs at the start, its output is held until
 the end. With a fixed order, first runs are at given events, and between the first runs of two
-neighbours any earlier node may run again once, in the given order, as in the paper. Without, every run has an event of
-its own, and all are different. Solved with CP-SAT, from a hint.
+neighbours any earlier node may run again once, in the given order, as in the paper. Without, every
+run has an event of its own, and all are different. Solved with CP-SAT, from a hint.
 """
 
 from __future__ import annotations

@@ -278,12 +278,18 @@ class _Solver:
 
     def failure(self) -> BudgetError:
         """Why there is no plan, the least budget known, and what is large."""
+        from moec.plan.least import raised
+
         possible = self.least_possible()
         if possible > self.budget or not math.isinf(self.bound):
             self.lower_peak(max(possible, self.budget))
         known = int(self.least_peak)
+        if math.isinf(self.bound):
+            possible = max(possible, self.budget + 1)
+        deadline = time.monotonic() + 0.2 * self.limit
+        possible = raised(self.problem, possible, known, deadline)
         reason = "no plan was found in the time limit"
-        if possible > self.budget or math.isinf(self.bound):
+        if possible > self.budget:
             reason = "there is no plan"
         largest = sorted(self.problem.nodes, key=lambda node: (-node.size, node.name))[:5]
         sizes = "\n".join(f"  {node.size:>16} {node.name}" for node in largest)
