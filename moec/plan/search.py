@@ -26,7 +26,7 @@ GROWTH = 2.0
 # How a search begins, in turns: the temperature in mean durations, and the price of a byte above
 # the budget, in units of that at which a mean output above it for ten places costs a mean
 # duration. Loose budgets gain from the first, tight ones from the others.
-FRESH = ((3.0, 1.0), (1.0, 30.0), (3.0, 3.0))
+FRESH = ((3.0, 1.0), (3.0, 3.0), (1.0, 30.0))
 # Temperatures at which the best plan is improved, in turns; at which one that does not fit is
 # changed, and with which price; and at the end of all
 WARM, UNFIT, COLD = (0.1, 0.5, 0.02), (1.0, 10.0), 0.003
@@ -131,13 +131,13 @@ class _Searcher:
         return state
 
     def jobs(self, number: int, best: Candidate, others: Sequence[Candidate]) -> tuple[Job, Job]:
-        """What a round anneals: the given order, or every second time one of the other starts;
-        and the best candidate.
+        """What a round anneals: the given order, or at first every second time one of the other
+        starts; and the best candidate.
         """
-        hot, factor = FRESH[number % len(FRESH)]
+        hot, factor = FRESH[(number // 2 if number < 2 * len(others) else number) % len(FRESH)]
         explore = Job(self.given, hot, self.given.price * factor, 0.5)
-        if others and number % 2 == 0:
-            other = others[number // 2 % len(others)]
+        if number % 2 == 0 and number < 2 * len(others):
+            other = others[number // 2]
             explore = Job(other, WARM[0], other.price, 0.0)
         if best.over and number % 2:
             return explore, Job(self.given, 1.0, self.given.price, 0.5)
