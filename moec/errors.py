@@ -53,3 +53,20 @@ class CompileError(MoecError):
 
 class CallError(MoecError):
     """Wrong inputs to a compiled region: dtype, shape or device."""
+
+
+class PlanError(MoecError):
+    """A planning problem or a schedule that is malformed, or a budget that no plan meets."""
+
+
+class BudgetError(PlanError):
+    """No plan within the budget was found, or there is none.
+
+    ``least_known``: the least budget in bytes for which a plan is known; ``least_possible``: no
+    plan needs less.
+    """
+
+    def __init__(self, message: str, least_known: int, least_possible: int) -> None:
+        super().__init__(message)
+        self.least_known = least_known
+        self.least_possible = least_possible

@@ -14,6 +14,7 @@ from moec.cli.console import DEBUG_FLAG, Commands
 from moec.cli.diff import diff
 from moec.cli.doctor import doctor
 from moec.cli.explain import explain
+from moec.cli.plan import plan
 from moec.cli.reduce import reduce
 from moec.cli.show import show
 from moec.reproducer import version_of
@@ -77,6 +78,7 @@ for _command in (
     reduce,
     diff,
     show,
+    plan,
     lists.passes,
     lists.ops,
 ):

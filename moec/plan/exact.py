@@ -1,0 +1,79 @@
+"""Exact plans of small graphs: the cheapest path through the states of the memory.
+
+A state is the set of outputs held and the set of nodes that ran; running a node costs its
+duration, freeing an output nothing. The first complete state that is reached cheapest is optimal
+over all orders and all repetitions.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+from moec.plan.problem import Problem
+
+# More nodes than this have too many states.
+MOST_NODES = 9
+
+
+def cheapest_sequence(problem: Problem, budget: int, fixed: bool = False) -> list[int] | None:
+    """The sequence of least time within the budget; None if there is none.
+
+    Two nodes of equal time are tried by number, so the result is deterministic. ``fixed``: first
+    runs are in the given order.
+    """
+    nodes = range(len(problem.nodes))
+    everything = (1 << len(nodes)) - 1
+    kept = sum(1 << v for v in nodes if problem.nodes[v].keep)
+    start = (0, 0)
+    costs = {start: 0.0}
+    came: dict[tuple[int, int], tuple[tuple[int, int], int | None]] = {}
+    queue = [(0.0, start)]
+    while queue:
+        cost, state = heapq.heappop(queue)
+        if cost > costs[state]:
+            continue
+        held, done = state
+        if done == everything and held & kept == kept:
+            return _path(came, state)
+        for after, step, price in _steps(problem, budget, held, done, fixed):
+            if cost + price < costs.get(after, float("inf")):
+                costs[after] = cost + price
+                came[after] = (state, step)
+                heapq.heappush(queue, (cost + price, after))
+    return None
+
+
+def _steps(
+    problem: Problem, budget: int, held: int, done: int, fixed: bool
+) -> list[tuple[tuple[int, int], int | None, float]]:
+    """The states after running a node (given) or freeing an output (None), with the costs."""
+    found: list[tuple[tuple[int, int], int | None, float]] = []
+    bytes_held = problem.resident + _bytes(problem, held)
+    for v, node in enumerate(problem.nodes):
+        bit = 1 << v
+        if held & bit:
+            found.append(((held & ~bit, done), None, 0.0))
+            continue
+        if done & bit and not node.rematable:
+            continue
+        if fixed and not done & bit and v != problem.order[done.bit_count()]:
+            continue
+        inputs = all(held >> source & 1 for source in problem.inputs[v])
+        if inputs and bytes_held + node.size + node.workspace <= budget:
+            found.append(((held | bit, done | bit), v, node.duration))
+    return found
+
+
+def _bytes(problem: Problem, held: int) -> int:
+    return sum(node.size for v, node in enumerate(problem.nodes) if held >> v & 1)
+
+
+def _path(
+    came: dict[tuple[int, int], tuple[tuple[int, int], int | None]], state: tuple[int, int]
+) -> list[int]:
+    steps = []
+    while state in came:
+        state, step = came[state]
+        if step is not None:
+            steps.append(step)
+    return steps[::-1]

@@ -1,0 +1,247 @@
+"""Random changes of what is repeated: repeat, drop, exchange, relocate."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from moec.plan.changes import (
+    Search,
+    do_insert,
+    do_remove,
+    draw,
+    draw_below,
+    energy,
+    may_repeat,
+)
+from moec.plan.sequence import (
+    LENGTH,
+    LIMIT,
+    OVER,
+    Arrays,
+    State,
+    last_use,
+    next_use,
+    run_before,
+)
+
+njit = numba.njit(cache=True, nogil=True)
+
+# How often a random choice is tried
+TRIES = 30
+# Shares of random choices; found by trial on random layered graphs.
+CROWDED_SHARE = 0.8
+EARLY_SHARE = 0.2
+# How likely an input is repeated too, where holding it costs more, and where not
+CHAINED = 0.6
+CHAINED_ANYWAY = 0.02
+
+
+@njit
+def relief(state: State, first: int, final: int, size: int) -> int:
+    """By how much holding ``size`` bytes less between two places lowers what is above the limit."""
+    limit = state.totals[LIMIT]
+    found = 0
+    for k in range(first, final + 1):
+        found += max(0, min(size, state.memory[k] - limit))
+    return found
+
+
+@njit
+def burden(state: State, first: int, final: int, size: int) -> int:
+    """By how much holding ``size`` bytes more between two places raises what is above it."""
+    limit = state.totals[LIMIT]
+    found = 0
+    for k in range(first, final + 1):
+        found += min(size, max(0, state.memory[k] + size - limit))
+    return found
+
+
+@njit
+def crowded_place(state: State, search: Search) -> int:
+    """A place that holds more than the limit, the next after a random one; -1 if there is none."""
+    length = state.totals[LENGTH]
+    start = draw_below(search, length)
+    if state.totals[OVER] == 0:
+        return -1
+    for k in range(length):
+        place = start + k if start + k < length else start + k - length
+        if state.memory[place] > state.totals[LIMIT]:
+            return place
+    return -1
+
+
+@njit
+def idle_at(graph: Arrays, state: State, search: Search, place: int) -> tuple[int, int, int, float]:
+    """A random run whose output is held at a place without being read there: its node, the last
+    use before, the next use, what its repetition costs at best; -1 for the node if few tries find
+    none.
+    """
+    for _ in range(TRIES if place > 0 else 0):
+        run = state.at[draw_below(search, place)]
+        node = state.node[run]
+        if state.place[state.last[run]] <= place or graph.once[node]:
+            continue
+        before = state.place[last_use(graph, state, run, place + 1)]
+        if before == place:
+            continue
+        after = next_use(graph, state, node, place)
+        gain = search.price[0] * relief(state, before + 1, after - 1, graph.size[node])
+        return node, before, after, graph.duration[node] - gain
+    return -1, 0, 0, np.inf
+
+
+@njit
+def random_gap(graph: Arrays, state: State, search: Search) -> tuple[int, int, int, float]:
+    """The same of a random input of a random run."""
+    after = draw_below(search, state.totals[LENGTH])
+    reader = state.node[state.at[after]]
+    inputs = graph.input_start[reader + 1] - graph.input_start[reader]
+    if inputs == 0:
+        return -1, 0, 0, np.inf
+    node = graph.input_node[graph.input_start[reader] + draw_below(search, inputs)]
+    run = run_before(state, node, after)
+    before = state.place[last_use(graph, state, run, after)]
+    gain = search.price[0] * relief(state, before + 1, after - 1, graph.size[node])
+    return node, before, after, graph.duration[node] - gain
+
+
+@njit
+def repeat(graph: Arrays, state: State, search: Search, slack: float) -> bool:
+    """Run a node again before its next use, perhaps with its inputs; whether anything was done."""
+    place = crowded_place(state, search)
+    if place >= 0 and draw(search) < CROWDED_SHARE:
+        node, before, after, cost = idle_at(graph, state, search, place)
+    else:
+        node, before, after, cost = random_gap(graph, state, search)
+    if node < 0 or after - before < 2 or cost > slack:
+        return False
+    if not may_repeat(graph, state, search, node):
+        return False
+    target = after
+    if draw(search) < EARLY_SHARE:
+        target = before + 1 + draw_below(search, after - before)
+    repeat_at(graph, state, search, node, target)
+    return True
+
+
+@njit
+def repeat_at(graph: Arrays, state: State, search: Search, node: int, place: int) -> None:
+    """Insert a run; inputs that were idle for long are, by chance, repeated before it."""
+    waiting = np.empty(64, np.int32)
+    waiting[0] = do_insert(graph, state, search, node, place)
+    count, head = 1, 0
+    while head < count:
+        run = waiting[head]
+        head += 1
+        reader = state.node[run]
+        for k in range(graph.input_start[reader], graph.input_start[reader + 1]):
+            source = graph.input_node[k]
+            if count >= len(waiting) or not may_repeat(graph, state, search, source):
+                continue
+            at = state.place[run]
+            made = run_before(state, source, at)
+            if state.last[made] != run:
+                continue
+            before = state.place[last_use(graph, state, made, at)]
+            if before >= at - 2:
+                continue
+            gain = search.price[0] * relief(state, before + 1, at - 1, graph.size[source])
+            chance = CHAINED if gain > graph.duration[source] else CHAINED_ANYWAY
+            if draw(search) < chance:
+                waiting[count] = do_insert(graph, state, search, source, at)
+                count += 1
+
+
+@njit
+def random_repetition(graph: Arrays, state: State, search: Search) -> int:
+    """A run that is not its node's first; -1 if few tries find none."""
+    for _ in range(30):
+        node = state.node[state.at[draw_below(search, state.totals[LENGTH])]]
+        if state.count[node] > 1:
+            return state.runs[node, 1 + draw_below(search, state.count[node] - 1)]
+    return -1
+
+
+@njit
+def drop(graph: Arrays, state: State, search: Search, slack: float) -> bool:
+    """Take out a repetition and what was repeated for it only."""
+    run = random_repetition(graph, state, search)
+    if run < 0:
+        return False
+    place, node = state.place[run], state.node[run]
+    saved = graph.duration[node]
+    if state.last[run] != run:
+        earlier = run_before(state, node, place)
+        first = state.place[state.last[earlier]] + 1
+        cost = search.price[0] * burden(state, first, place - 1, graph.size[node])
+        # Its inputs may go too, which may make room for much of that.
+        if cost - 4 * saved > 3 * slack + 10 * saved and draw(search) < 0.9:
+            return False
+    drop_run(graph, state, search, run)
+    return True
+
+
+@njit
+def drop_run(graph: Arrays, state: State, search: Search, run: int) -> None:
+    """Remove a run and, of its inputs, the runs that nothing reads any more."""
+    waiting = np.empty(64, np.int32)
+    waiting[0] = state.node[run]
+    do_remove(graph, state, search, run)
+    count, head = 1, 0
+    while head < count:
+        reader = waiting[head]
+        head += 1
+        for k in range(graph.input_start[reader], graph.input_start[reader + 1]):
+            source = graph.input_node[k]
+            for j in range(state.count[source] - 1, int(search.fixed) - 1, -1):
+                made = state.runs[source, j]
+                if state.last[made] != made or state.count[source] == 1:
+                    continue
+                if search.totals[0] < len(search.log) - 2 and count < len(waiting):
+                    do_remove(graph, state, search, made)
+                    waiting[count] = source
+                    count += 1
+
+
+@njit
+def exchange(graph: Arrays, state: State, search: Search, slack: float) -> bool:
+    """Take out a repetition and repeat another node where that made memory scarce."""
+    run = random_repetition(graph, state, search)
+    if run < 0:
+        return False
+    start = energy(state, search)
+    drop_run(graph, state, search, run)
+    for _ in range(2):
+        place = crowded_place(state, search)
+        if place < 0:
+            break
+        node, before, after, cost = idle_at(graph, state, search, place)
+        if node < 0 or after - before < 2 or cost > 0.0:
+            break
+        if energy(state, search) + cost - start > slack + graph.duration[node]:
+            break
+        if not may_repeat(graph, state, search, node):
+            break
+        repeat_at(graph, state, search, node, after)
+        if energy(state, search) - start <= slack:
+            break
+    return True
+
+
+@njit
+def relocate(graph: Arrays, state: State, search: Search) -> bool:
+    """Take out a repetition and run its node somewhere else instead."""
+    run = random_repetition(graph, state, search)
+    if run < 0:
+        return False
+    node, place = state.node[run], state.place[run]
+    do_remove(graph, state, search, run)
+    users = graph.user_start[node + 1] - graph.user_start[node]
+    if users == 0:
+        return True
+    user = graph.user_node[graph.user_start[node] + draw_below(search, users)]
+    target = state.place[state.runs[user, draw_below(search, state.count[user])]]
+    if abs(target - place) > 0:
+        do_insert(graph, state, search, node, target)
+    return True

@@ -1,0 +1,172 @@
+"""The scalable planner: rounds of annealing, each longer than the last, until time is up.
+
+A round anneals twice, side by side: from the given order, and from the best plan so far. A round
+is deterministic; how many there are depends on the time limit only.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import numpy as np
+
+from moec.plan.annealing import anneal
+from moec.plan.changes import new_search
+from moec.plan.problem import Node, Problem, make_problem
+from moec.plan.sequence import OVER, Arrays, State, arrays_of, build, empty_state, nodes_of
+
+# Changes for each node in the first round, and how much longer each round is than the last
+FIRST_ROUND = 50
+GROWTH = 2.0
+# How a search begins, in turns: the temperature in mean durations, and the price of a byte above
+# the budget, in units of that at which a mean output above it for ten places costs a mean
+# duration. Loose budgets gain from the first, tight ones from the others.
+FRESH = ((3.0, 1.0), (3.0, 3.0), (1.0, 30.0))
+# Temperatures at which the best plan is improved, in turns; at which one that does not fit is
+# changed, and with which price; and at the end of all
+WARM, UNFIT, COLD = (0.1, 0.5, 0.02), (1.0, 10.0), 0.003
+# Rounds without improvement after which the search ends
+PATIENCE = 8
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A sequence; ``over`` is the sum over steps of what is above the budget, ``price`` the price
+    of a byte above it when the search ended.
+    """
+
+    over: int
+    time: float
+    price: float
+    sequence: tuple[int, ...]
+
+    @property
+    def cost(self) -> tuple[int, float]:
+        """What is compared: what does not fit first."""
+        return self.over, self.time
+
+
+def search(
+    problem: Problem,
+    budget: int,
+    *,
+    fixed: bool = False,
+    seed: int = 0,
+    starts: Sequence[Sequence[int]] = (),
+    deadline: float = math.inf,
+) -> Generator[Candidate, None, None]:
+    """The best candidate after each round; ends when nothing was found for long, or at the
+    deadline (of ``time.monotonic``).
+
+    ``starts``: more sequences to begin with than the given order. A candidate with ``over`` of
+    zero fits. Closing the iterator ends the search.
+    """
+    searcher = _Searcher(problem, budget, fixed)
+    others = [searcher.measure(start) for start in starts]
+    best = min([searcher.given, *others], key=lambda c: c.cost)
+    moves = FIRST_ROUND * len(problem.nodes)
+    stale = number = 0
+    with ThreadPoolExecutor(2) as threads:
+        while stale < PATIENCE and time.monotonic() < deadline:
+            first = 2 * number + 2 + 1000003 * seed
+            jobs = [
+                threads.submit(searcher.run, job, first + k, moves)
+                for k, job in enumerate(searcher.jobs(number, best, others))
+            ]
+            try:
+                wait(jobs, min(deadline - time.monotonic(), threading.TIMEOUT_MAX))
+            finally:
+                # Also on Ctrl-C: the threads end at once, with what they have.
+                searcher.stop[0] = any(not job.done() for job in jobs)
+            found = min((job.result() for job in jobs), key=lambda c: c.cost)
+            stale = 0 if found.cost < best.cost else stale + 1
+            best = min(best, found, key=lambda c: c.cost)
+            yield best
+            moves, number = int(moves * GROWTH), number + 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """One annealing: from a candidate, at a temperature in mean durations and a price, which is
+    adapted after a share of the changes.
+    """
+
+    start: Candidate
+    hot: float
+    price: float
+    settled: float
+
+
+class _Searcher:
+    """A problem and a budget, ready for compiled code."""
+
+    def __init__(self, problem: Problem, budget: int, fixed: bool) -> None:
+        count = len(problem.nodes)
+        self.arrays: Arrays = arrays_of(problem)
+        self.count = count
+        self.budget = budget
+        self.fixed = fixed
+        self.least = problem.least_time
+        self.unit = problem.least_time / count or 1.0
+        mean_size = max(sum(node.size for node in problem.nodes) / count, 1.0)
+        self.price = self.unit / mean_size / 10
+        self.stop = np.zeros(1, np.bool_)
+        self.given = self.measure(problem.order)
+
+    def measure(self, sequence: Sequence[int]) -> Candidate:
+        """A sequence as a candidate."""
+        state = self._state(sequence)
+        over, spent = int(state.totals[OVER]), float(state.time[0])
+        return Candidate(over, spent, self.price, tuple(sequence))
+
+    def _state(self, sequence: Sequence[int]) -> State:
+        capacity = max(8 * self.count, 2 * len(sequence)) + 64
+        state = empty_state(self.count + 1, capacity, self.budget)
+        build(self.arrays, state, np.array(sequence, np.int32))
+        return state
+
+    def jobs(self, number: int, best: Candidate, others: Sequence[Candidate]) -> tuple[Job, Job]:
+        """What a round anneals: the given order, or at first every second time one of the other
+        starts; and the best candidate.
+        """
+        hot, factor = FRESH[(number // 2 if number < 2 * len(others) else number) % len(FRESH)]
+        explore = Job(self.given, hot, self.given.price * factor, 0.5)
+        if number % 2 == 0 and number < 2 * len(others):
+            other = others[number // 2]
+            explore = Job(other, WARM[0], other.price, 0.0)
+        if best.over and number % 2:
+            return explore, Job(self.given, 1.0, self.given.price, 0.5)
+        if best.over:
+            return explore, Job(best, UNFIT[0], self.given.price * UNFIT[1], 0.0)
+        return explore, Job(best, WARM[number % len(WARM)], best.price, 0.0)
+
+    def run(self, job: Job, seed: int, moves: int) -> Candidate:
+        """Anneal once."""
+        state = self._state(job.start.sequence)
+        found = new_search(len(state.at), seed, job.price, self.fixed, self.stop)
+        found.price[1] = self.price
+        hot, cold = job.hot * self.unit, COLD * self.unit
+        anneal(self.arrays, state, found, moves, hot, cold, job.settled, self.least)
+        if np.isfinite(found.best_time[0]):
+            nodes = found.best[: found.best_length[0]]
+            return Candidate(0, float(found.best_time[0]), float(found.price[0]), _tuple(nodes))
+        over, spent = int(state.totals[OVER]), float(state.time[0])
+        return Candidate(over, spent, float(found.price[0]), _tuple(nodes_of(state)))
+
+
+def _tuple(nodes: Iterable[int]) -> tuple[int, ...]:
+    return tuple(int(node) for node in nodes)
+
+
+def compile_search() -> None:
+    """Have numba compile the search, or load it from its cache: half a minute at the first use
+    of an installation, so that no time limit should count it.
+    """
+    nodes = [Node("first", 1, 1.0), Node("second", 1, 1.0)]
+    searcher = _Searcher(make_problem("compile", nodes, [(0, 1)]), 1, False)
+    searcher.run(Job(searcher.given, 1.0, 1.0, 0.0), 1, 1)

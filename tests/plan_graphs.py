@@ -1,0 +1,109 @@
+"""Graphs to plan for tests, random and training-like, and the optimum by brute force."""
+
+import heapq
+import random
+
+from moec.plan import Node, Problem, make_problem
+
+
+def random_graph(seed: int, most: int = 8) -> Problem:
+    """A small graph without structure: zero sizes, equal durations, pinned and kept nodes too."""
+    draw = random.Random(seed)
+    count = draw.randint(1, most)
+    nodes = [
+        Node(
+            f"n{v}",
+            draw.choice((0, 1, 2, 3, 5, 8)),
+            draw.choice((0, 1, 2, 5)),
+            draw.choice((0, 0, 0, 2)),
+            keep=draw.random() < 0.1,
+            rematable=draw.random() < 0.9,
+        )
+        for v in range(count)
+    ]
+    edges = [(u, v) for v in range(count) for u in range(v) if draw.random() < 0.4]
+    order = _shuffled(count, edges, draw)
+    return make_problem(f"random{seed}", nodes, edges, order)
+
+
+def layered(width: int, depth: int, seed: int = 0) -> Problem:
+    """Layers of nodes; each reads two of the layer before and, at times, one of earlier layers."""
+    draw = random.Random(seed)
+    nodes, edges = [Node("source", 10, 0)], []
+    for layer in range(depth):
+        first = 1 + layer * width
+        for v in range(first, first + width):
+            nodes.append(Node(f"n{v}", draw.randint(5, 60), draw.randint(1, 99)))
+            before = range(first - width, first) if layer else range(1)
+            edges += [(u, v) for u in draw.sample(before, min(2, len(before)))]
+            if layer > 1 and draw.random() < 0.3:
+                edges.append((draw.randrange(1, first - width), v))
+    nodes.append(Node("sink", 1, 0, keep=True))
+    read = {u for u, _ in edges}
+    edges += [(v, len(nodes) - 1) for v in range(1, len(nodes) - 1) if v not in read]
+    order = _shuffled(len(nodes), edges, draw)
+    return make_problem(f"layered{width}x{depth}s{seed}", nodes, edges, order)
+
+
+def training(blocks: int) -> Problem:
+    """Forward and backward of equal blocks; the backward reads what the forward made."""
+    nodes, edges = [Node("input", 8, 1)], []
+    forward, last = [], 0
+    for block in range(blocks):
+        names = (("norm", 8, 1), ("up", 32, 9), ("act", 16, 2), ("down", 8, 9))
+        made: list[int] = []
+        for name, size, duration in names:
+            edges.append((last, len(nodes)))
+            made.append(last := len(nodes))
+            nodes.append(Node(f"{name}{block}", size, duration))
+        forward.append(made)
+    for block in reversed(range(blocks)):
+        for source in reversed(forward[block]):
+            node = nodes[source]
+            edges += [(last, len(nodes)), (source, len(nodes))]
+            last = len(nodes)
+            nodes.append(Node(f"{node.name}.grad", node.size, 2 * node.duration))
+    return make_problem(f"training{blocks}", nodes, edges)
+
+
+def _shuffled(count: int, edges: list[tuple[int, int]], draw: random.Random) -> list[int]:
+    waiting = {v: {a for a, b in edges if b == v} for v in range(count)}
+    order: list[int] = []
+    while waiting:
+        ready = sorted(v for v, needs in waiting.items() if not needs)
+        order.append(draw.choice(ready))
+        del waiting[order[-1]]
+        for needs in waiting.values():
+            needs.discard(order[-1])
+    return order
+
+
+def least_time(problem: Problem, budget: int) -> float | None:
+    """The optimum over all orders and repetitions; None if nothing fits.
+
+    Goes through sets (held, ran). A step runs a node with any of the held outputs kept from
+    before, so that freeing is no step of its own.
+    """
+    count = len(problem.nodes)
+    queue: list[tuple[float, tuple[int, ...], tuple[int, ...]]] = [(0, (), ())]
+    seen = set()
+    while queue:
+        spent, held, ran = heapq.heappop(queue)
+        if (held, ran) in seen:
+            continue
+        seen.add((held, ran))
+        if len(ran) == count and all(v in held for v in range(count) if problem.nodes[v].keep):
+            return spent
+        for v in range(count):
+            node = problem.nodes[v]
+            if not set(problem.inputs[v]) <= set(held) or (v in ran and not node.rematable):
+                continue
+            for mask in range(1 << len(held)):
+                kept = {u for k, u in enumerate(held) if mask >> k & 1 and u != v}
+                if not kept >= set(problem.inputs[v]):
+                    continue
+                total = sum(problem.nodes[u].size for u in kept) + node.size + node.workspace
+                if total + problem.resident <= budget:
+                    after = tuple(sorted(kept | {v})), tuple(sorted({*ran, v}))
+                    heapq.heappush(queue, (spent + node.duration, *after))
+    return None

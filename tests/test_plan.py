@@ -1,0 +1,197 @@
+"""Plans are optimal where that can be enumerated, valid everywhere, and bounded from below."""
+
+import math
+import random
+import time
+from collections import Counter
+
+import pytest
+
+from moec.errors import BudgetError, PlanError
+from moec.plan import Node, Problem, Progress, make_problem, replay, solve
+from moec.plan.bounds import Relaxation
+from moec.plan.exact import cheapest_sequence
+from moec.plan.least import is_excluded
+from moec.plan.retention import prove
+from moec.plan.rounding import rounded
+from moec.plan.search import Candidate, search
+from tests.plan_graphs import layered, least_time, random_graph, training
+
+
+def peak_of(problem: Problem) -> int:
+    return replay(problem, problem.order).peak
+
+
+def found_by_search(problem: Problem, budget: int, rounds: int = 3) -> Candidate:
+    candidates = search(problem, budget)
+    for _ in range(rounds):
+        best = next(candidates)
+    candidates.close()
+    return best
+
+
+@pytest.mark.parametrize("first", range(0, 300, 25))
+def test_small_graphs_are_planned_as_brute_force_does(first: int) -> None:
+    for seed in range(first, first + 25):
+        problem = random_graph(seed)
+        budget = int(peak_of(problem) * random.Random(seed).choice((0.6, 0.7, 0.8, 0.9, 1.0)))
+        optimum = least_time(problem, budget)
+        if optimum is None:
+            with pytest.raises(BudgetError):
+                solve(problem, budget, time_limit=0.2)
+            continue
+        plan = solve(problem, budget)
+        assert plan.time == optimum
+        assert plan.is_optimal
+        assert replay(problem, plan.sequence).peak <= budget
+
+
+@pytest.mark.parametrize("first", range(0, 60, 20))
+def test_the_relaxation_is_a_lower_bound_and_the_search_finds_the_optimum(first: int) -> None:
+    for seed in range(first, first + 20):
+        problem = random_graph(seed)
+        budget = int(peak_of(problem) * 0.8)
+        optimum = least_time(problem, budget)
+        bound = Relaxation(problem, budget).solve(5)
+        if optimum is None:
+            continue
+        assert bound <= optimum * (1 + 1e-9)
+        candidate = found_by_search(problem, budget)
+        assert (candidate.over, candidate.time) == (0, optimum)
+
+
+def test_constraint_programming_proves_the_optimum() -> None:
+    for seed in range(12):
+        problem = random_graph(seed, most=6)
+        budget = int(peak_of(problem) * 0.8)
+        optimum = cheapest_sequence(problem, budget)
+        runs = max(Counter(optimum or problem.order).values())
+        proof = prove(problem, budget, False, optimum, time.monotonic() + 20, copies=runs)
+        assert proof.complete
+        assert (proof.sequence is None) == (optimum is None)
+        if optimum is not None and proof.sequence is not None:
+            assert replay(problem, proof.sequence, budget).time == problem.time_of(optimum)
+            assert proof.bound == pytest.approx(problem.time_of(optimum))
+
+
+def test_constraint_programming_keeps_a_fixed_order() -> None:
+    problem = training(4)
+    plan = solve(problem, int(0.7 * peak_of(problem)), time_limit=3, fixed_order=True, exact=True)
+    assert plan.proven_runs >= 2 or plan.is_optimal
+    assert tuple(dict.fromkeys(plan.sequence)) == problem.order
+
+
+def test_the_rounded_relaxation_is_a_valid_sequence() -> None:
+    problem = training(6)
+    relaxation = Relaxation(problem, int(0.6 * peak_of(problem)))
+    relaxation.solve(5)
+    sequence = rounded(problem, relaxation.chains(), relaxation.solution, 0.5)
+    assert len(sequence) > len(problem.nodes)
+    assert replay(problem, sequence).peak < peak_of(problem)
+
+
+def test_a_budget_is_excluded_only_if_nothing_fits() -> None:
+    excluded = 0
+    for seed in range(60):
+        problem = random_graph(seed, most=7)
+        budget = int(peak_of(problem) * 0.7)
+        if is_excluded(problem, budget):
+            assert cheapest_sequence(problem, budget) is None
+            excluded += 1
+    assert excluded > 10
+
+
+@pytest.fixture
+def published() -> Problem:
+    """a -> b -> c -> e -> d and a -> d, of sizes 4, 1, 4, 1, 1, in unit times."""
+    nodes = [Node(name, size, 1) for name, size in zip("abced", (4, 1, 4, 1, 1), strict=True)]
+    return make_problem("published", nodes, [(0, 1), (1, 2), (2, 3), (3, 4), (0, 4)])
+
+
+def test_the_published_example(published: Problem) -> None:
+    assert peak_of(published) == 9
+    plan = solve(published, 6)
+    assert (plan.time, plan.peak) == (6, 6)
+    assert [published.nodes[v].name for v in plan.sequence] == list("abcead")
+    with pytest.raises(BudgetError, match="least budget known to suffice is 6"):
+        solve(published, 5)
+
+
+@pytest.mark.parametrize("share", (0.6, 0.8, 1.0))
+@pytest.mark.parametrize("problem", (layered(6, 8), training(5)), ids=lambda p: p.name)
+def test_plans_of_larger_graphs_fit_and_do_not_beat_their_bound(
+    problem: Problem, share: float
+) -> None:
+    budget = int(share * peak_of(problem))
+    plan = solve(problem, budget, time_limit=3)
+    assert replay(problem, plan.sequence, budget).time == plan.time
+    assert problem.least_time <= plan.bound <= plan.time
+
+
+def test_a_fixed_order_is_kept() -> None:
+    problem = training(6)
+    plan = solve(problem, int(0.7 * peak_of(problem)), time_limit=2, fixed_order=True)
+    assert len(plan.sequence) > len(problem.nodes)
+    assert tuple(dict.fromkeys(plan.sequence)) == problem.order
+
+
+def test_a_seed_gives_one_result() -> None:
+    problem = layered(6, 8, seed=3)
+    budget = int(0.7 * peak_of(problem))
+    assert found_by_search(problem, budget, 2) == found_by_search(problem, budget, 2)
+
+
+def test_progress_and_bound_are_reported() -> None:
+    problem = training(6)
+    seen: list[Progress] = []
+    solve(problem, int(0.6 * peak_of(problem)), time_limit=2, progress=seen.append)
+    assert {step.phase for step in seen} >= {"search", "bound"}
+    assert seen[-1].bound > problem.least_time
+    assert 0 <= seen[-1].gap < math.inf
+
+
+def test_an_interrupt_gives_the_best_plan_so_far() -> None:
+    problem = training(6)
+
+    def interrupt(step: Progress) -> None:
+        if step.time < math.inf:
+            raise KeyboardInterrupt
+
+    plan = solve(problem, int(0.6 * peak_of(problem)), progress=interrupt)
+    assert plan.peak <= 0.6 * peak_of(problem)
+
+
+@pytest.mark.parametrize("count", (0, 1))
+def test_degenerate_graphs(count: int) -> None:
+    problem = make_problem("tiny", [Node("only", 0, 0)] * count, [])
+    assert solve(problem, 0).sequence == tuple(range(count))
+
+
+def test_an_impossible_budget_names_the_least_known_and_the_largest_tensors() -> None:
+    problem = training(6)
+    with pytest.raises(BudgetError) as caught:
+        solve(problem, 20, time_limit=1)
+    assert caught.value.least_known >= caught.value.least_possible > 20
+    assert solve(problem, caught.value.least_known, time_limit=3).peak <= caught.value.least_known
+    assert "up0" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sequence", "message"),
+    [
+        ((1, 0, 2), "needs first"),
+        ((0, 1), "never runs"),
+        ((0, 1, 9), "names node 9"),
+        ((0, 1, 0, 2), "may run only once"),
+    ],
+)
+def test_the_replay_refuses(sequence: tuple[int, ...], message: str) -> None:
+    nodes = [Node("first", 2, 1, rematable=False), Node("second", 1, 1), Node("third", 1, 1)]
+    problem = make_problem("chain", nodes, [(0, 1), (0, 2)])
+    with pytest.raises(PlanError, match=message):
+        replay(problem, sequence)
+
+
+def test_the_replay_refuses_what_exceeds_the_budget() -> None:
+    with pytest.raises(PlanError, match="the budget is 3"):
+        replay(make_problem("one", [Node("only", 4, 1)], []), [0], budget=3)
