@@ -207,9 +207,10 @@ class Scores:
         if mode not in ("topk", "group_limited"):
             raise Unsupported(f"selection by {mode}")
         t.line("# select, the best first; the lowest index among equal ones")
-        t.used |= {"order_of", "first_best"}
+        t.used.add("order_of")
         choice = self._choice()
         if mode == "group_limited":
+            t.used.add("first_best")
             choice = self._limit_groups(choice)
         self._write_rounds(choice)
 
@@ -233,20 +234,24 @@ class Scores:
         t.line(f"key = {self._keys(choice, 'expert', self.experts, power_of_two(self.experts))}")
         index = t.let(self.index.hint, "tl.zeros((BT, KP), tl.int32)", CHOSEN)
         t.names.fresh("count")
-        t.line("count = tl.zeros((EP,), tl.int32)")
+        t.names.fresh("top")
         sources = {op.operands[0]: None for op in self.body.ops if op.kind == "moe.weight"}
         for value in sources:
             self.picked[value] = t.let("picked", f"tl.zeros((BT, KP), {self.dtype})", CHOSEN)
         with t.block(f"for k in tl.static_range({self.choices}):"):
-            t.line("best = first_best(key, expert, EP)[:, None]")
+            t.line("top = tl.max(key, 1)[:, None]")
+            t.line("best = tl.min(tl.where(key == top, expert[None, :], EP), 1)[:, None]")
             t.line("hit = expert[None, :] == best")
             t.line(f"key = tl.where(hit, {self.least}, key)")
             t.line("here = slot[None, :] == k")
             t.line(f"{index.text} = tl.where(here, best, {index.text})")
             for value, term in self.picked.items():
-                found = f"tl.sum(tl.where(hit, {self._term(value).text}, 0.0), 1)[:, None]"
+                source = self._term(value).text
+                found = f"tl.sum(tl.where(hit, {source}, 0.0), 1)[:, None]"
+                if source == choice.text:  # the key tells the score
+                    found = f"{t.use('value_of')}(top)"
                 t.line(f"{term.text} = tl.where(here, {found}, {term.text})")
-            t.line("count += tl.sum((hit & inside).to(tl.int32), 0)")
+        t.line(f"count = tl.sum(((key == {self.least}) & inside).to(tl.int32), 0)")
         self.env[self.index] = index
 
     def _limit_groups(self, choice: Term) -> Term:
