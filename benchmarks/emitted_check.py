@@ -45,8 +45,17 @@ SHAPES = {
     "olmoe": Shape(2048, 1024, 64, 8),
     "qwen3-30b": Shape(2048, 768, 128, 8),
     "mixtral-8x7b": Shape(4096, 14336, 8, 2),
+    "s1.4b-n256": Shape(768, 256, 128, 8),
+    "s7b-n256": Shape(1536, 256, 128, 8),
+    "s7b-n512": Shape(1536, 512, 64, 4),
+    "s7b-n1024": Shape(1536, 1024, 32, 2),
+    "s30b-n256": Shape(4096, 256, 256, 16),
+    "s30b-n512": Shape(4096, 512, 128, 8),
+    "s30b-n1024": Shape(4096, 1024, 64, 4),
+    "s120b-n1024": Shape(4096, 1024, 128, 8),
 }
-TEMPLATES = {"tma": True, "pointer": False}
+# name -> whether the copy engine may be used, and Gluon
+TEMPLATES = {"gluon": (True, True), "tma": (True, False), "pointer": (False, False)}
 
 
 def block_graph(shape: Shape, dtype: str = "bf16") -> Graph:
@@ -73,9 +82,11 @@ def block_graph(shape: Shape, dtype: str = "bf16") -> Graph:
     return b.graph("block", [x, router, gate_up, down], [y])
 
 
-def artifact(shape: Shape, descriptors: bool, training: bool, options: str = "") -> Artifact:
+def artifact(
+    shape: Shape, descriptors: bool, training: bool, options: str = "", gluon: bool = False
+) -> Artifact:
     """The block compiled for Triton; ``options`` are further ones of ``lower``."""
-    text = pipeline("triton", training, descriptors)
+    text = pipeline("triton", training, descriptors, gluon=gluon)
     if options:
         text += f", lower{{descriptors={str(descriptors).lower()},{options}}}"
     manager = PassManager(text)
@@ -93,6 +104,8 @@ def inputs(shape: Shape, tokens: int, routing: str) -> list[torch.Tensor]:
     x, router = random(tokens, h), random(e, h) / h**0.5
     if routing == "one":
         x[:, 0], router[: shape.choices, 0] = 1.0, 12.0
+    if routing == "skewed":  # logits of some experts are higher by a constant
+        x[:, 0], router[:, 0] = 1.0, -1.5 * torch.arange(1, e + 1, device="cuda").log().bfloat16()
     weights = [random(e, 2 * i, h) / h**0.5, random(e, h, i) / i**0.5]
     return [x, router, *weights]
 
@@ -131,15 +144,25 @@ def run_both(compiled: Artifact, data: list[torch.Tensor], dy: torch.Tensor) -> 
     return [*outputs, *compiled.backward(*kept, *saved, dy)]
 
 
+def poison() -> None:
+    """Leave NaN in the memory that the next allocations get."""
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    held = [torch.full((1 << 28,), torch.nan, device="cuda") for _ in range(min(free >> 30, 24))]
+    held += [torch.full((1 << 18,), torch.nan, device="cuda") for _ in range(32)]
+    del held
+
+
 def check(shape: Shape, compiled: Artifact) -> dict[str, list[float]]:
-    """Errors of output and gradients (x, router, gate_up, down)."""
+    """Errors of output and gradients (x, router, gate_up, down), in memory full of NaN."""
     found = {}
-    for tokens in (257, 4096):
-        for routing in ("random", "one"):
+    for tokens in (1, 257, 4096):
+        for routing in ("random", "one", "skewed"):
             torch.manual_seed(0)
             data = inputs(shape, tokens, routing)
             dy = torch.randn_like(data[0])
             wanted = reference(shape, data, dy)
+            poison()
             actual = run_both(compiled, data, dy)
             found[f"{tokens} {routing}"] = [
                 round(relative(a, w), 5) for a, w in zip(actual, wanted, strict=True)
@@ -192,11 +215,11 @@ def times(shape: Shape, training: Artifact, inference: Artifact) -> dict[str, li
 
 def worker(name: str, template: str, timed: bool, options: str) -> None:
     """One model and template; prints JSON lines."""
-    shape, descriptors = SHAPES[name], TEMPLATES[template]
-    training = artifact(shape, descriptors, True, options)
+    shape, (descriptors, gluon) = SHAPES[name], TEMPLATES[template]
+    training = artifact(shape, descriptors, True, options, gluon)
     print(json.dumps({"errors": check(shape, training)}), flush=True)
     if timed:
-        inference = artifact(shape, descriptors, False, options)
+        inference = artifact(shape, descriptors, False, options, gluon)
         print(json.dumps({"times": times(shape, training, inference)}), flush=True)
 
 

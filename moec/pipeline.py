@@ -10,16 +10,23 @@ GRAD = "grad, simplify, cse, dce, adjoint, simplify, cse, dce"  # training only:
 GRAD_EXACT = "grad{exact=true}, simplify, cse, dce"
 KEEP = "recompute, dce"  # what lives between forward and backward
 # fewer, larger kernels
-FUSE = "fuse-routing, fuse-gemm, fuse-outer, fuse-combine, fuse-pointwise, dce"
+FUSE = "fuse-routing, fuse-gemm, fuse-outer, fuse-combine, fuse-tokens, fuse-pointwise, dce"
 
 
-def pipeline(target: str, training: bool, descriptors: bool = False, exact: bool = False) -> str:
+def pipeline(
+    target: str,
+    training: bool,
+    descriptors: bool = False,
+    exact: bool = False,
+    gluon: bool = False,
+) -> str:
     """The passes for a target ("triton" or "aten"), joined by commas.
 
     The ``aten`` target calls library products, so it needs no kernels: only work on the same rows
     is fused, to run block by block in the cache. ``descriptors``: the GPU has a copy engine for
-    tiles. ``exact``: operations stay the module's own, and their gradients round as autograd's;
-    the experts' outputs are kept for them.
+    tiles. ``gluon``: it is a Hopper GPU, and Triton's Gluon can be used. ``exact``: operations stay
+    the module's own, and their gradients round as autograd's; the experts' outputs are kept for
+    them.
     """
     stages = [CLEAN if exact else RAISE]
     if training:
@@ -27,5 +34,6 @@ def pipeline(target: str, training: bool, descriptors: bool = False, exact: bool
     if target == "aten":
         stages.append("fuse-rows, dce")
     else:
-        stages += [FUSE, f"lower{{descriptors={str(descriptors).lower()}}}"]
+        allowed = f"descriptors={str(descriptors).lower()}" + (",gluon=true" if gluon else "")
+        stages += [FUSE, f"lower{{{allowed}}}"]
     return ", ".join(stages)

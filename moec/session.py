@@ -28,7 +28,7 @@ from moec.pipeline import pipeline
 from moec.reproducer import Emission, Reproducer
 from moec.runtime.artifact import Artifact, Once, build
 from moec.surroundings import isolated
-from moec.targets import choose_target, has_descriptors
+from moec.targets import choose_target, has_descriptors, has_gluon
 from moec.trace_events import span
 from moec.watching import Watching, from_environment
 
@@ -219,7 +219,9 @@ class Session:
         device: torch.device,
         exact: bool,
     ) -> str:
-        text = self.passes or pipeline(target, wanted is not None, has_descriptors(device), exact)
+        text = self.passes or pipeline(
+            target, wanted is not None, has_descriptors(device), exact, has_gluon(device)
+        )
         if wanted is None:
             return text
         names = "+".join(

@@ -53,10 +53,10 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     yield noted
 
 
-def artifact_of(name: str, folder: Path) -> Artifact:
+def artifact_of(name: str, folder: Path, gluon: bool) -> Artifact:
     """A model's block for Hopper, for training."""
     if name != "gpt_oss":
-        return artifact(SHAPES[name], descriptors=True, training=True)
+        return artifact(SHAPES[name], descriptors=True, training=True, gluon=gluon)
     sized = replace(MODELS[name], hidden=2880, inner=2880, experts=32, choices=4)
     block = block_of(replace(sized, dtype="bf16"))
     graph = PassManager(pipeline("triton", True, True)).run(block.graph)
@@ -82,8 +82,10 @@ def source_of(
 ) -> tuple[Any, dict[str, int]]:
     """What to compile for a launch, and its options."""
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
-    options: dict[str, int] = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+    names = ("num_warps", "num_stages", "maxnreg")
+    options: dict[str, int] = {k: kwargs.pop(k) for k in names if k in kwargs}
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
@@ -97,7 +99,8 @@ def source_of(
             signature[name] = type_of(values[name])
             if signature[name].startswith("*"):
                 attributes[(i,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constants, attributes), options
+    kind = GluonASTSource if kernel.is_gluon() else ASTSource
+    return kind(kernel, signature, constants, attributes), options
 
 
 NAMES = {
@@ -115,7 +118,8 @@ def type_of(value: Any) -> str:
     if isinstance(value, int):
         return "i32"
     block = ",".join(map(str, value.block_shape))
-    return f"tensordesc<{NAMES[value.base.dtype]}[{block}]>"
+    layout = f",{value.layout!r}" if hasattr(value, "layout") else ""
+    return f"tensordesc<{NAMES[value.base.dtype]}[{block}]{layout}>"
 
 
 def assemble(ptx: str, folder: Path) -> str:
@@ -148,10 +152,14 @@ def compile_all(noted: Recorder, folder: Path) -> dict[str, tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize("name", ["olmoe", "mixtral-8x7b", "gpt_oss"])
-def test_hopper_kernels(name: str, recorder: Recorder, tmp_path: Path) -> None:
-    run_on_nothing(artifact_of(name, tmp_path))
-    products = [launch for launch in recorder.launches if "tl.dot(" in launch[0].src]
+@pytest.mark.parametrize(
+    "name, gluon",
+    [("olmoe", False), ("mixtral-8x7b", False), ("gpt_oss", False), ("qwen3-30b", True)],
+)
+def test_hopper_kernels(name: str, gluon: bool, recorder: Recorder, tmp_path: Path) -> None:
+    run_on_nothing(artifact_of(name, tmp_path, gluon))
+    word = "gl.warp_specialize(" if gluon else "tl.dot("
+    products = [launch for launch in recorder.launches if word in launch[0].src]
     assert len(products) == 6
     if name != "olmoe":  # the other kernels differ in nothing but numbers
         recorder.launches = products
@@ -161,3 +169,4 @@ def test_hopper_kernels(name: str, recorder: Recorder, tmp_path: Path) -> None:
         assert max(spilled) <= 16, f"{kernel}: {log}"
         takes_part = any(launch[0].__name__ == kernel for launch in products)
         assert takes_part == ("wgmma.mma_async" in ptx), kernel
+        assert not gluon or not takes_part or "cp.async.bulk.tensor" in ptx, kernel

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from typing import Protocol
 
+from moec.codegen.gluon.grouped_gemm import GluonGemm
+from moec.codegen.gluon.grouped_outer import GluonOuter
+from moec.codegen.gluon.text import IMPORTS
 from moec.codegen.host import emit_aten, partition
 from moec.codegen.names import PythonNames
 from moec.codegen.triton import source
@@ -21,9 +24,12 @@ from moec.codegen.triton.kernel import Unsupported
 from moec.codegen.triton.pointwise import Pointwise
 from moec.codegen.triton.routing import Routing
 from moec.codegen.triton.tail import leak
+from moec.codegen.triton.tokens import Tokens
 from moec.codegen.writer import Writer
 from moec.ir.graph import Graph, Op, Value, walk
 from moec.ir.text import show
+
+_PARTS = ("sums", "tile", "load", "multiply")  # the functions of one kernel
 
 
 class Kernel(Protocol):
@@ -75,16 +81,22 @@ class TritonEmitter:
         self.kernels[op] = kernel
         if key not in self.first:
             self.first[key] = kernel
-            self._taken |= {name, f"{name}_sums", f"{name}_tile"}
+            self._taken |= {name, *(f"{name}_{part}" for part in _PARTS)}
 
     def _kernel(self, op: Op, name: str) -> Kernel:
         match op.kind:
+            case "kern.grouped_gemm" if _gluon(op):
+                return GluonGemm(op, name)
+            case "kern.grouped_outer" if _gluon(op):
+                return GluonOuter(op, name)
             case "kern.grouped_gemm":
                 return DescriptorGemm(op, name) if _tma(op) else PointerGemm(op, name)
             case "kern.grouped_outer":
                 return DescriptorOuter(op, name) if _tma(op) else PointerOuter(op, name)
             case "kern.combine":
                 return Combine(op, name)
+            case "kern.pointwise" if any(o.kind == "t.scatter_add" for o in _ops(op)):
+                return Tokens(op, name)
             case "kern.pointwise":
                 return Pointwise(op, name)
             case "kern.routing":
@@ -113,6 +125,8 @@ class TritonEmitter:
         used = {GROUP_SUM} if any(op.kind == "moe.group_sum" for op in walk(self.graph)) else set()
         for kernel in self.kernels.values():
             used |= kernel.library
+        if any(_gluon(op) for op in self.kernels):
+            writer.lines("", *IMPORTS)
         for text in source.texts(used):
             writer.lines("", "", text)
         for kernel in self.first.values():
@@ -195,6 +209,14 @@ class TritonEmitter:
 
 def _tma(op: Op) -> bool:
     return bool(op.attrs.get("template") == "tma")
+
+
+def _ops(op: Op) -> tuple[Op, ...]:
+    return op.body.ops if op.body is not None else ()
+
+
+def _gluon(op: Op) -> bool:
+    return bool(op.attrs.get("template") == "gluon")
 
 
 def _key(op: Op) -> str:

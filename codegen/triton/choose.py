@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from moec.codegen.gluon.grouped_gemm import GluonGemm, gluon_tile
+from moec.codegen.gluon.grouped_outer import TILE as GLUON_OUTER
+from moec.codegen.gluon.grouped_outer import GluonOuter
 from moec.codegen.triton.descriptor_gemm import DescriptorGemm
 from moec.codegen.triton.descriptor_outer import DescriptorOuter
 from moec.codegen.triton.grouped_outer import analyse as analyse_outer
@@ -21,6 +24,7 @@ class Limits:
     """What the target has, and sizes that override the rules (0: none)."""
 
     descriptors: bool = False
+    gluon: bool = False
     block_m: int = 0
     block_n: int = 0
     block_k: int = 0
@@ -31,6 +35,13 @@ def attributes(op: Op, limits: Limits) -> dict[str, Any]:
     """The attributes ``template`` and ``tile`` of a kernel."""
     if op.kind not in ("kern.grouped_gemm", "kern.grouped_outer"):
         return {"tile": (limits.block,)} if limits.block else {}
+    if limits.gluon:
+        problem = no_gluon(op)
+        if not problem:
+            tile = _gluon_tile(op)
+            fired("tile", op, "{}: the tile of the template gluon", tile)
+            return {"template": "gluon", "tile": tile.attribute}
+        decline("template gluon", op, problem)
     op = hoist(op).op
     problem = no_descriptors(op) if limits.descriptors else "descriptors are off"
     template = "pointer" if problem else "tma"
@@ -92,3 +103,17 @@ def no_descriptors(op: Op) -> str:
     except Unsupported as error:
         return str(error)
     return ""
+
+
+def no_gluon(op: Op) -> str:
+    """Why the Gluon template cannot express a kernel, or is not worth it; empty if it is."""
+    op = hoist(replace(op, attrs={**op.attrs, "template": "gluon"})).op
+    try:
+        GluonGemm(op, "trial") if op.kind == "kern.grouped_gemm" else GluonOuter(op, "trial")
+    except Unsupported as error:
+        return str(error)
+    return ""
+
+
+def _gluon_tile(op: Op) -> Tile:
+    return gluon_tile(analyse(op)) if op.kind == "kern.grouped_gemm" else GLUON_OUTER

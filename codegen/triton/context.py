@@ -94,6 +94,19 @@ class Context:
             self.tiles[offsets, block] = name
         return self.tiles[offsets, block]
 
+    def row_places(self, writer: Writer, offsets: Value, rows: Dim, block: int) -> str:
+        """As :meth:`row_tiles`, with each tile's expert, first row and end."""
+        if (offsets, -block) not in self.tiles:
+            name, experts = self.names.fresh("places"), int(offsets.type.shape[0]) - 1
+            made = f"launch.empty_row_places({python_source(rows)}, {experts}, {block}, device)"
+            writer.line(f"{name} = {made}")
+            sizes = f"E={experts}, EP={power_of_two(experts)}, BM={block}"
+            inner = f"{self.names[offsets]}, {name}, {sizes}"
+            with writer.block(f"if {only_if(rows)}:"):
+                write(writer, f"list_row_places[({experts},)]({inner})")
+            self.tiles[offsets, -block] = name
+        return self.tiles[offsets, -block]
+
     def gathered(self, writer: Writer, x: Value, perm: Value, inverse: Value) -> str:
         """The name of the tokens of ``x`` in the order of the rows; copied at the first use."""
         if (x, perm) not in self.rows:

@@ -30,7 +30,11 @@ class Hoisted:
 
 
 def hoist(op: Op) -> Hoisted:
-    """Take out of a ``kern.`` op's body what its kernel reads as tables but would compute."""
+    """Take out of a ``kern.`` op's body what its kernel reads as tables but would compute.
+
+    The Gluon kernels read numbers a row while they wait for nothing else, so they get them in the
+    order of the rows.
+    """
     body = op.body
     if body is None or op.kind == "kern.routing":
         return Hoisted((), op)
@@ -41,6 +45,8 @@ def hoist(op: Op) -> Hoisted:
         for i in _TABLES.get(o.kind, ())
         if i < len(o.operands) and (v := o.operands[i]) in made
     ]
+    if op.attrs.get("template") == "gluon":
+        tables += [o.result for o in body.ops if o.kind == "moe.permute"]
     if not tables:
         return Hoisted((), op)
     before = tuple(needed_ops(body, tables, set()))

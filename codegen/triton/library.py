@@ -45,6 +45,15 @@ def order_of(x):
 
 
 @triton.jit
+def value_of(key):
+    """The number of which :func:`order_of` made a key."""
+    if key.dtype == tl.int64:
+        return (key ^ ((key >> 63) & 0x7FFFFFFFFFFFFFFF)).to(tl.float64, bitcast=True)
+    else:
+        return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def first_best(key, index, NONE: tl.constexpr):
     """The index of the largest key of each row, the lowest among equal ones."""
     return tl.min(tl.where(key == tl.max(key, 1)[:, None], index[None, :], NONE), 1)

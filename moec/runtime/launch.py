@@ -27,6 +27,12 @@ def empty_row_tiles(rows: int, experts: int, block: int, device: torch.device) -
     return torch.empty(2 + 2 * bound, dtype=torch.int32, device=device)
 
 
+def empty_row_places(rows: int, experts: int, block: int, device: torch.device) -> torch.Tensor:
+    """Room for the list of row tiles with their ends: their number, then three numbers of each."""
+    bound = row_tile_bound(rows, experts, block)
+    return torch.empty(1 + 3 * bound, dtype=torch.int32, device=device)
+
+
 @functools.cache
 def processors(device: torch.device) -> int:
     """The number of programs that run at a time: one a processor."""
@@ -67,12 +73,32 @@ def ragged(tensor: torch.Tensor, inner: tuple[int, ...], block: tuple[int, ...])
     size, 2^30 - size + r)``: addresses wrap at ``2^64``, so this is the row's own, and ``r >=
     size`` lies outside the third dimension's extent. Reads there give zeros, writes do nothing.
     """
-    strides = _strides((1, *inner))
-    shape = (0x7FFF0000, 0x7FFF0000, 2**30, *inner)
-    strides = (2**34 - strides[0], strides[0], *strides)
+    shape, strides = _ragged(inner)
     return _descriptor(tensor, shape, strides, (1, 1, *block))
 
 
+@functools.cache
+def _ragged(inner: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape and strides of rows that stop at the end of an expert."""
+    strides = _strides((1, *inner))
+    return (0x7FFF0000, 0x7FFF0000, 2**30, *inner), (2**34 - strides[0], strides[0], *strides)
+
+
+def blocks(
+    tensor: torch.Tensor, block: tuple[int, ...], shape: tuple[int, ...] | None = None
+) -> Any:
+    """As :func:`matrix`, for kernels in Gluon."""
+    seen = tuple(tensor.shape) if shape is None else shape
+    return _descriptor(tensor, seen, _strides(seen), block, gluon=True)
+
+
+def ragged_blocks(tensor: torch.Tensor, inner: tuple[int, ...], block: tuple[int, ...]) -> Any:
+    """As :func:`ragged`, for kernels in Gluon."""
+    shape, strides = _ragged(inner)
+    return _descriptor(tensor, shape, strides, (1, 1, *block), gluon=True)
+
+
+@functools.cache
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Of a row-major tensor."""
     strides = [1]
@@ -82,23 +108,43 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _descriptor(
-    tensor: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]
+    tensor: torch.Tensor,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    block: tuple[int, ...],
+    gluon: bool = False,
 ) -> Any:
     """A descriptor, made once an address: it is nothing but numbers and keeps no memory alive."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
     if tensor.device.type != "cuda":
-        return TensorDescriptor(tensor, [*shape], [*strides], [*block])
+        return _make(tensor, shape, strides, block, gluon)
     if tensor.data_ptr() % 16:  # where the copy engine cannot start; only an input can lie there
-        return TensorDescriptor(tensor.clone(), [*shape], [*strides], [*block])
-    key = tensor.data_ptr(), tensor.dtype, shape, block
+        return _make(tensor.clone(), shape, strides, block, gluon)
+    key = tensor.data_ptr(), tensor.dtype, shape, block, gluon
     found = _DESCRIPTORS.get(key)
     if found is None:
         if len(_DESCRIPTORS) >= _MOST_DESCRIPTORS:
             _DESCRIPTORS.clear()
         place = _Place(tensor.data_ptr(), tensor.dtype)
-        found = _DESCRIPTORS[key] = TensorDescriptor(place, [*shape], [*strides], [*block])
+        found = _DESCRIPTORS[key] = _make(place, shape, strides, block, gluon)
     return found
+
+
+def _make(
+    base: Any,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    block: tuple[int, ...],
+    gluon: bool,
+) -> Any:
+    if not gluon:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        return TensorDescriptor(base, [*shape], [*strides], [*block])
+    from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
+    layout = NVMMASharedLayout.get_default_for([*block], bfloat16)  # of any 16-bit dtype
+    return GluonDescriptor(base, [*shape], [*strides], [*block], layout)
 
 
 class _Place:
