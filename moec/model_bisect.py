@@ -28,7 +28,7 @@ from moec.ir.graph import Graph
 from moec.ir.types import DTYPES
 from moec.manager import PassCall, Step, parse_pipeline
 from moec.pipeline import pipeline
-from moec.targets import choose_target, has_descriptors
+from moec.targets import choose_target, has_descriptors, has_gluon
 from moec.verdict import Verdict, judge
 
 # A module in float64 may still compute parts in float32, where its code says so.
@@ -149,8 +149,9 @@ def _pipeline(
     device = torch.device("cpu") if parameter is None else parameter.device
     chosen = target or choose_target(None, device)
     on_gpu = chosen == "triton" and torch.cuda.is_available()
-    descriptors = on_gpu and has_descriptors(torch.device("cuda"))
-    text = pipeline(chosen, training, descriptors) if passes is None else passes
+    gpu = torch.device("cuda")
+    descriptors, gluon = on_gpu and has_descriptors(gpu), on_gpu and has_gluon(gpu)
+    text = pipeline(chosen, training, descriptors, gluon=gluon) if passes is None else passes
     return chosen, parse_pipeline(text)
 
 
