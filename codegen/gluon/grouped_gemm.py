@@ -332,8 +332,9 @@ class GluonGemm:
 
     def _passed(self, value: Value | str, name: str) -> str:
         p = self.product
-        if value == "rows" and not self._copies:
-            return f"launch.blocks({name}, {(ROWS, DEPTH)})"
+        if value == "rows":
+            blocks = f"launch.blocks({name}, {(ROWS, DEPTH)})"
+            return f"launch.aligned({name})" if self._copies else blocks
         if value is p.weights:
             experts = int(p.weights.type.shape[0])
             if p.transposed:

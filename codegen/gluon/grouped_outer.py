@@ -239,7 +239,9 @@ class GluonOuter:
         blocks = (tile.rows, tile.columns)
         for q, name in zip(self.text.parameters, named, strict=True):
             side = next((i for i, s in enumerate(_SIDES) if q.value == f"{s}_rows"), None)
-            if side is not None and side != self.gathered:
+            if side is not None and side == self.gathered:
+                lines.append(f"launch.aligned({name})")
+            elif side is not None:
                 block = (tile.depth, blocks[side])
                 lines.append(f"launch.ragged_blocks({name}, {(sizes[side],)}, {block})")
             elif q.value is self.product.anchor.result:

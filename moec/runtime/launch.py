@@ -92,6 +92,11 @@ def blocks(
     return _descriptor(tensor, seen, _strides(seen), block, gluon=True)
 
 
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor where 16 bytes can be copied at a time; only an input can lie elsewhere."""
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
 def ragged_blocks(tensor: torch.Tensor, inner: tuple[int, ...], block: tuple[int, ...]) -> Any:
     """As :func:`ragged`, for kernels in Gluon."""
     shape, strides = _ragged(inner)
