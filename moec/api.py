@@ -29,6 +29,7 @@ OPTIONS = {
     "dump": "folder to which the IR after each pass is written, as module.path/mode/07-pass.moe"
     " (default: the environment's MOEC_DUMP)",
     "trace": "file to which the time of compilation is written, as Chrome-trace JSON",
+    "gluon": "true: on Hopper GPUs products in Gluon where that should be faster (default: false)",
     "passes": "pipeline text in place of the default one",
     "model_backend": "scope model: the torch.compile backend of what is not MoE (inductor)",
 }
@@ -177,7 +178,10 @@ def _session(target: str | None, strict: bool, options: dict[str, Any]) -> Sessi
             raise CompileError(f"option 'passes' is a pipeline's text, got {passes!r}")
         parse_pipeline(passes)
     watching = Watching(options["dump"], _file("trace", options.get("trace")))
-    return Session(target, strict, options.get("cache"), passes, watching=watching)
+    gluon = options.get("gluon", False)
+    if not isinstance(gluon, bool):
+        raise CompileError(f"option 'gluon' is true or false, got {gluon!r}")
+    return Session(target, strict, options.get("cache"), passes, gluon, watching=watching)
 
 
 def _file(option: str, value: Any) -> str | None:

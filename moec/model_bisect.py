@@ -28,7 +28,7 @@ from moec.ir.graph import Graph
 from moec.ir.types import DTYPES
 from moec.manager import PassCall, Step, parse_pipeline
 from moec.pipeline import pipeline
-from moec.targets import choose_target, has_descriptors, has_gluon
+from moec.targets import choose_target, has_descriptors
 from moec.verdict import Verdict, judge
 
 # A module in float64 may still compute parts in float32, where its code says so.
@@ -150,8 +150,8 @@ def _pipeline(
     chosen = target or choose_target(None, device)
     on_gpu = chosen == "triton" and torch.cuda.is_available()
     gpu = torch.device("cuda")
-    descriptors, gluon = on_gpu and has_descriptors(gpu), on_gpu and has_gluon(gpu)
-    text = pipeline(chosen, training, descriptors, gluon=gluon) if passes is None else passes
+    descriptors = on_gpu and has_descriptors(gpu)
+    text = pipeline(chosen, training, descriptors) if passes is None else passes
     return chosen, parse_pipeline(text)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from moec.errors import MoecError
+from moec.errors import IRError, MoecError
 from moec.ir.builder import Builder, make_op
 from moec.ir.dims import Dim
 from moec.ir.graph import Graph, Op, Value
@@ -204,6 +204,8 @@ def _resized(graph: Graph, sizes: Mapping[int, int]) -> Graph:
             loc=op.loc,
         )
         ops.append(new)
+        if len(new.results) != len(op.results):
+            raise IRError(f"{op.kind} has another number of results at other sizes")
         mapping.update(zip(op.results, new.results, strict=True))
     return Graph(
         graph.name,

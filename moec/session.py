@@ -41,13 +41,14 @@ _COMPILING = threading.RLock()
 @dataclass
 class Session:
     """What one call of :func:`moec.compile` shares between its regions: settings, captures,
-    artifacts.
+    artifacts. ``gluon`` allows products in Gluon where a GPU runs them.
     """
 
     target: str | None = None
     strict: bool = False
     cache: str | None = None
     passes: str | None = None
+    gluon: bool = False
     observers: Sequence[Observer] = ()
     watching: Watching = field(default_factory=from_environment)
     captures: dict[Hashable, FoundRegion] = field(default_factory=dict)
@@ -220,7 +221,11 @@ class Session:
         exact: bool,
     ) -> str:
         text = self.passes or pipeline(
-            target, wanted is not None, has_descriptors(device), exact, has_gluon(device)
+            target,
+            wanted is not None,
+            has_descriptors(device),
+            exact,
+            self.gluon and has_gluon(device),
         )
         if wanted is None:
             return text

@@ -43,6 +43,19 @@ def cheapest_sequence(problem: Problem, budget: int, fixed: bool = False) -> lis
     return None
 
 
+def least_sequence(problem: Problem, low: int, high: int, fixed: bool = False) -> list[int]:
+    """The sequence that needs the fewest bytes: at least ``low``; ``high`` are known to suffice."""
+    best = None
+    while low < high:
+        middle = (low + high) // 2
+        found = cheapest_sequence(problem, middle, fixed)
+        if found is None:
+            low = middle + 1
+        else:
+            best, high = found, middle
+    return best or cheapest_sequence(problem, high, fixed) or list(problem.order)
+
+
 def _steps(
     problem: Problem, budget: int, held: int, done: int, fixed: bool
 ) -> list[tuple[tuple[int, int], int | None, float]]:

@@ -278,10 +278,13 @@ class _Solver:
 
     def failure(self) -> BudgetError:
         """Why there is no plan, the least budget known, and what is large."""
+        from moec.plan.exact import MOST_NODES, least_sequence
         from moec.plan.least import raised
 
         possible = self.least_possible()
-        if possible > self.budget or not math.isinf(self.bound):
+        if len(self.problem.nodes) <= MOST_NODES:
+            self.offer(least_sequence(self.problem, possible, int(self.least_peak), self.fixed))
+        elif possible > self.budget or not math.isinf(self.bound):
             self.lower_peak(max(possible, self.budget))
         known = int(self.least_peak)
         if math.isinf(self.bound):
