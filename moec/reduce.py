@@ -32,6 +32,9 @@ def reduce(graph: Graph, fails: Fails, progress: Callable[[Graph], object] = id)
 
     ``progress`` is told of each graph that is taken. ``graph`` itself must fail.
     """
+    alive = _alive(graph)
+    if not fails(_tidy(graph)) and fails(alive):
+        graph = alive  # what fails is dead code, which proposals drop
     for _ in range(_MOST_ROUNDS):
         smaller = next((g for g in proposals(graph) if _size(g) < _size(graph) and fails(g)), None)
         if smaller is None:
@@ -76,6 +79,15 @@ def _tidy(graph: Graph) -> Graph:
     if graph.gradients or graph.cotangents:
         return graph  # gradients are listed by input
     return replace(graph, inputs=tuple(v for v in graph.inputs if v in live))
+
+
+def _alive(graph: Graph) -> Graph:
+    """The graph with everything returned that nothing reads."""
+    if graph.gradients:
+        return graph
+    read = {v for op in graph.ops for v in op.operands}
+    unread = (v for op in graph.ops for v in op.results if v not in read)
+    return replace(graph, outputs=tuple(dict.fromkeys((*graph.outputs, *unread))))
 
 
 def _plain(graph: Graph) -> Iterator[Graph]:
