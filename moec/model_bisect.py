@@ -253,8 +253,9 @@ def _judged(
         error, problem = _capture_problem(block, training)
     if problem:
         return BlockVerdict(block, error, problem, None)
+    arguments = arguments_of(block, target, seed)
     verdict = judge(
-        block.graph, calls, target, _test(block, seed), arguments_of(block, target, seed)
+        block.graph, calls, target, _test(block, seed), lambda graph: [arguments(graph)]
     )
     return BlockVerdict(block, error, "", verdict)
 

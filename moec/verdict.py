@@ -22,6 +22,7 @@ from moec.single_ops import GuiltyOp, wrong_code, wrong_gradients
 
 # Relative to the largest element; by the coarsest float among the graph's values.
 _TOLERANCES = {"f64": 1e-9, "f32": 1e-4, "f16": 2e-2, "bf16": 5e-2}
+Arguments = Sequence[torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -64,30 +65,34 @@ def judge(
     calls: Sequence[PassCall],
     target: str,
     test: StepTest,
-    arguments_of: Callable[[Graph], Sequence[torch.Tensor]],
+    arguments_of: Callable[[Graph], Sequence[Arguments]],
 ) -> Verdict:
-    """Search the passes with ``test``; if all are right, compare the emitted module, on the
-    arguments that ``arguments_of`` gives for the graph after them, with the interpreter.
+    """Search the passes with ``test``; if all are right, compare the emitted module with the
+    interpreter, on each set of arguments that ``arguments_of`` gives for the graph after them, up
+    to the first that shows a difference.
     """
     guilty, last = find_pass(graph, calls, test)
     if guilty is not None:
         ops = _wrong_gradients(guilty, arguments_of)
         return Verdict(last, len(calls), target, guilty, ops=ops)
-    arguments, allowed = arguments_of(last), tolerance(last)
-    problem = emitted_problem(last, target, arguments, allowed)
-    kernels = find_kernels(last, target, arguments, allowed) if problem else []
-    singles = wrong_code(last, target, arguments, allowed) if problem and not kernels else []
-    return Verdict(last, len(calls), target, None, problem, tuple(kernels), tuple(singles))
+    allowed = tolerance(last)
+    for arguments in arguments_of(last):
+        problem = emitted_problem(last, target, arguments, allowed)
+        if problem:
+            kernels = find_kernels(last, target, arguments, allowed)
+            ops = () if kernels else tuple(wrong_code(last, target, arguments, allowed))
+            return Verdict(last, len(calls), target, None, problem, tuple(kernels), ops)
+    return Verdict(last, len(calls), target)
 
 
 def _wrong_gradients(
-    guilty: GuiltyPass, arguments_of: Callable[[Graph], Sequence[torch.Tensor]]
+    guilty: GuiltyPass, arguments_of: Callable[[Graph], Sequence[Arguments]]
 ) -> tuple[GuiltyOp, ...]:
     """Where differentiation is to blame: the ops whose own gradient is wrong."""
     if guilty.call.definition.name != "grad":
         return ()
     exact = bool(guilty.call.options.get("exact", False))
-    arguments = [t.cpu() for t in arguments_of(guilty.before)]
+    arguments = [t.cpu() for t in arguments_of(guilty.before)[0]]
     return tuple(wrong_gradients(guilty.before, arguments, exact=exact))
 
 

@@ -27,6 +27,8 @@ from moec.verdict import Verdict, judge
 # A configuration with more bytes of weights is tested on a small model of its structure: the
 # reference is in float64, and sizes beyond a few tiles find no more.
 LARGEST = 1 << 29
+# More tokens than fit into a small tile
+MANY = 33
 
 
 class Metric(StrEnum):
@@ -151,10 +153,16 @@ def _graph(
 
 def _arguments(
     target: str, sizes: dict[str, int], seed: int
-) -> Callable[[Graph], list[torch.Tensor]]:
-    def arguments(graph: Graph) -> list[torch.Tensor]:
-        dims = {**default_dims(graph), **sizes}
-        return on_device_of(target, random_inputs(graph, dims, seed=seed))
+) -> Callable[[Graph], list[list[torch.Tensor]]]:
+    """Inputs at the sizes that are named; others are small and distinct, then one, then many."""
+
+    def arguments(graph: Graph) -> list[list[torch.Tensor]]:
+        found: list[dict[str, int]] = []
+        for size in (None, 1, MANY):
+            dims = {**default_dims(graph, size), **sizes}
+            if dims not in found:
+                found.append(dims)
+        return [on_device_of(target, random_inputs(graph, d, seed=seed)) for d in found]
 
     return arguments
 

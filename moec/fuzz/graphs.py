@@ -417,12 +417,14 @@ def _with_loose_rows(ops: Sequence[Op]) -> set[Value]:
     if not _may_drop(ops):
         return set()
     loose: set[Value] = set()
+    dispatches = sum(op.kind == "moe.dispatch" for op in ops)
+    ends = _END_ROWS if dispatches == 1 else ()  # another router's rows are not left out
     lost: set[Value] = set()  # rows taken for tokens or pairs: no op leaves them out again
     for op in ops:
         operands = set(op.operands)
         if lost & operands or (op.kind in _READ_PAIRS and op.operands[0] in loose):
             lost.update(op.results)
-        elif op.kind in _MAKE_ROWS or (op.kind not in _END_ROWS and loose & operands):
+        elif op.kind in _MAKE_ROWS or (op.kind not in ends and loose & operands):
             loose.update(op.results)
     return loose | lost
 
