@@ -18,6 +18,7 @@ from moec import fuel, interp
 from moec.compare import Change, compare
 from moec.errors import MoecError
 from moec.execute import run_emitted
+from moec.fuzz.routings import adversarial_inputs
 from moec.inputs import default_dims
 from moec.ir.builder import Builder
 from moec.ir.dims import evaluate
@@ -202,11 +203,26 @@ def same_meaning(dims: dict[str, int] | None = None, seed: int = 0) -> StepTest:
         try:
             for check in checks:
                 check.after(step, 0)
+            return _awkward_problem(step, seed) if step.changed else ""
         except MoecError as error:  # where the meaning changed, or an op's eval is not its type
             return str(error)
-        return ""
 
     return test
+
+
+def _awkward_problem(step: Step, seed: int) -> str:
+    """What a pass does wrong where tokens all go one way, or nowhere."""
+    if len(step.after.cotangents) != len(step.before.cotangents):
+        return ""  # differentiation is compared on random routings
+    for routing, sizes, arguments in adversarial_inputs(step.before, seed):
+        expected, got = (
+            interp.run(g, arguments, float64=True, dims=sizes) for g in (step.before, step.after)
+        )
+        for value, a, b in zip(step.after.returned, expected, got, strict=True):
+            problem = difference(a, b)
+            if problem:
+                return f"pass {step.call} {CHANGED}: %{value.hint} {problem}, routing {routing}"
+    return ""
 
 
 def same_results(inputs: Sequence[torch.Tensor], seed: int = 0) -> StepTest:

@@ -79,7 +79,8 @@ def zeros(graph: Graph, tensors: Tensors) -> None:
 def _two_dimensional(graph: Graph, tensors: Tensors) -> Iterator[torch.Tensor]:
     routers = _routers(graph)
     for value, tensor in zip(graph.inputs, tensors, strict=False):
-        if value in routers and value.hint != "x" and tensor.dim() == 2 and tensor.numel():
+        fits = tensor.dim() == 2 and tensor.numel() and tensor.is_floating_point()
+        if fits and value in routers and value.hint != "x":
             yield tensor
 
 
