@@ -322,7 +322,11 @@ def _difference(
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference over the largest element; NaN where only one of the two has it."""
+    """The largest difference over the largest element; NaN where only one of the two has it,
+    infinite for other shapes.
+    """
+    if found.shape != expected.shape:
+        return float("inf")
     if found.numel() == 0:
         return 0.0
     a, b = found.double(), expected.double()

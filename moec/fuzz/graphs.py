@@ -171,6 +171,8 @@ def halves(g: _Growing) -> Any:
     """The parts of a matrix, by slices or a split; then work on each, then together again."""
     x = g.pick(lambda v: _is_matrix(v) and int(v.type.shape[1]) % 2 == 0)
     layout = g.random.choice(("concat", "interleave"))
+    if g.random.random() < 0.1:
+        return g.b("t.slice", x, dim=-1, start=g.random.randint(0, 1), stop=x.type.shape[1], step=2)
     parts = (
         _sliced(g, x, layout)
         if g.random.random() < 0.5
