@@ -128,7 +128,8 @@ def passes_page() -> str:
 def in_order() -> list[PassDef]:
     """All passes: first those of the pipeline, by first use, then the others by name."""
     used = [call.definition for call in parse_pipeline(pipeline.pipeline("triton", True))]
-    return list({p.name: p for p in [*used, *all_passes().values()]}.values())
+    own = [p for p in all_passes().values() if p.run.__module__.startswith("moec.passes.")]
+    return list({p.name: p for p in [*used, *own]}.values())
 
 
 def _pass_entry(definition: PassDef) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moec.bisect import kind_of
+from moec.errors import MoecError
 from moec.fuzz.net import Failure, emitted_problem, meaning_problem, pass_problem, text_problem
 from moec.ir import Graph, parse, show
 from moec.manager import PassManager
@@ -33,7 +34,10 @@ def reduced(failure: Failure, seed: int, progress: Callable[[Graph], object] = i
     kind = kind_of(failure.problem)
 
     def fails(graph: Graph) -> bool:
-        problem = problem_with(graph, failure.question, failure.passes, seed)
+        try:
+            problem = problem_with(graph, failure.question, failure.passes, seed)
+        except MoecError:  # the question cannot be asked of this graph: it lost a size, say
+            return False
         return bool(problem) and kind_of(problem) == kind
 
     graph = reduce(failure.graph, fails, progress) if fails(failure.graph) else failure.graph
