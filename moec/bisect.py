@@ -18,7 +18,6 @@ from moec import fuel, interp
 from moec.compare import Change, compare
 from moec.errors import MoecError
 from moec.execute import run_emitted
-from moec.fuzz.routings import adversarial_inputs
 from moec.inputs import default_dims
 from moec.ir.builder import Builder
 from moec.ir.dims import evaluate
@@ -27,6 +26,7 @@ from moec.ir.types import DTYPES
 from moec.ir.verify import verify
 from moec.manager import PassCall, Step
 from moec.observers import Check, difference, reference_gradients
+from moec.routings import adversarial_inputs
 
 # What the interpreter's verdict says.
 CHANGED = "changed the meaning"

@@ -128,7 +128,7 @@ def passes_page() -> str:
 def in_order() -> list[PassDef]:
     """All passes: first those of the pipeline, by first use, then the others by name."""
     used = [call.definition for call in parse_pipeline(pipeline.pipeline("triton", True))]
-    own = [p for p in all_passes().values() if p.run.__module__.startswith("moec.passes.")]
+    own = [p for p in all_passes().values() if p.is_own]
     return list({p.name: p for p in [*used, *own]}.values())
 
 

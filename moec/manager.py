@@ -26,6 +26,11 @@ class PassDef:
     leaves: frozenset[str]
 
     @property
+    def is_own(self) -> bool:
+        """Whether moec brings this pass; others are registered by whoever uses moec."""
+        return self.run.__module__.startswith("moec.passes.")
+
+    @property
     def doc(self) -> str:
         """The docstring: first line for ``moec passes``, the whole for the docs."""
         return inspect.cleandoc(self.run.__doc__ or "")

@@ -222,12 +222,4 @@ def problem_of_saved(path: Path) -> str:
     return problem_of_style(StyleOptions(**saved["options"]), saved["seed"])
 
 
-def captured(options: StyleOptions, seed: int) -> str:
-    """How much of a block moec compiles: "whole", "experts" or "nothing"."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        regions = moec.explain(block(options, seed))
-    return str(regions)
-
-
 __all__ = ["problem_of_saved", "problem_of_style", "problems_of", "random_style", "reduced_style"]

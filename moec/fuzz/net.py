@@ -17,11 +17,11 @@ from moec import interp
 from moec.bisect import relative_error
 from moec.errors import MoecError, PassError
 from moec.execute import run_emitted
-from moec.fuzz.routings import adversarial_inputs
 from moec.ir import Graph, parse, show, verify
 from moec.manager import PassCall, PassManager, Step, all_passes
 from moec.observers import Check, Observer, Verify, difference, reference_gradients
 from moec.pipeline import CLEAN, FUSE, GRAD, GRAD_EXACT, KEEP, RAISE
+from moec.routings import adversarial_inputs
 
 # Passes whose result they leave as it is when they run again.
 _ONCE = {"grad"}
@@ -200,8 +200,7 @@ def pass_failures(graph: Graph, seed: int) -> Iterator[Failure]:
     """Everything that one of moec's passes does wrong with a graph, at two stages."""
     for before in graphs_on_the_way(graph):
         for name, definition in all_passes().items():
-            own = definition.run.__module__.startswith("moec.passes.")
-            if not own or (name == "grad" and before.cotangents):
+            if not definition.is_own or (name == "grad" and before.cotangents):
                 continue
             problem = pass_problem(before, [PassCall(definition)], seed, [Readable()])
             if problem:

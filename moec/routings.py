@@ -57,12 +57,6 @@ def one_expert(graph: Graph, tensors: Tensors) -> None:
             tensor.copy_(tensor[:1].expand_as(tensor).clone())
 
 
-def ties(graph: Graph, tensors: Tensors) -> None:
-    """All experts are equally good."""
-    for router in _two_dimensional(graph, tensors):
-        router.copy_(router[:1].expand_as(router).clone())
-
-
 def saturated(graph: Graph, tensors: Tensors) -> None:
     """Logits so large that sigmoids are 0 or 1 and a softmax has one winner."""
     for router in _two_dimensional(graph, tensors):
