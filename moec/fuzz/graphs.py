@@ -21,6 +21,8 @@ from moec.ir.types import FLOATS
 
 # Numbers that keep unit scale: functions with poles or steep ends get arguments away from them.
 _TAME = ("abs", "sigmoid", "tanh", "silu", "gelu", "erf", "relu", "softplus", "neg", "log_sigmoid")
+# Functions that undo themselves, or that change nothing a second time.
+_FOLDING = ("neg", "relu", "abs")
 _CONSTANTS = (0.0, 1.0, -1.0, 0.5, 2.0, 1.5)
 _WIDTHS = (1, 2, 3, 5)
 # Routers that may leave a choice without an expert; ops that make rows, and that leave them out
@@ -86,6 +88,13 @@ def pointwise(g: _Growing) -> Any:
     """A function of one value that is tame anywhere."""
     x = g.pick(_is_float)
     return g.b(f"t.{g.random.choice(_TAME)}", x)
+
+
+def composed(g: _Growing) -> Any:
+    """A function of a function, of the few that undo each other or themselves."""
+    x = g.pick(_is_float)
+    inner = g.b(f"t.{g.random.choice(_FOLDING)}", x)
+    return g.b(f"t.{g.random.choice(_FOLDING)}", inner)
 
 
 def guarded(g: _Growing) -> Any:
@@ -340,6 +349,7 @@ def dispatched_again(g: _Growing) -> Any:
 # what may grow, and how often
 GROWTH: dict[Grow, int] = {
     pointwise: 6,
+    composed: 3,
     guarded: 3,
     clamped: 2,
     with_constant: 5,

@@ -14,6 +14,7 @@ from moec.ir.graph import Op, Value
 from moec.ir.types import Type
 
 ACTIVATIONS = ("softmax", "sigmoid", "sqrtsoftplus", "identity")
+_SOFTPLUS_THRESHOLD = 20.0  # PyTorch's default: softplus(x) is x above it
 MODES = ("topk", "group_limited", "topk_per_group", "margin", "threshold")
 
 
@@ -47,9 +48,7 @@ def activate_gradient(b: Any, op: Op, g: Value) -> Value:
         # in the order of PyTorch's own gradient: the same bits in a float32 part of a float64 model
         return b("t.mul", b("t.mul", g, b("t.add", b("t.neg", scores), other=1.0)), scores)
     if fn == "sqrtsoftplus":
-        return b(
-            "t.div", b("t.mul", g, b("t.sigmoid", op.operands[0])), b("t.mul", scores, other=2.0)
-        )
+        return b("t.div", _softplus_slope(b, op.operands[0], g), b("t.mul", scores, other=2.0))
     shape = scores.type.shape
     split = (*shape[:-1], groups, shape[-1] // groups)
     weighted = b("t.mul", g, scores)
@@ -58,6 +57,12 @@ def activate_gradient(b: Any, op: Op, g: Value) -> Value:
     if groups > 1:
         total = b("t.reshape", b("t.expand", total, shape=split), shape=shape)
     return b("t.sub", weighted, b("t.mul", scores, total))
+
+
+def _softplus_slope(b: Any, logits: Value, g: Value) -> Value:
+    """``g`` times the slope of the softplus, which is the identity above PyTorch's threshold."""
+    steep = b("t.mul", g, b("t.sigmoid", logits))
+    return b("t.where", b("t.gt", logits, other=_SOFTPLUS_THRESHOLD), g, steep)
 
 
 def select(choice: torch.Tensor, k: int, mode: str, options: Mapping[str, Any]) -> torch.Tensor:
