@@ -14,6 +14,7 @@ from moec.codegen.labels import has_range, label
 from moec.codegen.names import PythonNames
 from moec.codegen.writer import Writer
 from moec.inputs import dim_names
+from moec.ir.dims import symbols
 from moec.ir.graph import Graph, Op, Value, backward_ops, forward_ops
 
 EmitOp = Callable[[Writer, Op, PythonNames], bool]
@@ -45,8 +46,24 @@ def partition(graph: Graph) -> Program:
     )
     again = [constants[v] for v in read if v in constants]
     saved = tuple(v for v in read if v in made and v not in constants)
-    needed = tuple(i for i, v in enumerate(graph.inputs) if v in read)
-    return Program(graph, forward, (*dict.fromkeys(again), *backward), saved, needed)
+    behind_all = (*dict.fromkeys(again), *backward)
+    given = {v for v in graph.inputs if v in read}
+    given |= _inputs_that_bind(graph, behind_all, [*given, *saved, *graph.cotangents])
+    needed = tuple(i for i, v in enumerate(graph.inputs) if v in given)
+    return Program(graph, forward, behind_all, saved, needed)
+
+
+def _inputs_that_bind(graph: Graph, ops: Sequence[Op], known: Sequence[Value]) -> set[Value]:
+    """Inputs that give the sizes which ``ops`` need and no known value has as an axis."""
+    needed = {s for op in ops for v in op.results for d in v.type.shape for s in symbols(d)}
+    missing = needed - _bound(known)
+    return {next(v for v in graph.inputs if name in _bound([v])) for name in sorted(missing)}
+
+
+def _bound(values: Sequence[Value]) -> set[str]:
+    """The names of the sizes that are axes of values."""
+    sizes = (d for v in values for d in v.type.shape)
+    return {d.name for d in sizes if isinstance(d, sympy.Symbol)}
 
 
 def emit_host(

@@ -36,8 +36,8 @@ def reduced(failure: Failure, seed: int, progress: Callable[[Graph], object] = i
     def fails(graph: Graph) -> bool:
         try:
             problem = problem_with(graph, failure.question, failure.passes, seed)
-        except MoecError:  # the question cannot be asked of this graph: it lost a size, say
-            return False
+        except (MoecError, RuntimeError):
+            return False  # the question cannot be asked of this graph: it lost a size, say
         return bool(problem) and kind_of(problem) == kind
 
     graph = reduce(failure.graph, fails, progress) if fails(failure.graph) else failure.graph
