@@ -32,6 +32,7 @@ from moec.mode import Mode, is_out_of_range, no_autocast
 from moec.region_captures import RegionCaptures
 from moec.runtime.artifact import Artifact
 from moec.session import Session
+from moec.steady import Steady, is_plain_call, steady_call
 from moec.surroundings import is_traced, is_transformed, odd_reason, odd_tensor
 from moec.traced import call_traced, number
 
@@ -71,6 +72,11 @@ class Region(RegionCaptures):
 
     def call(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Serve a call, or give ``NotImplemented`` if the module's own code must run."""
+        plain = is_plain_call(args, kwargs)
+        if plain:
+            steady = self.steady.get(Steady.mode(module, args[0]))
+            if steady is not None and steady.holds(args[0]):
+                return steady.serve(args[0])
         if is_transformed():
             return NotImplemented
         if is_traced():
@@ -85,7 +91,7 @@ class Region(RegionCaptures):
             return NotImplemented
         if self._must_run_own_code(module):
             return NotImplemented
-        return self._serve(module, call.tensors, lambda: self._found_for(module, call))
+        return self._serve(module, call.tensors, lambda: self._found_for(module, call), plain)
 
     def _call_with_extras(self, module: nn.Module, values: Sequence[Any]) -> Any:
         """Serve a call with arguments after the tokens that name experts, in the first form that
@@ -120,6 +126,7 @@ class Region(RegionCaptures):
         module: nn.Module,
         data: Sequence[torch.Tensor],
         find: Callable[[], FoundRegion | None],
+        plain: bool = False,
     ) -> Any:
         """Run the capture that serves a call; made anew after weights were replaced by others of
         another dtype or shape.
@@ -131,7 +138,7 @@ class Region(RegionCaptures):
             if self.kind == "experts" and is_out_of_range(found.graph, data[1]):
                 return NotImplemented
             if fits(found.graph, self._weights(found, module)):
-                return self._run(found, module, data)
+                return self._run(found, module, data, plain)
             self._forget()
         return NotImplemented
 
@@ -188,11 +195,18 @@ class Region(RegionCaptures):
         known = [n for n in inspect.signature(own).parameters if n in kwargs]
         return {n: kwargs[n] for n in known} if len(known) == len(kwargs) else kwargs
 
-    def _run(self, found: FoundRegion, module: nn.Module, data: Sequence[torch.Tensor]) -> Any:
+    def _run(
+        self,
+        found: FoundRegion,
+        module: nn.Module,
+        data: Sequence[torch.Tensor],
+        plain: bool = False,
+    ) -> Any:
         graph = found.graph
         if graph is None:
             return NotImplemented
-        inputs = [*self._data(graph, found, data), *self._weights(found, module)]
+        weights = self._weights(found, module)
+        inputs = [*self._data(graph, found, data), *weights]
         odd = odd_tensor(inputs)
         if odd is not None:
             self._left_odd(odd_reason(odd))
@@ -207,6 +221,11 @@ class Region(RegionCaptures):
             return NotImplemented
         if artifact not in self.artifacts:
             self.artifacts.append(artifact)
+        if plain and len(data) == 1 and autocast_dtype(data[0].device.type) is None:
+            x = data[0]
+            made = steady_call(module, x, found, artifact, weights, self._guard, self.name)
+            if made is not None:
+                self.steady[Steady.mode(module, x)] = made
         with no_autocast(data[0].device.type):
             outputs = artifact(inputs, self.name)
         apply_writes(module, found.writes)

@@ -34,6 +34,7 @@ from moec.result_form import ResultForm
 from moec.runtime.artifact import Artifact
 from moec.session import Session
 from moec.share import share
+from moec.steady import SteadyCalls
 from moec.structure import plain_settings, structure_key
 from moec.surroundings import NO_WEIGHTS, isolated, odd_reason, odd_tensor
 from moec.targets import choose_target
@@ -61,6 +62,7 @@ class RegionCaptures:
         self._guard = Guard(candidate.module)
         self.settings = plain_settings(candidate.module)
         self._tensors: dict[tuple[str, ...], list[tuple[nn.Module, str]]] = {}
+        self.steady: SteadyCalls = {}
 
     # what a user sees
     @property
@@ -239,6 +241,7 @@ class RegionCaptures:
         log_forgotten(self)
         self.found.clear()
         self._tensors.clear()
+        self.steady.clear()
         self._guard = Guard(self.candidate.module)
 
     def _weights(self, found: FoundRegion, module: nn.Module) -> list[torch.Tensor]:
@@ -298,6 +301,7 @@ class RegionCaptures:
         if not self._guard.holds() and types_below(module) == self._types:
             self.found = {mode: f for mode, f in self.found.items() if f.graph is None}
             self._tensors.clear()
+            self.steady.clear()
             self._guard = Guard(module)
 
 

@@ -17,6 +17,7 @@ import torch
 from moec import logs, torch_trace
 from moec.cache import cache_directory, source_of
 from moec.capture.regions import FoundRegion
+from moec.codegen.triton.routing import most_few_tokens
 from moec.errors import CompileError
 from moec.exact_gradients import has_smaller_floats
 from moec.ir.graph import Graph
@@ -27,6 +28,7 @@ from moec.manager import Observer, PassManager, parse_pipeline
 from moec.pipeline import pipeline
 from moec.reproducer import Emission, Reproducer
 from moec.runtime.artifact import Artifact, Once, build
+from moec.runtime.tape import Tapes
 from moec.surroundings import isolated
 from moec.targets import choose_target, has_descriptors, has_gluon
 from moec.trace_events import span
@@ -34,6 +36,8 @@ from moec.watching import Watching, from_environment
 
 # The mode of training artifacts for few tokens.
 FEW = "training-few"
+# The mode of inference artifacts for few tokens.
+DECODING = "inference-few"
 # Threads that race for the first call compile once.
 _COMPILING = threading.RLock()
 
@@ -117,9 +121,28 @@ class Session:
             self.demoted.add(graph.fingerprint)
             made = self.artifact(graph, wanted, device, name=name)
         elif made is not None and self._rounds_apart(made, exact):
-            few = (graph, wanted, target, device, name, True, FEW)
-            made = replace(made, few=Once(functools.partial(self._compile, *few)))
+            few = functools.partial(self._compile, graph, wanted, target, device, name, True, FEW)
+            made = replace(made, few=Once(lambda _: few()))
+        elif made is not None and made.target == "triton" and wanted is None:
+            most = 0 if self.passes else most_few_tokens(made.graph)
+            decode = functools.partial(self._decoding, graph, target, device, name)
+            made = replace(made, few=Once(decode), few_tokens=most) if most else made
         self.artifacts[key] = made
+
+    def _decoding(
+        self,
+        graph: Graph,
+        target: str,
+        device: torch.device,
+        name: str,
+        inputs: Sequence[torch.Tensor],
+    ) -> Artifact | None:
+        """The artifact for inference with few tokens; ``None`` if it does not run here."""
+        made = self._compile(graph, None, target, device, name, False, DECODING)
+        if made is None or not self._runs(made, inputs):
+            return None
+        varying = [i for i, v in enumerate(graph.inputs) if not isinstance(v.type.elements, int)]
+        return replace(made, tapes=Tapes(varying))
 
     def _log_again(self, key: tuple[str, tuple[bool, ...] | None, str], name: str) -> None:
         """Log what is new about a graph that was compiled before."""
@@ -176,7 +199,9 @@ class Session:
                 span(name or graph.name, "region", mode=mode),
                 reproducer,
             ):
-                calls = parse_pipeline(self._pipeline(named, wanted, target, device, exact))
+                text = self._pipeline(named, wanted, target, device, exact)
+                text += ", lower{few=true}" if mode == DECODING else ""
+                calls = parse_pipeline(text)
                 watching = [*self.observers, *self.watching.observers(name, mode), reproducer]
                 manager = PassManager(calls, watching)
                 return self._built(manager, named, target, mode, name, reproducer)

@@ -16,6 +16,7 @@ def lower(
     *,
     descriptors: bool = False,
     gluon: bool = False,
+    few: bool = False,
     block_m: int = 0,
     block_n: int = 0,
     block_k: int = 0,
@@ -25,11 +26,13 @@ def lower(
 
     ``descriptors`` allows the Hopper template ("tma": the copy engine moves tiles), which a kernel
     gets where its sizes and dtypes fit; the others get "pointer". ``gluon`` allows the template for
-    Hopper alone in which some warps load and others multiply; it goes before both. The block sizes
-    override the rules' choice of rows, columns and depth of products, and of the vectors of the
-    other kernels.
+    Hopper alone in which some warps load and others multiply; it goes before both. ``few`` is for
+    calls of few tokens: the whole routing is one program, which also lists the row tiles, and
+    products have tiles of few rows, whose programs read the weights of one expert each. The block
+    sizes override the rules' choice of rows, columns and depth of products, and of the vectors of
+    the other kernels.
     """
-    limits = Limits(descriptors, gluon, block_m, block_n, block_k, block)
+    limits = Limits(descriptors, gluon, few, block_m, block_n, block_k, block)
     ops = tuple(_lowered(op, limits) if op.kind.startswith("kern.") else op for op in graph.ops)
     return (
         graph if all(a is b for a, b in zip(ops, graph.ops, strict=True)) else graph.with_ops(ops)

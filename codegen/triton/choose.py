@@ -14,7 +14,15 @@ from moec.codegen.triton.grouped_outer import analyse as analyse_outer
 from moec.codegen.triton.hoist import hoist
 from moec.codegen.triton.kernel import Unsupported
 from moec.codegen.triton.products import analyse
-from moec.codegen.triton.tiles import Tile, outer_tile, outer_tile_reason, row_tile, row_tile_reason
+from moec.codegen.triton.routing import ONE_PROGRAM, few_routing
+from moec.codegen.triton.tiles import (
+    Tile,
+    few_tile,
+    outer_tile,
+    outer_tile_reason,
+    row_tile,
+    row_tile_reason,
+)
 from moec.ir.graph import Op
 from moec.reasons import decline, fired
 
@@ -25,6 +33,7 @@ class Limits:
 
     descriptors: bool = False
     gluon: bool = False
+    few: bool = False
     block_m: int = 0
     block_n: int = 0
     block_k: int = 0
@@ -33,6 +42,8 @@ class Limits:
 
 def attributes(op: Op, limits: Limits) -> dict[str, Any]:
     """The attributes ``template`` and ``tile`` of a kernel."""
+    if limits.few and op.kind == "kern.routing":
+        return {"template": ONE_PROGRAM, "tile": few_routing(op)}
     if op.kind not in ("kern.grouped_gemm", "kern.grouped_outer"):
         return {"tile": (limits.block,)} if limits.block else {}
     if limits.gluon:
@@ -44,9 +55,12 @@ def attributes(op: Op, limits: Limits) -> dict[str, Any]:
         decline("template gluon", op, problem)
     op = hoist(op).op
     problem = no_descriptors(op) if limits.descriptors else "descriptors are off"
+    problem = "tiles of few rows are read by pointers" if limits.few else problem
     template = "pointer" if problem else "tma"
     try:
-        tile = _overridden(_default(op, template), limits)
+        few = limits.few and op.kind == "kern.grouped_gemm"
+        tile = few_tile(analyse(op)) if few else _default(op, template)
+        tile = _overridden(tile, limits)
     except Unsupported as error:
         decline("template", op, "none takes it: {}", error)
         return {}
@@ -84,7 +98,8 @@ class _Reason:
 
     def __str__(self) -> str:
         given = (self.limits.block_m, self.limits.block_n, self.limits.block_k)
-        why = "sizes given as options" if any(given) else self._rule()
+        why = "few rows, many programs" if self.limits.few else self._rule()
+        why = "sizes given as options" if any(given) else why
         return f"{self.tile}: {why}"
 
     def _rule(self) -> str:

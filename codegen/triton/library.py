@@ -122,6 +122,56 @@ def list_row_tiles(offsets, tiles, E: tl.constexpr, EP: tl.constexpr, BM: tl.con
         tl.store(tiles, before + mine)
 
 
+@triton.jit
+def place_few(
+    e, pair, live, count, perm, offsets, inverse, tiles,
+    E: tl.constexpr, EP: tl.constexpr, P: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """All of the dispatch in one program: pair[p] goes to expert e[p], which gets count[e] pairs.
+
+    EP, a power of two, is above E where pairs may have no expert: e is E then, and they take the
+    rows after all others. The row tiles are listed as by list_row_tiles.
+    """
+    slot = tl.arange(0, P)
+    expert = tl.arange(0, EP)
+    earlier = (e[:, None] == e[None, :]) & (slot[None, :] < slot[:, None]) & live[None, :]
+    start = tl.cumsum(count, 0) - count
+    row = tl.gather(start, tl.minimum(e, EP - 1), 0) + tl.sum(earlier.to(tl.int32), 1)
+    tl.store(perm + row, pair, mask=live)
+    tl.store(inverse + pair, tl.where(e < E, row, -1), mask=live)
+    taken = tl.where(expert < E, count, 0)
+    tl.store(offsets + expert, start, mask=expert < E)
+    tl.store(offsets + E, tl.sum(taken, 0))
+    mine = (taken + BM - 1) // BM
+    first = tl.cumsum(mine, 0) - mine
+    for j in tl.static_range((P + BM - 1) // BM):
+        entry = tiles + 2 * (first + j)
+        tl.store(entry + 2, expert, mask=j < mine)
+        tl.store(entry + 3, start + j * BM, mask=j < mine)
+    tl.store(tiles, tl.sum(mine, 0))
+
+
+@launch.Kernel
+@triton.jit(do_not_specialize=["pairs"])
+def place_few_pairs(
+    index, perm, offsets, inverse, tiles, pairs,
+    E: tl.constexpr, EP: tl.constexpr, P: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """As place_few, of indices that are in memory; what is no expert's number is none."""
+    pair = tl.arange(0, P)
+    expert = tl.arange(0, EP)
+    e = tl.load(index + pair, mask=pair < pairs, other=E)
+    e = tl.where((e < 0) | (e > E), E, e).to(tl.int32)
+    count = tl.zeros((EP,), tl.int32)
+    for first in range(0, P, 16):
+        some = first + tl.arange(0, 16)
+        chosen = tl.load(index + some, mask=some < pairs, other=EP)
+        chosen = tl.where((chosen < 0) | (chosen > E), E, chosen)
+        hit = (chosen[:, None] == expert[None, :]) & (some < pairs)[:, None]
+        count += tl.sum(hit.to(tl.int32), 0)
+    place_few(e, pair, pair < pairs, count, perm, offsets, inverse, tiles, E, EP, P, BM)
+
+
 @launch.Kernel
 @triton.jit(do_not_specialize=["pairs", "blocks"])
 def count_pairs(

@@ -12,14 +12,29 @@ from dataclasses import dataclass, field
 
 from moec.codegen.triton.context import Context, arguments, only_if, write
 from moec.codegen.triton.kernel import KernelText, Unsupported, documentation
-from moec.codegen.triton.scores import Scores
-from moec.codegen.triton.tiles import power_of_two
+from moec.codegen.triton.scores import Scores, tokens_a_program
+from moec.codegen.triton.tiles import FEW_ROWS, power_of_two
 from moec.codegen.writer import Writer
 from moec.ir.dims import python_source
-from moec.ir.graph import Op, Value
+from moec.ir.graph import Graph, Op, Value
 
 EmitInner = Callable[[Writer, Op, Context], None]
 PAIRS = 128  # pairs that one program ranks
+ONE_PROGRAM = "one program"  # the template for few tokens
+
+
+def few_routing(op: Op) -> tuple[int, ...]:
+    """The tile of a routing in one program: the most tokens."""
+    inner = op.body.ops if op.body is not None else ()
+    dispatch = next(o for o in inner if o.kind == "moe.dispatch")
+    choices = int(dispatch.operands[0].type.shape[1])
+    return (tokens_a_program(choices, int(dispatch.attrs["experts"])),)
+
+
+def most_few_tokens(graph: Graph) -> int:
+    """For how many tokens the templates for few tokens serve; 0 where they do not apply."""
+    routings = [op for op in graph.ops if op.kind == "kern.routing"]
+    return min((few_routing(op)[0] for op in routings), default=0)
 
 
 @dataclass
@@ -48,13 +63,20 @@ class Routing:
         if len(self.body.ops) == 1:
             return
         try:
-            self.scores = Scores(self.body, self.dispatch, self.op.attrs.get("tile"))
+            self.scores = Scores(self.body, self.dispatch, self.op.attrs.get("tile"), self.few)
         except Unsupported as error:
             self.reason = str(error)
 
     @property
+    def few(self) -> bool:
+        """Whether all of it is one program."""
+        return bool(self.op.attrs.get("template") == ONE_PROGRAM)
+
+    @property
     def library(self) -> set[str]:
         """The library functions in use."""
+        if self.few:
+            return {"place_few_pairs"} if self.scores is None else self.scores.text.used
         used = {"count_pairs"} if self.scores is None else self.scores.text.used
         return used | {"scan_counts", "place_pairs"}
 
@@ -80,6 +102,9 @@ class Routing:
         context.contiguous(writer, self.op.operands)
         index = self._host_scores(writer, context) if self.scores is None else ""
         made = self._allocate(writer, context, index)
+        if self.few:
+            self._launch_one(writer, context, made)
+            return
         pairs = python_source(self.dispatch.operands[0].type.elements)
         histogram, blocks = (context.names.fresh(n) for n in ("histogram", "blocks"))
         made["histogram"] = histogram
@@ -95,6 +120,31 @@ class Routing:
             inner += [sizes, f"PAIRS={power_of_two(block)}"]
             write(writer, f"place_pairs[({blocks},)]({', '.join(inner)})")
             writer.line(f"del {histogram}")
+        with writer.block("else:"):
+            writer.line(f"{made['offsets']}.zero_()")
+
+    def _launch_one(self, writer: Writer, context: Context, made: dict[str, str]) -> None:
+        """The only launch: routing, dispatch and the list of row tiles."""
+        rows = self.dispatch.results[0].type.shape[0]
+        outer = dict(zip(self.body.outputs, self.op.results, strict=True))
+        offsets = outer.get(self.dispatch.results[1])
+        name = context.names.fresh("tiles")
+        room = f"{python_source(rows)}, {self.experts}, {FEW_ROWS}, device"
+        writer.line(f"{name} = launch.empty_row_tiles({room})")
+        made["tiles"] = name
+        if offsets is not None:
+            context.tiles[offsets, FEW_ROWS] = name
+        with writer.block(f"if {only_if(rows)}:"):
+            if self.scores is not None:
+                tokens = python_source(self.dispatch.operands[0].type.shape[0])
+                inner = [*arguments(self.scores.text, self.op, context, made), tokens]
+                write(writer, f"{self.name}[(1,)]({', '.join(inner)})")
+            else:
+                most = power_of_two(int(self.op.attrs["tile"][0]) * self.choices)
+                sizes = f"E={self.experts}, EP={power_of_two(self._buckets)}, P={most}"
+                inner = [made[n] for n in ("index", *_RESULTS)]
+                inner += [name, python_source(rows), sizes, f"BM={FEW_ROWS}"]
+                write(writer, f"place_few_pairs[(1,)]({', '.join(inner)})")
         with writer.block("else:"):
             writer.line(f"{made['offsets']}.zero_()")
 

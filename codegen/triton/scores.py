@@ -17,7 +17,7 @@ from moec.codegen.triton.kernel import (
     is_pointwise,
     needed_ops,
 )
-from moec.codegen.triton.tiles import power_of_two
+from moec.codegen.triton.tiles import FEW_ROWS, power_of_two
 from moec.ir.graph import Graph, Op, Value
 
 ORDER = ("t", "e", "k")
@@ -28,13 +28,15 @@ PAIRS = 128
 class Scores:
     """Writes the kernel; :class:`Unsupported` if the body holds what it cannot express."""
 
-    def __init__(self, body: Graph, dispatch: Op, tile: tuple[int, ...] | None) -> None:
-        self.body, self.dispatch = body, dispatch
+    def __init__(
+        self, body: Graph, dispatch: Op, tile: tuple[int, ...] | None, places: bool = False
+    ) -> None:
+        self.body, self.dispatch, self.places = body, dispatch, places
         self.select = _only_select(body, dispatch)
         self.index: Value = self.select.result
         self.experts = int(dispatch.attrs["experts"])
         self.choices = int(self.index.type.shape[1])
-        self.tokens = tile[0] if tile else _tokens(self.choices, self.experts)
+        self.tokens = tile[0] if tile else tokens_a_program(self.choices, self.experts)
         self.dtype = compute_dtype(body)
         self.text = KernelText(self.dtype)
         self.env: dict[Value, Term] = {}
@@ -47,8 +49,8 @@ class Scores:
         t = self.text
         size, padded = power_of_two(self.experts), power_of_two(self.choices)
         t.constants.update(BT=self.tokens, EP=size, KP=padded)
-        count, blocks = t.names.fresh("tokens"), t.names.fresh("blocks")
-        t.integers += [count, blocks]
+        count = t.names.fresh("tokens")
+        t.integers += [count] if self.places else [count, t.names.fresh("blocks")]
         t.line("block = tl.program_id(0)")
         t.line("token = (block * BT + tl.arange(0, BT)).to(tl.int64)")
         t.line("expert = tl.arange(0, EP)")
@@ -89,10 +91,28 @@ class Scores:
         index = self.index if self.index in self.body.outputs else "index"
         name = t.parameter(index, f"{self.index.hint}_out")
         t.line(f"tl.store({name} + {at}, {self.env[self.index].text}, mask={mask})")
+        if self.places:
+            self._write_places()
+            t.sort(self.body)
+            return
         histogram, blocks = t.parameter("histogram"), t.integers[1]
         at = f"{histogram} + expert * ({blocks} + 1) + block"
         t.line(f"tl.store({at}, count, mask=expert < {self.experts})")
         t.sort(self.body)
+
+    def _write_places(self) -> None:
+        """Place the pairs: there is one program, so it has seen them all."""
+        t, padded = self.text, power_of_two(self.choices)
+        t.used.add("place_few")
+        t.line("# dispatch")
+        names = [t.parameter(n) for n in ("perm", "offsets", "inverse", "tiles")]
+        index = self.env[self.index].text
+        live = f"(chosen & (slot < {padded})[None, :])"
+        t.line(f"pair = (token[:, None] * {self.choices} + slot[None, :]).to(tl.int32)")
+        pairs = "BT * KP"
+        flat = [f"{n}.reshape({pairs})" for n in (index, "pair", live)]
+        inner = ", ".join([*flat, "count", *names])
+        t.line(f"place_few({inner}, {self.experts}, EP, {pairs}, {FEW_ROWS})")
 
     def _place(self, axes: tuple[str, ...]) -> tuple[str, str]:
         """Position and mask of a value of a block."""
@@ -288,7 +308,7 @@ class Scores:
         return f"first + {pick}"
 
 
-def _tokens(choices: int, experts: int) -> int:
+def tokens_a_program(choices: int, experts: int) -> int:
     """Tokens a program: as many as it can rank pairs and hold scores of."""
     return max(1, min(PAIRS // power_of_two(choices), 4096 // power_of_two(experts)))
 

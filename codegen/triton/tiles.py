@@ -8,6 +8,7 @@ from moec.codegen.triton.products import RowProduct
 from moec.ir.types import SIZES
 
 SHARED_BYTES = 232448 - 4096  # of a Hopper processor, less what barriers and the like take
+FEW_ROWS = 16  # of a tile where an expert has few
 GROUP = 8  # row tiles that share the columns of weights they read
 
 
@@ -50,6 +51,16 @@ def row_tile(p: RowProduct, template: str) -> Tile:
     return _fit(
         Tile(64, 64 // p.parts if p.parts <= 2 else 16, 128 // size, 4, 2), p.columns, p.depth
     )
+
+
+def few_tile(p: RowProduct) -> Tile:
+    """The tile where an expert has few rows: what counts is that many programs read weights.
+
+    16 rows, the least that tensor cores take; 64 columns of all parts together, as deep as fits.
+    """
+    size = SIZES[p.weights.type.dtype]
+    columns = 64 // p.parts if p.parts <= 2 else 16
+    return _fit(Tile(FEW_ROWS, columns, 256 // size, 4, 4), p.columns, p.depth)
 
 
 def row_tile_reason(p: RowProduct, template: str) -> str:

@@ -17,6 +17,7 @@ from moec.errors import CallError
 from moec.ir.graph import Graph, Value
 from moec.manager import Step
 from moec.runtime.ranges import in_range, with_ranges
+from moec.runtime.tape import Tapes
 
 # Up to so many tokens an artifact's ``few`` serves a call.
 FEW_TOKENS = 32
@@ -25,14 +26,14 @@ FEW_TOKENS = 32
 class Once:
     """An artifact that is made when it is first asked for; ``None`` if it cannot be made."""
 
-    def __init__(self, make: Callable[[], Artifact | None]) -> None:
+    def __init__(self, make: Callable[[Sequence[torch.Tensor]], Artifact | None]) -> None:
         self._make, self._made = make, False
         self._artifact: Artifact | None = None
 
-    def get(self) -> Artifact | None:
-        """The artifact."""
+    def get(self, inputs: Sequence[torch.Tensor]) -> Artifact | None:
+        """The artifact; ``inputs`` are those of the call that asks."""
         if not self._made:
-            self._artifact, self._made = self._make(), True
+            self._artifact, self._made = self._make(inputs), True
         return self._artifact
 
     @property
@@ -49,9 +50,11 @@ class Artifact:
     ``backward_inputs``, the saved values and the cotangents. It serves every size of the token
     axes.
 
-    ``few``, if there is one, serves calls of few tokens: its gradients round as eager's. There, and
-    at length 1 above all, gradients occur that are zero but for rounding (a query's, where there is
-    one key), and memory does not matter.
+    ``few``, if there is one, serves calls of up to ``few_tokens`` tokens. For training on the
+    ``aten`` target its gradients round as eager's: there, and at length 1 above all, gradients
+    occur that are zero but for rounding (a query's, where there is one key), and memory does not
+    matter. For inference on a GPU it has kernels for few rows, and ``tapes`` keeps what its calls
+    launched.
     """
 
     graph: Graph
@@ -65,6 +68,8 @@ class Artifact:
     program_saved: tuple[Value, ...] = ()
     history: tuple[Step, ...] = field(default=(), repr=False)
     few: Once | None = field(default=None, repr=False)
+    few_tokens: int = FEW_TOKENS
+    tapes: Tapes | None = field(default=None, repr=False)
     named: dict[str, Artifact] = field(default_factory=dict, repr=False)
 
     def __call__(
@@ -74,12 +79,16 @@ class Artifact:
 
         A profiler that runs shows the time under the name of ``region``.
         """
-        if self.few is not None and inputs[0].shape[:-1].numel() <= FEW_TOKENS:
-            few = self.few.get()
+        if self.few is not None and inputs[0].shape[:-1].numel() <= self.few_tokens:
+            few = self.few.get(inputs)
             if few is not None:
                 return few(inputs, region)
         used = self.in_ranges(region) if profiler._is_profiler_enabled else self
         contiguous = [t if t.is_contiguous() else t.contiguous() for t in inputs]
+        if self.tapes is not None and used is self:
+            repeated = self.tapes.call(self.forward, contiguous)
+            if repeated is not None:
+                return repeated
         # kernels go to the current device; on the CPU this does nothing
         with torch.cuda.device_of(inputs[0]):  # type: ignore[no-untyped-call]
             if used.backward is None:
@@ -98,7 +107,9 @@ class Artifact:
             if backward is not None:
                 backward = in_range(region, "backward", backward, behind)
             forward = in_range(region, "forward", self.forward, ahead)
-            self.named[region] = replace(self, forward=forward, backward=backward, few=None)
+            self.named[region] = replace(
+                self, forward=forward, backward=backward, few=None, tapes=None
+            )
         return self.named[region]
 
     def try_out(self, inputs: Sequence[torch.Tensor]) -> None:

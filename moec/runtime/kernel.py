@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from moec.runtime import tape
 from moec.trace_events import span
 
 
@@ -31,6 +32,9 @@ class Kernel:
     def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
         if not self._remembers:
             launch: Callable[..., None] = self.function[tuple(grid)]
+            recording = tape.current()
+            if recording is not None:
+                return lambda *args, **options: recording.interpreted(launch, args, options)
             return launch
         return lambda *arguments, **options: self._launch(grid, arguments, options)
 
@@ -45,9 +49,14 @@ class Kernel:
         known = self._compiled.get(key)
         if known is None:
             self._first(grid, arguments, options, key)
-            return
-        compiled, constants = known
-        compiled[(*grid, 1, 1)[:3]](*arguments, *constants)
+            known = self._compiled.get(key)
+        else:
+            compiled, constants = known
+            compiled[(*grid, 1, 1)[:3]](*arguments, *constants)
+        recording = tape.current()
+        if recording is not None and known is not None:
+            compiled, constants = known
+            recording.launch(compiled, grid, (*arguments, *constants))
 
     def _first(
         self, grid: Sequence[int], arguments: tuple[Any, ...], options: dict[str, Any], key: Any

@@ -1,0 +1,393 @@
+"""Calls that repeat: what one call launched, recorded, and launched again at other addresses.
+
+For few tokens a GPU is done with a block before Python has asked for the next kernel. The launches
+of a call depend on its sizes alone, so they are recorded once for each size; a later call puts new
+addresses in their places and hands them to the driver. Buffers that only kernels see share one
+piece of memory per thread and stream, by the times at which they live; results are new tensors.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from moec.runtime.driver import ALIGNED, Launch, prepared_launch
+
+_THREAD = threading.local()
+_ALIGN = 256
+# Memory that is kept for buffers, in bytes; a call that needs more is not recorded.
+MOST_BYTES = 64 << 20
+# What may be asked of a tensor without reading its numbers.
+_ASKED = {
+    "data_ptr",
+    "dim",
+    "size",
+    "stride",
+    "numel",
+    "element_size",
+    "is_contiguous",
+    "is_floating_point",
+}
+
+
+class NotRepeatable(Exception):
+    """A call does something that a recording cannot hold."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a tensor comes from: the place in the list of a call's tensors."""
+
+    place: int
+
+
+@dataclass
+class _Buffer:
+    """A tensor made by ``torch.empty``, and when kernels use it."""
+
+    tensor: torch.Tensor
+    slot: int
+    first: int
+    last: int
+    is_private: bool = True
+    offset: int = 0
+
+
+Step = tuple[str, Any, Any, Any]
+
+
+class Recording(TorchFunctionMode):
+    """Notes the operations and launches of one call, which happen as always."""
+
+    def __init__(self, inputs: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        self.slots: dict[int, int] = {id(t): i for i, t in enumerate(inputs)}
+        self.inputs = len(self.slots)
+        if self.inputs != len(inputs):
+            raise NotRepeatable("an input that is passed twice")
+        self.count = len(inputs)
+        self.kept: list[torch.Tensor] = list(inputs)
+        self.buffers: dict[int, _Buffer] = {}
+        self.steps: list[Step] = []
+        self.reason = ""
+
+    def __enter__(self) -> Recording:
+        _THREAD.recording = self
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        _THREAD.recording = None
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if isinstance(result, torch.Tensor):
+            self._note(func, args, kwargs, result)
+        elif isinstance(result, tuple | list) and any(isinstance(r, torch.Tensor) for r in result):
+            self._note(func, args, kwargs, result)
+        elif getattr(func, "__name__", "") not in {"__get__", *_ASKED}:
+            self.reason = self.reason or f"{func} reads a tensor's numbers"
+        return result
+
+    def _note(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        if func is torch.empty:
+            slot = self._new(result)
+            now = len(self.steps)
+            self.buffers[slot] = _Buffer(result, slot, now, now)
+            self.steps.append(("empty", slot, args, kwargs))
+            return
+        given = self._tensors_replaced([args, kwargs], shared=True)
+        results = [result] if isinstance(result, torch.Tensor) else list(result)
+        known = [self.slots.get(id(r)) for r in results if isinstance(r, torch.Tensor)]
+        places = [self._new(r) if k is None else k for r, k in zip(results, known, strict=True)]
+        self.steps.append(("call", func, given, places))
+
+    def _new(self, tensor: torch.Tensor) -> int:
+        self.slots[id(tensor)] = self.count
+        self.kept.append(tensor)
+        self.count += 1
+        return self.count - 1
+
+    def _tensors_replaced(self, value: Any, shared: bool) -> Any:
+        """A structure of arguments with slots for tensors."""
+        if isinstance(value, torch.Tensor):
+            return Slot(self._slot(value, shared))
+        if isinstance(value, list | tuple) and type(value) in (list, tuple):
+            return type(value)(self._tensors_replaced(v, shared) for v in value)
+        if isinstance(value, dict):
+            return {k: self._tensors_replaced(v, shared) for k, v in value.items()}
+        return value
+
+    def _slot(self, tensor: torch.Tensor, shared: bool) -> int:
+        slot = self.slots.get(id(tensor))
+        if slot is None:
+            self.reason = self.reason or "a tensor that is neither an input nor made in the call"
+            return 0
+        if slot in self.buffers:
+            self.buffers[slot].last = len(self.steps)
+            self.buffers[slot].is_private &= not shared
+        return slot
+
+    def launch(self, compiled: Any, grid: Sequence[int], arguments: Sequence[Any]) -> None:
+        """Note a kernel's launch; ``arguments`` are all of them, constants too."""
+        given = self._tensors_replaced(list(arguments), shared=False)
+        self.steps.append(("launch", compiled, tuple(grid), given))
+
+    def interpreted(
+        self, launch: Callable[..., None], arguments: Sequence[Any], options: dict[str, Any]
+    ) -> None:
+        """Launch a kernel in Triton's interpreter, and note it as an operation."""
+        given = self._tensors_replaced([arguments, options], shared=True)
+        self.steps.append(("call", launch, given, ()))
+        with torch._C.DisableTorchFunction():
+            launch(*arguments, **options)
+
+
+def current() -> Recording | None:
+    """The recording that is going on in this thread."""
+    return getattr(_THREAD, "recording", None)
+
+
+@dataclass
+class Tape:
+    """A recorded call: steps in order, and where addresses of tensors belong."""
+
+    steps: list[Step]
+    count: int
+    inputs: int
+    outputs: list[int]
+    buffers: list[_Buffer]
+    bytes: int
+    device: torch.device
+    addresses: list[int] = field(default_factory=list)
+    uses: list[list[tuple[Any, int]]] = field(default_factory=list)
+    launches: list[Launch] = field(default_factory=list)  # they own the memory of arguments
+    workspace: torch.Tensor | None = None
+    stream: int = 0
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...] | None:
+        """The outputs for inputs of the recorded sizes; ``None`` where the recording does not fit
+        their addresses.
+        """
+        for i, tensor in enumerate(inputs):
+            address = tensor.data_ptr()
+            if address != self.addresses[i]:
+                if not address or address % ALIGNED:
+                    return None
+                self._move(i, address)
+        tensors = [*inputs, *self._rest]
+        for kind, first, second, third in self.steps:
+            if kind == "launch":
+                for values, place, slot in third:
+                    values[place] = tensors[slot].data_ptr()
+                first(second)
+            elif kind == "empty":
+                tensors[first] = torch.empty(*second, **third)
+            else:
+                _call(tensors, first, second, third)
+        return tuple([tensors[i] for i in self.outputs])
+
+    def _move(self, i: int, address: int) -> None:
+        self.addresses[i] = address
+        for values, place in self.uses[i]:
+            values[place] = address
+
+    @property
+    def _rest(self) -> list[Any]:
+        return [None] * (self.count - self.inputs)
+
+
+def _call(tensors: list[Any], func: Any, given: Any, places: Sequence[int]) -> None:
+    args, kwargs = given
+    if not places:
+        func(*_filled(args, tensors), **kwargs)
+        return
+    result = func(*_filled(args, tensors), **{k: _filled(v, tensors) for k, v in kwargs.items()})
+    if len(places) == 1 and isinstance(result, torch.Tensor):
+        tensors[places[0]] = result
+        return
+    for place, one in zip(places, result, strict=True):
+        tensors[place] = one
+
+
+def _filled(value: Any, tensors: Sequence[Any]) -> Any:
+    """A structure of arguments with the tensors of this call."""
+    if type(value) is Slot:
+        return tensors[value.place]
+    if type(value) in (list, tuple):
+        return type(value)([_filled(v, tensors) for v in value])
+    return value
+
+
+def record(
+    forward: Callable[..., Any], inputs: Sequence[torch.Tensor]
+) -> tuple[tuple[torch.Tensor, ...], Tape | None]:
+    """Run a call as always, and the recording of it; ``None`` if it cannot be repeated."""
+    try:
+        recording = Recording(inputs)
+    except NotRepeatable:
+        return forward(*inputs)[0], None
+    with recording:
+        outputs = forward(*inputs)[0]
+    try:
+        return outputs, _tape(recording, inputs, outputs)
+    except NotRepeatable:
+        return outputs, None
+
+
+def _tape(
+    recording: Recording, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
+) -> Tape:
+    if recording.reason:
+        raise NotRepeatable(recording.reason)
+    if any(id(o) not in recording.slots for o in outputs):
+        raise NotRepeatable("an output that was not made in the call")
+    places = [recording.slots[id(o)] for o in outputs]
+    for place in places:
+        if place in recording.buffers:
+            recording.buffers[place].is_private = False
+    device = inputs[0].device
+    is_cuda = device.type == "cuda"
+    buffers = [b for b in recording.buffers.values() if b.is_private and is_cuda]
+    size = _packed(buffers)
+    if size > MOST_BYTES:
+        raise NotRepeatable("buffers that are too large to keep")
+    private = {b.slot for b in buffers}
+    steps = [s for s in recording.steps if not (s[0] == "empty" and s[1] in private)]
+    tape = Tape(steps, recording.count, len(inputs), places, buffers, size, device)
+    tape.addresses = [t.data_ptr() for t in inputs]
+    if any(a % ALIGNED for a in tape.addresses):
+        raise NotRepeatable("an input that is not aligned")
+    tape.uses = [[] for _ in inputs]
+    _bind(tape)
+    return tape
+
+
+def _packed(buffers: Sequence[_Buffer]) -> int:
+    """Give each buffer a place such that those that live at one time do not overlap; the size."""
+    placed: list[_Buffer] = []
+    total = 0
+    for buffer in sorted(buffers, key=_bytes, reverse=True):
+        near = [b for b in placed if b.first <= buffer.last and buffer.first <= b.last]
+        offset = 0
+        for other in sorted(near, key=lambda b: b.offset):
+            if offset + _bytes(buffer) <= other.offset:
+                break
+            offset = max(offset, other.offset + _bytes(other))
+        buffer.offset = offset
+        placed.append(buffer)
+        total = max(total, offset + _bytes(buffer))
+    return total
+
+
+def _bytes(buffer: _Buffer) -> int:
+    size = buffer.tensor.numel() * buffer.tensor.element_size()
+    return -(-max(size, 1) // _ALIGN) * _ALIGN
+
+
+def _bind(tape: Tape) -> None:
+    """Turn launches into calls of the driver with addresses in place."""
+    stream = torch._C._cuda_getCurrentRawStream(tape.device.index) if tape.buffers else 0
+    tape.workspace = _workspace(tape.device, stream, tape.bytes) if tape.buffers else None
+    base = tape.workspace.data_ptr() if tape.workspace is not None else 0
+    fixed = {b.slot: base + b.offset for b in tape.buffers}
+    bound: list[Step] = []
+    for kind, first, second, third in tape.steps:
+        if kind != "launch":
+            bound.append((kind, first, second, third))
+            continue
+        bound.append(_bound_launch(tape, first, second, third, fixed, stream))
+    tape.steps, tape.stream = bound, stream
+
+
+def _bound_launch(
+    tape: Tape,
+    compiled: Any,
+    grid: Sequence[int],
+    given: Sequence[Any],
+    fixed: dict[int, int],
+    stream: int,
+) -> Step:
+    slots = {i: g.place for i, g in enumerate(given) if type(g) is Slot}
+    known = dict(enumerate(tape.addresses)) | fixed
+    numbers = [known.get(g.place, 0) if type(g) is Slot else g for g in given]
+    launch = prepared_launch(compiled, grid, numbers, stream)
+    if launch is None:
+        raise NotRepeatable("a kernel whose launch is more than addresses and numbers")
+    tape.launches.append(launch)
+    moving = []
+    for i, slot in slots.items():
+        place = launch.places.get(i)
+        if place is None or slot in fixed:
+            continue
+        if slot < tape.inputs:
+            tape.uses[slot].append((launch.values, place))
+        else:
+            moving.append((launch.values, place, slot))
+    return ("launch", launch.run, launch.arguments, moving)
+
+
+def _workspace(device: torch.device, stream: int, size: int) -> torch.Tensor:
+    """The memory for buffers of one thread and stream; it only grows."""
+    kept: dict[Any, torch.Tensor] = getattr(_THREAD, "workspaces", None) or {}
+    _THREAD.workspaces = kept
+    known = kept.get((device, stream))
+    if known is None or known.numel() < size:
+        # the one before stays with the tapes that were bound to it
+        known = torch.empty(max(size, 1 << 20), dtype=torch.uint8, device=device)
+        kept[device, stream] = known
+    return known
+
+
+class Tapes:
+    """The recordings of one artifact's calls, by sizes and stream; each thread has its own."""
+
+    def __init__(self, varying: Sequence[int], most: int = 256) -> None:
+        """``varying`` are the inputs whose sizes differ between calls."""
+        self.varying, self.most = tuple(varying), most
+        self._kept = threading.local()
+
+    def call(
+        self, forward: Callable[..., Any], inputs: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...] | None:
+        """The outputs of a call on a GPU, by its recording or by one made now; ``None`` if it has
+        to be made as always.
+        """
+        x = inputs[0]
+        if not _may_repeat(x):
+            return None
+        kept: dict[Any, Tape | None] = self._kept.__dict__
+        stream = torch._C._cuda_getCurrentRawStream(x.get_device())
+        key = stream, *[inputs[i].shape for i in self.varying]
+        if key in kept:
+            tape = kept[key]
+            return None if tape is None else tape(inputs)
+        if len(kept) >= self.most:
+            kept.clear()
+        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+            outputs, kept[key] = record(forward, inputs)
+        return outputs
+
+
+def _may_repeat(x: torch.Tensor) -> bool:
+    """Whether a call is on the current GPU, and not part of a CUDA graph: that is replayed on any
+    stream, so its buffers must be its own.
+    """
+    return (
+        x.is_cuda
+        and torch._C._cuda_getDevice() == x.get_device()
+        and not torch._C._cuda_isCurrentStreamCapturing()
+        and torch._C._len_torch_function_stack() == 0
+    )
+
+
+__all__ = ["NotRepeatable", "Recording", "Slot", "Tape", "Tapes", "current", "record"]

@@ -1,0 +1,134 @@
+"""A call like the one before: what must hold for it, checked in a few microseconds.
+
+The long way of a call sorts arguments, looks for hooks, compares settings and finds the artifact.
+What it finds hardly ever changes between two calls in the same mode, so the facts that it depends
+on are kept as objects, and the next call compares identities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import is_
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad, profiler
+
+from moec.capture.found import FoundRegion
+from moec.guards import Guard
+from moec.runtime.artifact import Artifact
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
+Mode = tuple[bool, bool, bool]
+
+
+class Steady:
+    """One served call of a block with tokens alone, as conditions and what serves the next."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        x: torch.Tensor,
+        found: FoundRegion,
+        artifact: Artifact,
+        weights: Sequence[torch.Tensor],
+        guard: Guard,
+        name: str,
+    ) -> None:
+        self.artifact, self.name, self.result = artifact, name, found.result
+        self.rank = found.graph.inputs[0].type.rank if found.graph is not None else 0
+        self.dtype, self.device, self.axes = x.dtype, x.device, x.dim()
+        self.width, self.kind = x.shape[-1], x.device.type
+        self.unchanged = guard.unchanged
+        self.hooks = [getattr(m, h) for m in module.modules() if m is not module for h in _HOOKS]
+        self.hooks += [getattr(torch.nn.modules.module, h) for h in _GLOBAL_HOOKS]
+        self.weights = tuple(weights)
+        self.places = tuple(_places(module, found.weights))
+        self.facts = [_facts(w) for w in self.weights]
+
+    @staticmethod
+    def mode(module: nn.Module, x: torch.Tensor) -> Mode:
+        """What a call has of its own: another mode has another steady call."""
+        return module.training, torch.is_grad_enabled(), x.requires_grad
+
+    def holds(self, x: torch.Tensor) -> bool:
+        """Whether a call with these tokens would be served as the one before."""
+        now = [owner.get(name) for owner, name in self.places]
+        return (
+            x.dtype is self.dtype
+            and x.layout is torch.strided
+            and x.device == self.device
+            and x.dim() == self.axes
+            and x.shape[-1] == self.width
+            and not any(self.hooks)
+            and not torch.is_autocast_enabled(self.kind)
+            and all(map(is_, now, self.weights))
+            and [_facts(w) for w in self.weights] == self.facts
+            and self.unchanged()
+        )
+
+    def serve(self, x: torch.Tensor) -> Any:
+        """The result of the call."""
+        lead = x.shape[:-1]
+        tokens = x if x.dim() == self.rank else x.flatten(0, -2)
+        return self.result.build(self.artifact([tokens, *self.weights], self.name), lead)
+
+
+def is_plain_call(args: Sequence[Any], kwargs: Any) -> bool:
+    """Whether a call has tokens alone and nothing around it that looks at its operations."""
+    return (
+        len(args) == 1
+        and not kwargs
+        and type(args[0]) is torch.Tensor
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and not profiler._is_profiler_enabled
+    )
+
+
+def steady_call(
+    module: nn.Module,
+    x: torch.Tensor,
+    found: FoundRegion,
+    artifact: Artifact,
+    weights: Sequence[torch.Tensor],
+    guard: Guard,
+    name: str,
+) -> Steady | None:
+    """The conditions of a call that was served; ``None`` if they are more than these."""
+    places = list(_places(module, found.weights))
+    held = [owner.get(n) for owner, n in places]
+    plain = len(places) == len(weights) and all(map(is_, held, weights))
+    settled = guard.is_plain and guard.unchanged()
+    if not plain or not settled or found.writes or x.dim() not in found.ranks:
+        return None
+    return Steady(module, x, found, artifact, weights, guard, name)
+
+
+def _places(module: nn.Module, paths: Sequence[str]) -> list[tuple[dict[str, Any], str]]:
+    """The dicts in which weights lie; one that lies elsewhere has an empty dict."""
+    found: list[tuple[dict[str, Any], str]] = []
+    for path in paths:
+        owner, _, name = path.rpartition(".")
+        holder = module.get_submodule(owner)
+        kept = (vars(holder)["_parameters"], vars(holder)["_buffers"])
+        found.append((next((d for d in kept if name in d), {}), name))
+    return found
+
+
+def _facts(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What may change of a tensor that stays the same object."""
+    return tensor.dtype, tensor.requires_grad, tensor.numel(), tensor.get_device()
+
+
+SteadyCalls = dict[Mode, Steady]
+__all__ = ["Steady", "SteadyCalls", "is_plain_call", "steady_call"]
