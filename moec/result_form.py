@@ -28,8 +28,13 @@ class ResultForm:
             o if n is None else o.reshape(*lead, *o.shape[o.dim() - n :])
             for o, n in zip(outputs, self.axes, strict=True)
         ]
+        return self.assemble(leaves)
+
+    def assemble(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """The result, from tensors that have their sizes already."""
         if self.tree is None:
-            return leaves[0]
+            return tensors[0]
+        leaves: list[Any] = list(tensors)
         for place, value in self.constants:
             leaves.insert(place, value)
         return _pytree.tree_unflatten(leaves, self.tree)

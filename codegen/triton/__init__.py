@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Protocol
 
@@ -15,6 +16,8 @@ from moec.codegen.triton.combine import Combine
 from moec.codegen.triton.context import Context, Gathered
 from moec.codegen.triton.descriptor_gemm import DescriptorGemm
 from moec.codegen.triton.descriptor_outer import DescriptorOuter
+from moec.codegen.triton.few_linear import LIBRARY as FEW_LINEAR
+from moec.codegen.triton.few_linear import emit_few_linear, has_few_linear, is_few_linear
 from moec.codegen.triton.group_sum import LIBRARY as GROUP_SUM
 from moec.codegen.triton.group_sum import emit_group_sum
 from moec.codegen.triton.grouped_gemm import PointerGemm
@@ -22,7 +25,7 @@ from moec.codegen.triton.grouped_outer import PointerOuter
 from moec.codegen.triton.hoist import Hoisted, hoist
 from moec.codegen.triton.kernel import Unsupported
 from moec.codegen.triton.pointwise import Pointwise
-from moec.codegen.triton.routing import Routing
+from moec.codegen.triton.routing import ONE_PROGRAM, Routing
 from moec.codegen.triton.tail import leak
 from moec.codegen.triton.tokens import Tokens
 from moec.codegen.writer import Writer
@@ -123,6 +126,7 @@ class TritonEmitter:
     def emit_kernels(self, writer: Writer) -> None:
         """Write every kernel, after the library functions that they use."""
         used = {GROUP_SUM} if any(op.kind == "moe.group_sum" for op in walk(self.graph)) else set()
+        used |= {FEW_LINEAR} if self.few and has_few_linear(self.graph) else set()
         for kernel in self.kernels.values():
             used |= kernel.library
         if any(_gluon(op) for op in self.kernels):
@@ -145,7 +149,15 @@ class TritonEmitter:
             return True
         return self._emit_special(writer, op, context)
 
+    @functools.cached_property
+    def few(self) -> bool:
+        """Whether the graph was lowered for few tokens."""
+        return any(op.attrs.get("template") == ONE_PROGRAM for op in self.graph.ops)
+
     def _emit_special(self, writer: Writer, op: Op, context: Context) -> bool:
+        if self.few and op in self.graph.ops and is_few_linear(op):
+            emit_few_linear(writer, op, context)
+            return True
         if op.kind == "moe.group_sum" and op.result.type.rank == 2:
             emit_group_sum(writer, op, context)
             return True

@@ -122,6 +122,30 @@ def list_row_tiles(offsets, tiles, E: tl.constexpr, EP: tl.constexpr, BM: tl.con
         tl.store(tiles, before + mine)
 
 
+@launch.Kernel
+@triton.jit(do_not_specialize=["rows"])
+def few_linear(
+    x, w, bias, y, rows, N: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """y[m, n] = the inner product of x[m] and w[n], and bias[n], for few rows."""
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    column = tl.program_id(1) * BN + tl.arange(0, BN)
+    depth = tl.arange(0, BK)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k in range(0, K, BK):
+        inside = k + depth < K
+        left_at = x + row[:, None] * K + (k + depth)[None, :]
+        left = tl.load(left_at, mask=(row < rows)[:, None] & inside[None, :], other=0.0)
+        right_at = w + column[None, :] * K + (k + depth)[:, None]
+        right = tl.load(right_at, mask=(column < N)[None, :] & inside[:, None], other=0.0)
+        acc = tl.dot(left, right, acc, input_precision="ieee")
+    if BIAS:
+        acc += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+    live = (row < rows)[:, None] & (column < N)[None, :]
+    tl.store(y + row[:, None] * N + column[None, :], acc, mask=live)
+
+
 @triton.jit
 def place_few(
     e, pair, live, count, perm, offsets, inverse, tiles,

@@ -1,7 +1,9 @@
-"""Launching a compiled kernel through the CUDA driver, with its arguments already in place.
+"""Launching compiled kernels through the CUDA driver, with their arguments already in place.
 
 Triton's launch reads, checks and packs every argument anew. Here they lie in memory as the driver
-wants them; a later launch changes the addresses that moved and is one call.
+wants them, and the launches of a call are one graph: a later call changes the addresses that moved
+and asks for all kernels at once. The graph is built node by node; nothing is captured from a
+stream, so other threads are not disturbed.
 """
 
 from __future__ import annotations
@@ -16,22 +18,33 @@ from typing import Any
 ALIGNED = 16
 # Memory for scratch and for profiling, which these kernels do not use: further arguments.
 _EXTRA = 4
-_SIGNED = {"i1": 8, "i8": 8, "i16": 16, "i32": 32, "i64": 64}
+_INTEGERS = {"i1", "i8", "i16", "i32", "i64"}
+
+
+class _Node(ctypes.Structure):
+    """``CUDA_KERNEL_NODE_PARAMS`` of the driver's first version of it."""
+
+    _fields_ = (
+        ("function", ctypes.c_void_p),
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("arguments", ctypes.c_void_p),
+        ("extra", ctypes.c_void_p),
+    )
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: ``run(arguments)`` makes it; argument ``i`` lies at ``values[places[i]]``."""
+    """One launch: argument ``i`` lies at ``values[places[i]]``."""
 
-    run: Callable[[tuple[Any, ...]], None]
-    arguments: tuple[Any, ...]
+    node: _Node
     values: Any
+    pointers: Any
     places: dict[int, int]
 
 
-def prepared_launch(
-    compiled: Any, grid: Sequence[int], numbers: Sequence[Any], stream: int
-) -> Launch | None:
+def prepared_launch(compiled: Any, grid: Sequence[int], numbers: Sequence[Any]) -> Launch | None:
     """A launch of a kernel that Triton compiled; ``None`` if it needs more than addresses and
     integers.
 
@@ -45,35 +58,81 @@ def prepared_launch(
     if len(kinds) != len(numbers):
         return None
     passed = [i for i, kind in enumerate(kinds) if kind != "constexpr"]
-    if not all(kinds[i].startswith("*") or kinds[i] in _SIGNED for i in passed):
+    if not all(kinds[i].startswith("*") or kinds[i] in _INTEGERS for i in passed):
         return None
     values = (ctypes.c_uint64 * (len(passed) + _EXTRA))()
     for place, i in enumerate(passed):
         values[place] = int(numbers[i]) & 0xFFFFFFFFFFFFFFFF
     start = ctypes.addressof(values)
     pointers = (ctypes.c_void_p * len(values))(*(start + 8 * i for i in range(len(values))))
-    sizes = [*grid, 1, 1][:3]
-    arguments = (
-        ctypes.c_void_p(compiled.function),
-        *(ctypes.c_uint(n) for n in (*sizes, 32 * metadata.num_warps, 1, 1, metadata.shared)),
-        ctypes.c_void_p(stream),
-        pointers,
+    node = _Node(
+        compiled.function,
+        (ctypes.c_uint * 3)(*[*grid, 1, 1][:3]),
+        (ctypes.c_uint * 3)(32 * metadata.num_warps, 1, 1),
+        metadata.shared,
+        ctypes.addressof(pointers),
         None,
     )
-    return Launch(_launch, arguments, values, {i: place for place, i in enumerate(passed)})
+    return Launch(node, values, pointers, {i: place for place, i in enumerate(passed)})
+
+
+class Graph:
+    """Launches, one after the other, that are asked for at once."""
+
+    def __init__(self, launches: Sequence[Launch], stream: int) -> None:
+        self.launches, self._nodes = tuple(launches), list[ctypes.c_void_p]()
+        self._graph, self._executable = ctypes.c_void_p(), ctypes.c_void_p()
+        _check("cuGraphCreate", ctypes.byref(self._graph), 0)
+        for launch in launches:
+            self._add(launch)
+        made = ctypes.byref(self._executable), self._graph, ctypes.c_ulonglong(0)
+        _check("cuGraphInstantiateWithFlags", *made)
+        self._run = _function("cuGraphLaunch")
+        self._change = _function("cuGraphExecKernelNodeSetParams")
+        self._stream = ctypes.c_void_p(stream)
+        self._references = [ctypes.byref(launch.node) for launch in launches]
+
+    def _add(self, launch: Launch) -> None:
+        before = (ctypes.c_void_p * 1)(*(n.value for n in self._nodes[-1:]))
+        node = ctypes.c_void_p()
+        count = ctypes.c_size_t(len(self._nodes[-1:]))
+        to = ctypes.byref(node), self._graph, before if self._nodes else None, count
+        _check("cuGraphAddKernelNode", *to, ctypes.byref(launch.node))
+        self._nodes.append(node)
+
+    def change(self, index: int) -> None:
+        """Take over the arguments of a launch as they are in memory now."""
+        code = self._change(self._executable, self._nodes[index], self._references[index])
+        if code:
+            raise _error("cuGraphExecKernelNodeSetParams", code)
+
+    def run(self) -> None:
+        """Launch all of them."""
+        code = self._run(self._executable, self._stream)
+        if code:
+            raise _error("cuGraphLaunch", code)
+
+    def __del__(self) -> None:
+        # a graph that still runs stays alive in the driver until it is done
+        for name, handle in (("Exec", self._executable), ("", self._graph)):
+            if handle.value:
+                _function(f"cuGraph{name}Destroy")(handle)
 
 
 @functools.cache
-def _driver() -> Callable[..., int]:
-    """``cuLaunchKernel``."""
-    function: Callable[..., int] = ctypes.CDLL("libcuda.so.1").cuLaunchKernel
+def _function(name: str) -> Callable[..., int]:
+    function: Callable[..., int] = getattr(ctypes.CDLL("libcuda.so.1"), name)
     return function
 
 
-def _launch(arguments: tuple[Any, ...]) -> None:
-    code = _driver()(*arguments)
+def _check(name: str, *arguments: Any) -> None:
+    code = _function(name)(*arguments)
     if code:
-        raise RuntimeError(f"CUDA error {code} from the launch of a kernel")
+        raise _error(name, code)
 
 
-__all__ = ["ALIGNED", "Launch", "prepared_launch"]
+def _error(name: str, code: int) -> RuntimeError:
+    return RuntimeError(f"CUDA error {code} from {name}")
+
+
+__all__ = ["ALIGNED", "Graph", "Launch", "prepared_launch"]

@@ -2,12 +2,14 @@
 
 For few tokens a GPU is done with a block before Python has asked for the next kernel. The launches
 of a call depend on its sizes alone, so they are recorded once for each size; a later call puts new
-addresses in their places and hands them to the driver. Buffers that only kernels see share one
-piece of memory per thread and stream, by the times at which they live; results are new tensors.
+addresses in their places and asks the driver for all of them at once. Buffers that only kernels see
+share one piece of memory per thread and stream, by the times at which they live; results are new
+tensors.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from moec.runtime.driver import ALIGNED, Launch, prepared_launch
+from moec.runtime.driver import ALIGNED, Graph, Launch, prepared_launch
 
 _THREAD = threading.local()
 _ALIGN = 256
@@ -158,52 +160,83 @@ def current() -> Recording | None:
 
 
 @dataclass
+class Segment:
+    """Launches without an operation between them, and the addresses that each call has anew."""
+
+    graph: Graph
+    moving: list[tuple[Any, int, int, int]]  # values, place in them, slot, launch
+    dirty: set[int] = field(default_factory=set)
+
+    def run(self, tensors: Sequence[Any]) -> None:
+        """Launch, with the addresses of this call."""
+        for values, place, slot, launch in self.moving:
+            address = tensors[slot].data_ptr()
+            if values[place] != address:
+                values[place] = address
+                self.dirty.add(launch)
+        if self.dirty:
+            for launch in self.dirty:
+                self.graph.change(launch)
+            self.dirty.clear()
+        self.graph.run()
+
+
+@dataclass
 class Tape:
-    """A recorded call: steps in order, and where addresses of tensors belong."""
+    """A recorded call: what it makes, then operations and launches in order, and where addresses
+    of its inputs belong.
+    """
 
-    steps: list[Step]
     count: int
-    inputs: int
     outputs: list[int]
-    buffers: list[_Buffer]
-    bytes: int
+    made: list[tuple[int, tuple[int, ...], torch.dtype]]  # slot, size, dtype
+    steps: list[Segment | tuple[Any, Any, Any]]
     device: torch.device
-    addresses: list[int] = field(default_factory=list)
-    uses: list[list[tuple[Any, int]]] = field(default_factory=list)
-    launches: list[Launch] = field(default_factory=list)  # they own the memory of arguments
+    addresses: list[int]
+    uses: list[list[tuple[Segment, Any, int, int]]]  # of an input: values, place, launch
     workspace: torch.Tensor | None = None
-    stream: int = 0
 
-    def __call__(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...] | None:
+    def __call__(
+        self,
+        inputs: Sequence[torch.Tensor],
+        lead: Sequence[int] = (),
+        axes: Sequence[int | None] = (),
+    ) -> tuple[torch.Tensor, ...] | None:
         """The outputs for inputs of the recorded sizes; ``None`` where the recording does not fit
         their addresses.
+
+        Where ``axes`` has a number for an output, its axes are ``lead`` and so many of its last.
         """
-        for i, tensor in enumerate(inputs):
-            address = tensor.data_ptr()
-            if address != self.addresses[i]:
-                if not address or address % ALIGNED:
-                    return None
-                self._move(i, address)
-        tensors = [*inputs, *self._rest]
-        for kind, first, second, third in self.steps:
-            if kind == "launch":
-                for values, place, slot in third:
-                    values[place] = tensors[slot].data_ptr()
-                first(second)
-            elif kind == "empty":
-                tensors[first] = torch.empty(*second, **third)
+        addresses = [t.data_ptr() for t in inputs]
+        if addresses != self.addresses and not self._move(addresses):
+            return None
+        tensors: list[Any] = [*inputs, *([None] * (self.count - len(inputs)))]
+        wanted = {s: n for s, n in zip(self.outputs, axes, strict=False) if n is not None}
+        for slot, size, dtype in self.made:
+            if slot in wanted:
+                size = (*lead, *size[len(size) - wanted.pop(slot) :])
+            tensors[slot] = torch.empty(size, dtype=dtype, device=self.device)
+        for step in self.steps:
+            if type(step) is Segment:
+                step.run(tensors)
             else:
-                _call(tensors, first, second, third)
+                _call(tensors, *step)  # type: ignore[misc]
+        for slot, count in wanted.items():  # an operation made it
+            made = tensors[slot]
+            tensors[slot] = made.reshape(*lead, *made.shape[made.dim() - count :])
         return tuple([tensors[i] for i in self.outputs])
 
-    def _move(self, i: int, address: int) -> None:
-        self.addresses[i] = address
-        for values, place in self.uses[i]:
-            values[place] = address
-
-    @property
-    def _rest(self) -> list[Any]:
-        return [None] * (self.count - self.inputs)
+    def _move(self, addresses: list[int]) -> bool:
+        """Put other addresses of inputs in place, if they are as the kernels assume."""
+        if any(not a or a % ALIGNED for a in addresses):
+            return False
+        for i, address in enumerate(addresses):
+            if address != self.addresses[i]:
+                for segment, values, place, launch in self.uses[i]:
+                    values[place] = address
+                    segment.dirty.add(launch)
+        self.addresses = addresses
+        return True
 
 
 def _call(tensors: list[Any], func: Any, given: Any, places: Sequence[int]) -> None:
@@ -256,20 +289,33 @@ def _tape(
         if place in recording.buffers:
             recording.buffers[place].is_private = False
     device = inputs[0].device
-    is_cuda = device.type == "cuda"
-    buffers = [b for b in recording.buffers.values() if b.is_private and is_cuda]
+    addresses = [t.data_ptr() for t in inputs]
+    if any(not t.numel() or a % ALIGNED for t, a in zip(inputs, addresses, strict=True)):
+        raise NotRepeatable("an input that is empty or not aligned")
+    buffers = [b for b in recording.buffers.values() if b.is_private and device.type == "cuda"]
+    private = {b.slot for b in buffers}
+    made = [
+        (slot, tuple(b.tensor.shape), b.tensor.dtype)
+        for slot, b in recording.buffers.items()
+        if slot not in private
+    ]
+    tape = Tape(recording.count, places, made, [], device, addresses, [[] for _ in inputs])
+    fixed = _buffers_placed(tape, buffers)
+    _bind(tape, [s for s in recording.steps if s[0] != "empty"], fixed)
+    return tape
+
+
+def _buffers_placed(tape: Tape, buffers: Sequence[_Buffer]) -> dict[int, int]:
+    """The addresses of buffers, by slot."""
     size = _packed(buffers)
     if size > MOST_BYTES:
         raise NotRepeatable("buffers that are too large to keep")
-    private = {b.slot for b in buffers}
-    steps = [s for s in recording.steps if not (s[0] == "empty" and s[1] in private)]
-    tape = Tape(steps, recording.count, len(inputs), places, buffers, size, device)
-    tape.addresses = [t.data_ptr() for t in inputs]
-    if any(a % ALIGNED for a in tape.addresses):
-        raise NotRepeatable("an input that is not aligned")
-    tape.uses = [[] for _ in inputs]
-    _bind(tape)
-    return tape
+    if not buffers:
+        return {}
+    stream = torch._C._cuda_getCurrentRawStream(tape.device.index)
+    tape.workspace = _workspace(tape.device, stream, size)
+    base = tape.workspace.data_ptr()
+    return {b.slot: base + b.offset for b in buffers}
 
 
 def _packed(buffers: Sequence[_Buffer]) -> int:
@@ -294,46 +340,37 @@ def _bytes(buffer: _Buffer) -> int:
     return -(-max(size, 1) // _ALIGN) * _ALIGN
 
 
-def _bind(tape: Tape) -> None:
-    """Turn launches into calls of the driver with addresses in place."""
-    stream = torch._C._cuda_getCurrentRawStream(tape.device.index) if tape.buffers else 0
-    tape.workspace = _workspace(tape.device, stream, tape.bytes) if tape.buffers else None
-    base = tape.workspace.data_ptr() if tape.workspace is not None else 0
-    fixed = {b.slot: base + b.offset for b in tape.buffers}
-    bound: list[Step] = []
-    for kind, first, second, third in tape.steps:
-        if kind != "launch":
-            bound.append((kind, first, second, third))
-            continue
-        bound.append(_bound_launch(tape, first, second, third, fixed, stream))
-    tape.steps, tape.stream = bound, stream
-
-
-def _bound_launch(
-    tape: Tape,
-    compiled: Any,
-    grid: Sequence[int],
-    given: Sequence[Any],
-    fixed: dict[int, int],
-    stream: int,
-) -> Step:
-    slots = {i: g.place for i, g in enumerate(given) if type(g) is Slot}
-    known = dict(enumerate(tape.addresses)) | fixed
-    numbers = [known.get(g.place, 0) if type(g) is Slot else g for g in given]
-    launch = prepared_launch(compiled, grid, numbers, stream)
-    if launch is None:
-        raise NotRepeatable("a kernel whose launch is more than addresses and numbers")
-    tape.launches.append(launch)
-    moving = []
-    for i, slot in slots.items():
-        place = launch.places.get(i)
-        if place is None or slot in fixed:
-            continue
-        if slot < tape.inputs:
-            tape.uses[slot].append((launch.values, place))
+def _bind(tape: Tape, steps: Sequence[Step], fixed: dict[int, int]) -> None:
+    """Turn launches into graphs of the driver, each as long as no operation comes between."""
+    for is_launch, group in itertools.groupby(steps, lambda s: s[0] == "launch"):
+        if is_launch:
+            tape.steps.append(_segment(tape, list(group), fixed))
         else:
-            moving.append((launch.values, place, slot))
-    return ("launch", launch.run, launch.arguments, moving)
+            tape.steps += [(func, given, places) for _, func, given, places in group]
+
+
+def _segment(tape: Tape, steps: Sequence[Step], fixed: dict[int, int]) -> Segment:
+    known = dict(enumerate(tape.addresses)) | fixed
+    launches: list[Launch] = []
+    for _, compiled, grid, given in steps:
+        numbers = [known.get(g.place, 0) if type(g) is Slot else g for g in given]
+        launch = prepared_launch(compiled, grid, numbers)
+        if launch is None:
+            raise NotRepeatable("a kernel whose launch is more than addresses and numbers")
+        launches.append(launch)
+    stream = torch._C._cuda_getCurrentRawStream(tape.device.index)
+    segment = Segment(Graph(launches, stream), [])
+    for at, (launch, (_, _, _, given)) in enumerate(zip(launches, steps, strict=True)):
+        slots = {i: g.place for i, g in enumerate(given) if type(g) is Slot}
+        for i, slot in slots.items():
+            if i not in launch.places or slot in fixed:
+                continue
+            place = launch.places[i]
+            if slot < len(tape.addresses):
+                tape.uses[slot].append((segment, launch.values, place, at))
+            else:
+                segment.moving.append((launch.values, place, slot, at))
+    return segment
 
 
 def _workspace(device: torch.device, stream: int, size: int) -> torch.Tensor:
@@ -363,11 +400,11 @@ class Tapes:
         to be made as always.
         """
         x = inputs[0]
-        if not _may_repeat(x):
+        if not may_repeat(x):
             return None
         kept: dict[Any, Tape | None] = self._kept.__dict__
         stream = torch._C._cuda_getCurrentRawStream(x.get_device())
-        key = stream, *[inputs[i].shape for i in self.varying]
+        key = stream, *[tuple(inputs[i].shape) for i in self.varying]
         if key in kept:
             tape = kept[key]
             return None if tape is None else tape(inputs)
@@ -377,8 +414,16 @@ class Tapes:
             outputs, kept[key] = record(forward, inputs)
         return outputs
 
+    def known(self, x: torch.Tensor, size: tuple[int, ...]) -> Tape | None:
+        """The recording of calls with tokens of a size alone, if there is one that may be used."""
+        if not may_repeat(x):
+            return None
+        stream = torch._C._cuda_getCurrentRawStream(x.get_device())
+        kept: dict[Any, Tape | None] = self._kept.__dict__
+        return kept.get((stream, size))
 
-def _may_repeat(x: torch.Tensor) -> bool:
+
+def may_repeat(x: torch.Tensor) -> bool:
     """Whether a call is on the current GPU, and not part of a CUDA graph: that is replayed on any
     stream, so its buffers must be its own.
     """
@@ -390,4 +435,4 @@ def _may_repeat(x: torch.Tensor) -> bool:
     )
 
 
-__all__ = ["NotRepeatable", "Recording", "Slot", "Tape", "Tapes", "current", "record"]
+__all__ = ["NotRepeatable", "Recording", "Tape", "Tapes", "current", "may_repeat", "record"]
