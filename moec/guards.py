@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from operator import is_
 from typing import Any
 
 from torch import nn
@@ -23,7 +22,6 @@ class Guard:
         # by content: an adapter is switched on and off by changes within
         contained = (s for s in settings if isinstance(s[2], _CONTAINERS))
         self._contents = [(own, name, value_key(value)) for own, name, value in contained]
-        self._now = [s[2] for s in self._settings]
         self._lists = [(modules, tuple(members)) for modules, members in self._children]
 
     @property
@@ -35,11 +33,11 @@ class Guard:
         """As :meth:`holds`, in a microsecond; false where a setting was set anew to an equal
         value.
         """
-        now = [own.get(name) for own, name, _ in self._settings]
-        return all(map(is_, now, self._now)) and all(
-            len(modules) == len(members) and all(map(is_, modules.values(), members))
-            for modules, members in self._lists
-        )
+        for own, name, value in self._settings:
+            if own.get(name) is not value:
+                return False
+        # modules compare by identity
+        return all([tuple(modules.values()) == members for modules, members in self._lists])
 
     def holds(self) -> bool:
         """Whether nothing was replaced and no setting that the code reads has another value."""

@@ -76,7 +76,9 @@ class Region(RegionCaptures):
         if plain:
             steady = self.steady.get(Steady.mode(module, args[0]))
             if steady is not None and steady.holds(args[0]):
-                return steady.serve(args[0])
+                served = steady.serve(args[0])
+                if served is not NotImplemented:
+                    return served
         if is_transformed():
             return NotImplemented
         if is_traced():

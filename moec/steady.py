@@ -28,6 +28,7 @@ _GLOBAL_HOOKS = (
     "_global_backward_pre_hooks",
 )
 Mode = tuple[bool, bool, bool]
+_MOST_SIZES = 4096
 
 
 class Steady:
@@ -51,8 +52,9 @@ class Steady:
         self.hooks = [getattr(m, h) for m in module.modules() if m is not module for h in _HOOKS]
         self.hooks += [getattr(torch.nn.modules.module, h) for h in _GLOBAL_HOOKS]
         self.weights = tuple(weights)
-        self.places = tuple(_places(module, found.weights))
-        self.facts = [_facts(w) for w in self.weights]
+        places = _places(module, found.weights)
+        self.kept = [(*p, w, *_facts(w)) for p, w in zip(places, weights, strict=True)]
+        self.sizes: dict[torch.Size, tuple[int, ...]] = {}
 
     @staticmethod
     def mode(module: nn.Module, x: torch.Tensor) -> Mode:
@@ -61,40 +63,47 @@ class Steady:
 
     def holds(self, x: torch.Tensor) -> bool:
         """Whether a call with these tokens would be served as the one before."""
-        now = [owner.get(name) for owner, name in self.places]
-        return (
-            x.dtype is self.dtype
-            and x.layout is torch.strided
-            and x.device == self.device
-            and x.dim() == self.axes
-            and x.shape[-1] == self.width
-            and not any(self.hooks)
-            and not torch.is_autocast_enabled(self.kind)
-            and all(map(is_, now, self.weights))
-            and [_facts(w) for w in self.weights] == self.facts
-            and self.unchanged()
-        )
+        if (
+            x.dtype is not self.dtype
+            or x.layout is not torch.strided
+            or x.device != self.device
+            or x.dim() != self.axes
+            or any(self.hooks)
+            or torch.is_autocast_enabled(self.kind)
+        ):
+            return False
+        for owner, name, weight, dtype, count, wanted in self.kept:
+            same = owner.get(name) is weight and weight.dtype is dtype
+            if not same or weight.numel() != count or weight.requires_grad is not wanted:
+                return False
+        return self.unchanged()
 
     def serve(self, x: torch.Tensor) -> Any:
-        """The result of the call."""
-        lead = x.shape[:-1]
+        """The result of the call; ``NotImplemented`` for tokens of another width."""
         few = self.artifact.few
         if few is not None and few.made is not None and few.made.tapes is not None:
-            outputs = self._repeated(few.made.tapes, x, lead)
+            outputs = self._repeated(few.made.tapes, x)
             if outputs is not None:
                 return self.result.assemble(outputs)
+        lead = x.shape[:-1]
+        if x.shape[-1] != self.width:
+            return NotImplemented
         tokens = x if x.dim() == self.rank else x.flatten(0, -2)
         return self.result.build(self.artifact([tokens, *self.weights], self.name), lead)
 
-    def _repeated(
-        self, tapes: Tapes, x: torch.Tensor, lead: torch.Size
-    ) -> Sequence[torch.Tensor] | None:
+    def _repeated(self, tapes: Tapes, x: torch.Tensor) -> Sequence[torch.Tensor] | None:
         """The outputs by a recording of a call with as many tokens, if there is one."""
-        size = (x.numel() // self.width, self.width)
-        tape = tapes.known(x, size if self.rank == 2 else tuple(x.shape))
+        shape = x.shape
+        size = self.sizes.get(shape)
+        if size is None:
+            if shape[-1] != self.width or len(self.sizes) > _MOST_SIZES:
+                return None
+            flat = (x.numel() // self.width, self.width)
+            size = self.sizes[shape] = flat if self.rank == 2 else tuple(shape)
+        tape = tapes.known(x, size)
         if tape is None or not x.is_contiguous():
             return None
-        return tape((x, *self.weights), lead, self.result.axes)
+        return tape((x, *self.weights), shape, self.result.axes)
 
 
 def is_plain_call(args: Sequence[Any], kwargs: Any) -> bool:
@@ -143,7 +152,7 @@ def _places(module: nn.Module, paths: Sequence[str]) -> list[tuple[dict[str, Any
 
 def _facts(tensor: torch.Tensor) -> tuple[Any, ...]:
     """What may change of a tensor that stays the same object."""
-    return tensor.dtype, tensor.requires_grad, tensor.numel(), tensor.get_device()
+    return tensor.dtype, tensor.numel(), tensor.requires_grad
 
 
 SteadyCalls = dict[Mode, Steady]

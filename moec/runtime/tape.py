@@ -61,6 +61,7 @@ class _Buffer:
 
 
 Step = tuple[str, Any, Any, Any]
+Made = tuple[int, tuple[int, ...] | None, torch.dtype]  # slot, size (none: the tokens'), dtype
 
 
 class Recording(TorchFunctionMode):
@@ -187,44 +188,67 @@ class Tape:
     of its inputs belong.
     """
 
-    count: int
     outputs: list[int]
-    made: list[tuple[int, tuple[int, ...], torch.dtype]]  # slot, size, dtype
+    rest: list[None]  # places for what is made in the call
+    made: list[Made]
     steps: list[Segment | tuple[Any, Any, Any]]
     device: torch.device
+    dtype: torch.dtype  # of the tokens
     addresses: list[int]
     uses: list[list[tuple[Segment, Any, int, int]]]  # of an input: values, place, launch
     workspace: torch.Tensor | None = None
+    shaped: dict[torch.Size, list[Made]] = field(default_factory=dict)
+    computed: frozenset[int] = frozenset()  # outputs that operations make
 
     def __call__(
         self,
         inputs: Sequence[torch.Tensor],
-        lead: Sequence[int] = (),
+        shape: torch.Size | None = None,
         axes: Sequence[int | None] = (),
     ) -> tuple[torch.Tensor, ...] | None:
         """The outputs for inputs of the recorded sizes; ``None`` where the recording does not fit
         their addresses.
 
-        Where ``axes`` has a number for an output, its axes are ``lead`` and so many of its last.
+        Where ``axes`` has a number for an output, its axes are the leading ones of ``shape``, the
+        tokens', and so many of its last.
         """
         addresses = [t.data_ptr() for t in inputs]
         if addresses != self.addresses and not self._move(addresses):
             return None
-        tensors: list[Any] = [*inputs, *([None] * (self.count - len(inputs)))]
-        wanted = {s: n for s, n in zip(self.outputs, axes, strict=False) if n is not None}
-        for slot, size, dtype in self.made:
-            if slot in wanted:
-                size = (*lead, *size[len(size) - wanted.pop(slot) :])
-            tensors[slot] = torch.empty(size, dtype=dtype, device=self.device)
+        tensors: list[Any] = [*inputs, *self.rest]
+        sizes = self._sizes(shape, axes) if shape is not None else self.made
+        for slot, size, dtype in sizes:
+            if size is None:
+                tensors[slot] = torch.empty_like(inputs[0])  # what is quickest
+            else:
+                tensors[slot] = torch.empty(size, dtype=dtype, device=self.device)
         for step in self.steps:
             if type(step) is Segment:
                 step.run(tensors)
             else:
                 _call(tensors, *step)  # type: ignore[misc]
-        for slot, count in wanted.items():  # an operation made it
-            made = tensors[slot]
-            tensors[slot] = made.reshape(*lead, *made.shape[made.dim() - count :])
+        if shape is not None and self.computed:
+            self._reshape(tensors, shape, axes)
         return tuple([tensors[i] for i in self.outputs])
+
+    def _sizes(self, shape: torch.Size, axes: Sequence[int | None]) -> list[Made]:
+        """What to make, outputs in the sizes that they have outside."""
+        known = self.shaped.get(shape)
+        if known is None:
+            count = dict(zip(self.outputs, axes, strict=False))
+            known = []
+            for slot, size, dtype in self.made:
+                outside = _outside(shape, size or (), count.get(slot))
+                like = outside == shape and dtype is self.dtype
+                known.append((slot, None if like else outside, dtype))
+            self.shaped[shape] = known
+        return known
+
+    def _reshape(self, tensors: list[Any], shape: torch.Size, axes: Sequence[int | None]) -> None:
+        """Give outputs that an operation made the sizes that they have outside."""
+        for slot, count in zip(self.outputs, axes, strict=False):
+            if slot in self.computed and count is not None:
+                tensors[slot] = tensors[slot].reshape(_outside(shape, tensors[slot].shape, count))
 
     def _move(self, addresses: list[int]) -> bool:
         """Put other addresses of inputs in place, if they are as the kernels assume."""
@@ -237,6 +261,11 @@ class Tape:
                     segment.dirty.add(launch)
         self.addresses = addresses
         return True
+
+
+def _outside(shape: torch.Size, size: Sequence[int], count: int | None) -> tuple[int, ...]:
+    """The size of an output for tokens of a shape; ``count`` of its axes are not the tokens'."""
+    return tuple(size) if count is None else (*shape[:-1], *size[len(size) - count :])
 
 
 def _call(tensors: list[Any], func: Any, given: Any, places: Sequence[int]) -> None:
@@ -294,12 +323,14 @@ def _tape(
         raise NotRepeatable("an input that is empty or not aligned")
     buffers = [b for b in recording.buffers.values() if b.is_private and device.type == "cuda"]
     private = {b.slot for b in buffers}
-    made = [
+    made: list[Made] = [
         (slot, tuple(b.tensor.shape), b.tensor.dtype)
         for slot, b in recording.buffers.items()
         if slot not in private
     ]
-    tape = Tape(recording.count, places, made, [], device, addresses, [[] for _ in inputs])
+    rest = [None] * (recording.count - len(inputs))
+    tape = Tape(places, rest, made, [], device, inputs[0].dtype, addresses, [[] for _ in inputs])
+    tape.computed = frozenset(places) - {slot for slot, _, _ in made}
     fixed = _buffers_placed(tape, buffers)
     _bind(tape, [s for s in recording.steps if s[0] != "empty"], fixed)
     return tape
