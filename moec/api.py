@@ -29,11 +29,13 @@ OPTIONS = {
     "dump": "folder to which the IR after each pass is written, as module.path/mode/07-pass.moe"
     " (default: the environment's MOEC_DUMP)",
     "trace": "file to which the time of compilation is written, as Chrome-trace JSON",
-    "gluon": "true: on Hopper GPUs products in Gluon where that should be faster (default: false)",
+    "gluon": "false: no products in Gluon, which serve Hopper GPUs where they are faster (default:"
+    " true)",
     "passes": "pipeline text in place of the default one",
     "model_backend": "scope model: the torch.compile backend of what is not MoE (inductor)",
 }
 SCOPES = ("region", "model")
+MODES = ("default", "reduce-overhead")
 
 
 def compile(
@@ -43,6 +45,7 @@ def compile(
     memory_budget: int | str | None = None,
     target: str | None = None,
     scope: str = "region",
+    mode: str = "default",
     strict: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> M:
@@ -61,6 +64,9 @@ def compile(
             forward is one graph of torch.compile with the blocks as ops in it, where it can be
             captured, and as "region" where not (``moec.explain`` says which, and why). The first
             call of each form then takes as long as torch.compile takes.
+        mode: "default", or "reduce-overhead": on a GPU, inference calls of up to 512 tokens are
+            captured as CUDA graphs, a power of two of rows each, and replayed for any routing.
+            Calls of very few tokens are one graph of the driver in either mode.
         strict: raise :class:`MoecError` where the default is to warn and leave code as it was.
         options: see ``moec.api.OPTIONS``.
 
@@ -68,9 +74,11 @@ def compile(
         CompileError: for a model or an option that cannot be taken.
     """
     _check_arguments(model, dynamic, memory_budget, target, scope)
+    if mode not in MODES:
+        raise CompileError(f"unknown mode {mode!r}; modes: {', '.join(map(repr, MODES))}")
     settings = _checked_options(options)
     backend = _model_backend(settings, scope)
-    session = _session(target, strict, settings)
+    session = _session(target, strict, settings, mode)
     compiled = share(model)
     candidates = list(find_candidates(compiled))
     for candidate in candidates:
@@ -163,7 +171,9 @@ def _checked_options(options: Any) -> dict[str, Any]:
     return {str(k): v for k, v in (options or {}).items()}
 
 
-def _session(target: str | None, strict: bool, options: dict[str, Any]) -> Session:
+def _session(
+    target: str | None, strict: bool, options: dict[str, Any], mode: str = "default"
+) -> Session:
     unknown = sorted(options.keys() - OPTIONS.keys())
     if unknown:
         known = "; ".join(f"{k}: {v}" for k, v in OPTIONS.items())
@@ -178,10 +188,10 @@ def _session(target: str | None, strict: bool, options: dict[str, Any]) -> Sessi
             raise CompileError(f"option 'passes' is a pipeline's text, got {passes!r}")
         parse_pipeline(passes)
     watching = Watching(options["dump"], _file("trace", options.get("trace")))
-    gluon = options.get("gluon", False)
+    gluon = options.get("gluon", True)
     if not isinstance(gluon, bool):
         raise CompileError(f"option 'gluon' is true or false, got {gluon!r}")
-    return Session(target, strict, options.get("cache"), passes, gluon, watching=watching)
+    return Session(target, strict, options.get("cache"), passes, gluon, mode, watching=watching)
 
 
 def _file(option: str, value: Any) -> str | None:

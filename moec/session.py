@@ -28,6 +28,7 @@ from moec.manager import Observer, PassManager, parse_pipeline
 from moec.pipeline import pipeline
 from moec.reproducer import Emission, Reproducer
 from moec.runtime.artifact import Artifact, Once, build
+from moec.runtime.captured import Captures, rows_are_alone
 from moec.runtime.tape import Tapes
 from moec.surroundings import isolated
 from moec.targets import choose_target, has_descriptors, has_gluon
@@ -45,14 +46,16 @@ _COMPILING = threading.RLock()
 @dataclass
 class Session:
     """What one call of :func:`moec.compile` shares between its regions: settings, captures,
-    artifacts. ``gluon`` allows products in Gluon where a GPU runs them.
+    artifacts. ``gluon`` allows products in Gluon where a GPU runs them; ``mode`` is one of
+    :data:`moec.api.MODES`.
     """
 
     target: str | None = None
     strict: bool = False
     cache: str | None = None
     passes: str | None = None
-    gluon: bool = False
+    gluon: bool = True
+    mode: str = "default"
     observers: Sequence[Observer] = ()
     watching: Watching = field(default_factory=from_environment)
     captures: dict[Hashable, FoundRegion] = field(default_factory=dict)
@@ -127,7 +130,14 @@ class Session:
             most = 0 if self.passes else most_few_tokens(made.graph)
             decode = functools.partial(self._decoding, graph, target, device, name)
             made = replace(made, few=Once(decode), few_tokens=most) if most else made
+            made = replace(made, captures=self._captures(made.graph))
         self.artifacts[key] = made
+
+    def _captures(self, graph: Graph) -> Captures | None:
+        """Where calls are to be CUDA graphs: those of an artifact."""
+        if self.mode != "reduce-overhead":
+            return None
+        return Captures(_varying(graph), rows_are_alone(graph))
 
     def _decoding(
         self,
@@ -141,8 +151,7 @@ class Session:
         made = self._compile(graph, None, target, device, name, False, DECODING)
         if made is None or not self._runs(made, inputs):
             return None
-        varying = [i for i, v in enumerate(graph.inputs) if not isinstance(v.type.elements, int)]
-        return replace(made, tapes=Tapes(varying))
+        return replace(made, tapes=Tapes(_varying(graph)))
 
     def _log_again(self, key: tuple[str, tuple[bool, ...] | None, str], name: str) -> None:
         """Log what is new about a graph that was compiled before."""
@@ -259,6 +268,11 @@ class Session:
         )
         text = text.replace("grad{exact=true},", f"grad{{exact=true,wanted={names}}},", 1)
         return text.replace("grad,", f"grad{{wanted={names}}},", 1)
+
+
+def _varying(graph: Graph) -> list[int]:
+    """The inputs whose sizes differ between calls."""
+    return [i for i, v in enumerate(graph.inputs) if not isinstance(v.type.elements, int)]
 
 
 def _with_unique_hints(graph: Graph) -> Graph:

@@ -16,6 +16,7 @@ from moec.codegen.host import partition
 from moec.errors import CallError
 from moec.ir.graph import Graph, Value
 from moec.manager import Step
+from moec.runtime.captured import Captures
 from moec.runtime.ranges import in_range, with_ranges
 from moec.runtime.tape import Tapes
 
@@ -54,7 +55,7 @@ class Artifact:
     ``aten`` target its gradients round as eager's: there, and at length 1 above all, gradients
     occur that are zero but for rounding (a query's, where there is one key), and memory does not
     matter. For inference on a GPU it has kernels for few rows, and ``tapes`` keeps what its calls
-    launched.
+    launched. ``captures`` are calls as CUDA graphs, if that was asked for.
     """
 
     graph: Graph
@@ -70,6 +71,7 @@ class Artifact:
     few: Once | None = field(default=None, repr=False)
     few_tokens: int = FEW_TOKENS
     tapes: Tapes | None = field(default=None, repr=False)
+    captures: Captures | None = field(default=None, repr=False)
     named: dict[str, Artifact] = field(default_factory=dict, repr=False)
 
     def __call__(
@@ -89,6 +91,10 @@ class Artifact:
             repeated = self.tapes.call(self.forward, contiguous)
             if repeated is not None:
                 return repeated
+        if self.captures is not None and used is self:
+            captured = self.captures.call(self.forward, contiguous)
+            if captured is not None:
+                return captured
         # kernels go to the current device; on the CPU this does nothing
         with torch.cuda.device_of(inputs[0]):  # type: ignore[no-untyped-call]
             if used.backward is None:
