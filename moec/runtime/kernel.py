@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moec.runtime import tape
+from moec.runtime.recording import current
 from moec.trace_events import span
 
 
@@ -32,7 +32,7 @@ class Kernel:
     def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
         if not self._remembers:
             launch: Callable[..., None] = self.function[tuple(grid)]
-            recording = tape.current()
+            recording = current()
             if recording is not None:
                 return lambda *args, **options: recording.interpreted(launch, args, options)
             return launch
@@ -53,7 +53,7 @@ class Kernel:
         else:
             compiled, constants = known
             compiled[(*grid, 1, 1)[:3]](*arguments, *constants)
-        recording = tape.current()
+        recording = current()
         if recording is not None and known is not None:
             compiled, constants = known
             recording.launch(compiled, grid, (*arguments, *constants))
