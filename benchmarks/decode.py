@@ -87,7 +87,7 @@ def prepared(block: Any, implementation: str) -> Any:
 def measure(shape: Shape, implementation: str, tokens: int) -> dict[str, Any]:
     """One row."""
     block = random_block(shape, "cuda", torch.bfloat16)
-    x = torch.randn(ROTATION, 1, tokens, shape.hidden, device="cuda").bfloat16()
+    x = torch.randn(ROTATION, 1, tokens, shape.hidden, device="cuda").bfloat16().unbind()
     run = prepared(block, implementation)
 
     def call(i: int) -> Any:

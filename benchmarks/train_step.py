@@ -61,8 +61,8 @@ SIZES = {
     "tiny": Size(64, 64, 32, 8, 2),
 }
 MODELS: dict[str, Callable[[Any], Any]] = {
-    "moec": lambda block: moec.compile(block, options={"gluon": True}),
-    "moec without Gluon": moec.compile,
+    "moec": moec.compile,
+    "moec without Gluon": lambda block: moec.compile(block, options={"gluon": False}),
     "grouped_mm": lambda block: with_experts(block, "grouped_mm"),
     "grouped_mm + torch.compile": compiled_grouped,
     "eager": lambda block: with_experts(block, "eager"),

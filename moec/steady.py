@@ -18,7 +18,7 @@ from torch.autograd import forward_ad, profiler
 from moec.capture.found import FoundRegion
 from moec.guards import Guard
 from moec.runtime.artifact import Artifact
-from moec.runtime.tape import Tapes
+from moec.runtime.tape import Tape
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = (
@@ -46,7 +46,7 @@ class Steady:
     ) -> None:
         self.artifact, self.name, self.result = artifact, name, found.result
         self.rank = found.graph.inputs[0].type.rank if found.graph is not None else 0
-        self.dtype, self.device, self.axes = x.dtype, x.device, x.dim()
+        self.dtype, self.index, self.axes = x.dtype, x.get_device(), x.dim()
         self.width, self.kind = x.shape[-1], x.device.type
         self.unchanged = guard.unchanged
         self.hooks = [getattr(m, h) for m in module.modules() if m is not module for h in _HOOKS]
@@ -54,7 +54,9 @@ class Steady:
         self.weights = tuple(weights)
         places = _places(module, found.weights)
         self.kept = [(*p, w, *_facts(w)) for p, w in zip(places, weights, strict=True)]
-        self.sizes: dict[torch.Size, tuple[int, ...]] = {}
+        is_training = torch.is_grad_enabled()
+        self.wanted = [w.requires_grad for w in weights] if is_training else []
+        self.tapes: dict[torch.Size, Tape] = {}
 
     @staticmethod
     def mode(module: nn.Module, x: torch.Tensor) -> Mode:
@@ -65,45 +67,47 @@ class Steady:
         """Whether a call with these tokens would be served as the one before."""
         if (
             x.dtype is not self.dtype
+            or x.get_device() != self.index
+            or x.device.type != self.kind
             or x.layout is not torch.strided
-            or x.device != self.device
             or x.dim() != self.axes
             or any(self.hooks)
             or torch.is_autocast_enabled(self.kind)
         ):
             return False
-        for owner, name, weight, dtype, count, wanted in self.kept:
+        for owner, name, weight, dtype, count in self.kept:
             same = owner.get(name) is weight and weight.dtype is dtype
-            if not same or weight.numel() != count or weight.requires_grad is not wanted:
+            if not same or weight.numel() != count:
                 return False
-        return self.unchanged()
+        return self.unchanged() and (not self.wanted or self._wants_the_same())
+
+    def _wants_the_same(self) -> bool:
+        """Whether the same weights require gradients."""
+        return [w.requires_grad for w in self.weights] == self.wanted
 
     def serve(self, x: torch.Tensor) -> Any:
         """The result of the call; ``NotImplemented`` for tokens of another width."""
-        few = self.artifact.few
-        if few is not None and few.made is not None and few.made.tapes is not None:
-            outputs = self._repeated(few.made.tapes, x)
+        shape = x.shape
+        tape = self.tapes.get(shape)
+        if tape is not None and tape.may_be_used() and x.is_contiguous():
+            outputs = tape((x, *self.weights), shape, self.result.axes)
             if outputs is not None:
                 return self.result.assemble(outputs)
-        lead = x.shape[:-1]
-        if x.shape[-1] != self.width:
+        if shape[-1] != self.width:
             return NotImplemented
+        self._look_for_tape(x, shape)
         tokens = x if x.dim() == self.rank else x.flatten(0, -2)
-        return self.result.build(self.artifact([tokens, *self.weights], self.name), lead)
+        return self.result.build(self.artifact([tokens, *self.weights], self.name), shape[:-1])
 
-    def _repeated(self, tapes: Tapes, x: torch.Tensor) -> Sequence[torch.Tensor] | None:
-        """The outputs by a recording of a call with as many tokens, if there is one."""
-        shape = x.shape
-        size = self.sizes.get(shape)
-        if size is None:
-            if shape[-1] != self.width or len(self.sizes) > _MOST_SIZES:
-                return None
-            flat = (x.numel() // self.width, self.width)
-            size = self.sizes[shape] = flat if self.rank == 2 else tuple(shape)
-        tape = tapes.known(x, size)
-        if tape is None or not x.is_contiguous():
-            return None
-        return tape((x, *self.weights), shape, self.result.axes)
+    def _look_for_tape(self, x: torch.Tensor, shape: torch.Size) -> None:
+        """Keep the recording of a call with as many tokens, if there is one by now."""
+        few = self.artifact.few
+        if few is None or few.made is None or few.made.tapes is None:
+            return
+        size = (x.numel() // max(self.width, 1), self.width)
+        tape = few.made.tapes.known(x, size if self.rank == 2 else tuple(shape))
+        if tape is not None and len(self.tapes) < _MOST_SIZES:
+            self.tapes[shape] = tape
 
 
 def is_plain_call(args: Sequence[Any], kwargs: Any) -> bool:
@@ -152,7 +156,7 @@ def _places(module: nn.Module, paths: Sequence[str]) -> list[tuple[dict[str, Any
 
 def _facts(tensor: torch.Tensor) -> tuple[Any, ...]:
     """What may change of a tensor that stays the same object."""
-    return tensor.dtype, tensor.numel(), tensor.requires_grad
+    return tensor.dtype, tensor.numel()
 
 
 SteadyCalls = dict[Mode, Steady]

@@ -100,14 +100,15 @@ class Graph:
         _check("cuGraphAddKernelNode", *to, ctypes.byref(launch.node))
         self._nodes.append(node)
 
-    def change(self, index: int) -> None:
-        """Take over the arguments of a launch as they are in memory now."""
-        code = self._change(self._executable, self._nodes[index], self._references[index])
-        if code:
-            raise _error("cuGraphExecKernelNodeSetParams", code)
-
-    def run(self) -> None:
-        """Launch all of them."""
+    def run(self, changed: set[int]) -> None:
+        """Launch all of them, those in ``changed`` with their arguments as they are in memory now;
+        empties that set.
+        """
+        for index in changed:
+            code = self._change(self._executable, self._nodes[index], self._references[index])
+            if code:
+                raise _error("cuGraphExecKernelNodeSetParams", code)
+        changed.clear()
         code = self._run(self._executable, self._stream)
         if code:
             raise _error("cuGraphLaunch", code)

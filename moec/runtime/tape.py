@@ -41,11 +41,7 @@ class Segment:
             if values[place] != address:
                 values[place] = address
                 self.dirty.add(launch)
-        if self.dirty:
-            for launch in self.dirty:
-                self.graph.change(launch)
-            self.dirty.clear()
-        self.graph.run()
+        self.graph.run(self.dirty)
 
 
 @dataclass
@@ -65,6 +61,20 @@ class Tape:
     workspace: torch.Tensor | None = None
     shaped: dict[torch.Size, list[Made]] = field(default_factory=dict)
     computed: frozenset[int] = frozenset()  # outputs that operations make
+    tokens: torch.Size = field(default_factory=torch.Size)  # of the first input
+    operations: bool = False  # whether there are any besides launches
+    stream: int = 0
+    thread: int = field(default_factory=threading.get_ident)
+
+    def may_be_used(self) -> bool:
+        """Whether this thread, on its stream, may use it now; see :func:`may_repeat`."""
+        index = self.device.index
+        return (
+            threading.get_ident() == self.thread
+            and torch._C._cuda_getDevice() == index
+            and torch._C._cuda_getCurrentRawStream(index) == self.stream
+            and not torch._C._cuda_isCurrentStreamCapturing()
+        )
 
     def __call__(
         self,
@@ -82,6 +92,8 @@ class Tape:
         if addresses != self.addresses and not self._move(addresses):
             return None
         tensors: list[Any] = [*inputs, *self.rest]
+        if self.operations and inputs[0].shape != self.tokens:
+            tensors[0] = inputs[0].view(self.tokens)
         sizes = self._sizes(shape, axes) if shape is not None else self.made
         for slot, size, dtype in sizes:
             if size is None:
@@ -196,8 +208,11 @@ def _tape(
     ]
     rest = [None] * (recording.count - len(inputs))
     tape = Tape(places, rest, made, [], device, inputs[0].dtype, addresses, [[] for _ in inputs])
+    if device.type == "cuda":
+        tape.stream = torch._C._cuda_getCurrentRawStream(device.index)
     tape.computed = frozenset(places) - {slot for slot, _, _ in made}
     fixed = _buffers_placed(tape, buffers)
+    tape.tokens = inputs[0].shape
     _bind(tape, [s for s in recording.steps if s[0] != "empty"], fixed)
     return tape
 
@@ -209,14 +224,14 @@ def _buffers_placed(tape: Tape, buffers: Sequence[Buffer]) -> dict[int, int]:
         raise NotRepeatable("buffers that are too large to keep")
     if not buffers:
         return {}
-    stream = torch._C._cuda_getCurrentRawStream(tape.device.index)
-    tape.workspace = _workspace(tape.device, stream, size)
+    tape.workspace = _workspace(tape.device, tape.stream, size)
     base = tape.workspace.data_ptr()
     return {b.slot: base + b.offset for b in buffers}
 
 
 def _bind(tape: Tape, steps: Sequence[Step], fixed: dict[int, int]) -> None:
     """Turn launches into graphs of the driver, each as long as no operation comes between."""
+    tape.operations = any(step[0] == "call" for step in steps)
     for is_launch, group in itertools.groupby(steps, lambda s: s[0] == "launch"):
         if is_launch:
             tape.steps.append(_segment(tape, list(group), fixed))
@@ -233,8 +248,7 @@ def _segment(tape: Tape, steps: Sequence[Step], fixed: dict[int, int]) -> Segmen
         if launch is None:
             raise NotRepeatable("a kernel whose launch is more than addresses and numbers")
         launches.append(launch)
-    stream = torch._C._cuda_getCurrentRawStream(tape.device.index)
-    segment = Segment(Graph(launches, stream), [])
+    segment = Segment(Graph(launches, tape.stream), [])
     for at, (launch, (_, _, _, given)) in enumerate(zip(launches, steps, strict=True)):
         slots = {i: g.place for i, g in enumerate(given) if type(g) is Slot}
         for i, slot in slots.items():
