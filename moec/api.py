@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import ScriptObject, nn
 
+from moec.artifact_lines import artifact_lines
 from moec.capture.disagreement import odd_experts
 from moec.capture.regions import Candidate, find_candidates
 from moec.compiled import install, model_scope_of, region_of
@@ -288,9 +289,7 @@ def _region_lines(region: Region) -> list[str]:
     if region.reason:
         lines.append(f"      why not the whole block: {region.reason}")
         lines.append(f"      what to do: {advice(region)}")
-    few = [a.few.made for a in region.artifacts if a.few is not None]
-    used = [*region.artifacts, *(a for a in few if a is not None)]
-    lines += [f"      {a.mode} artifact: {a.path}" for a in used]
+    lines += [f"      {line}" for a in region.artifacts for line in artifact_lines(a)]
     return lines
 
 

@@ -82,7 +82,7 @@ def test_arguments_lie_in_memory_as_the_driver_reads_them() -> None:
     assert list(launch.node.grid) == [5, 2, 1]
     assert list(launch.node.block) == [128, 1, 1]
     assert launch.node.function == 77 and launch.node.shared == 2048
-    pointers = (ctypes.c_void_p * 3).from_address(launch.node.arguments)
+    pointers = (ctypes.c_uint64 * 3).from_address(launch.node.arguments)
     assert ctypes.c_uint64.from_address(pointers[0]).value == 1 << 40
     assert ctypes.c_int32.from_address(pointers[1]).value == -3
     launch.values[2] = 1 << 42

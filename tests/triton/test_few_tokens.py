@@ -1,14 +1,17 @@
 """Kernels for few tokens, and recorded calls, against the interpreter."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from benchmarks.emitted_check import Shape, block_graph
 from moec import interp
+from moec.artifact_lines import artifact_lines
 from moec.codegen.triton.routing import most_few_tokens
 from moec.manager import PassManager
 from moec.pipeline import pipeline
-from moec.runtime.artifact import Artifact, build
+from moec.runtime.artifact import Artifact, Once, build
 from moec.runtime.tape import record
 
 SHAPES = (
@@ -50,6 +53,17 @@ def test_few_tokens_are_right_up_to_the_most_that_they_may_be(shape: Shape) -> N
 def test_more_tokens_than_one_program_takes_are_refused_by_the_choice_of_artifact() -> None:
     assert most_few_tokens(few(Shape(16, 32, 64, 8)).graph) == 16
     assert most_few_tokens(block_graph(Shape(16, 32, 64, 8))) == 0  # nothing is fused in it
+
+
+def test_explain_lists_the_ranges_of_tokens_and_their_kernels() -> None:
+    small = few(SHAPES[0])
+    artifact = replace(small, few=Once(lambda _: small), few_tokens=64)
+    lines = list(artifact_lines(artifact))
+    assert "0 to 64 tokens: compiled at the first such call" in lines[1]
+    assert artifact.few is not None and artifact.few.get([]) is small
+    lines = list(artifact_lines(artifact))
+    assert "%act by pointer, tile 16 x 16 x 32" in lines[1]
+    assert lines[2].startswith("    65 tokens and more: ")
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
