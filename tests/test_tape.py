@@ -2,6 +2,7 @@
 
 import ctypes
 import random
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from moec.runtime.tape import record
 
 def test_operations_are_made_again() -> None:
     def forward(x: torch.Tensor, w: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[()]]:
-        first, second = (x @ w.t()).split(1, dim=-1)
+        first, second = torch.split(x @ w.t(), 1, dim=-1)
         return (torch.cat([first, second * 2]), first), ()
 
     x, w = torch.randn(3, 4), torch.randn(2, 4)
@@ -26,13 +27,13 @@ def test_operations_are_made_again() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-READS = {
+CONSTANT = torch.ones(())
+READS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "item": lambda x: x * x.sum().item(),
     "bool": lambda x: x if bool((x > 0).all()) else -x,
     "list": lambda x: x * len(x[0].tolist()),
     "constant": lambda x: x + CONSTANT,
 }
-CONSTANT = torch.ones(())
 
 
 @pytest.mark.parametrize("name", READS)
