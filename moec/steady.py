@@ -77,7 +77,7 @@ class Steady:
             return False
         for owner, name, weight, dtype, count in self.kept:
             same = owner.get(name) is weight and weight.dtype is dtype
-            if not same or weight.numel() != count:
+            if not same or weight.numel() != count or weight.get_device() != self.index:
                 return False
         return self.unchanged() and (not self.wanted or self._wants_the_same())
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,6 +92,7 @@ class Graph:
         self._change = _function("cuGraphExecKernelNodeSetParams")
         self._stream = ctypes.c_void_p(stream)
         self._references = [ctypes.byref(launch.node) for launch in launches]
+        weakref.finalize(self, _destroy, self._executable, self._graph).atexit = False
 
     def _add(self, launch: Launch) -> None:
         before = (ctypes.c_void_p * 1)(*(n.value for n in self._nodes[-1:]))
@@ -113,11 +115,11 @@ class Graph:
         if code:
             raise _error("cuGraphLaunch", code)
 
-    def __del__(self) -> None:
-        # a graph that still runs stays alive in the driver until it is done
-        for name, handle in (("Exec", self._executable), ("", self._graph)):
-            if handle.value:
-                _function(f"cuGraph{name}Destroy")(handle)
+
+def _destroy(executable: ctypes.c_void_p, graph: ctypes.c_void_p) -> None:
+    """Give a graph back; one that still runs stays alive in the driver until it is done."""
+    _function("cuGraphExecDestroy")(executable)
+    _function("cuGraphDestroy")(graph)
 
 
 @functools.cache
