@@ -156,6 +156,19 @@ def _other_readers(around: Neighbourhood, op: Op, members: list[Op]) -> list[Op]
     return list(dict.fromkeys(found))
 
 
+def fuse_each(
+    graph: Graph, is_candidate: Callable[[Op], bool], fuse_one: Callable[[Graph, Op], Graph]
+) -> Graph:
+    """Let each candidate be an anchor, until none changes the graph."""
+    before = None
+    while graph is not before:  # dead work that went may have been what kept other work apart
+        before, tried = graph, set[Op]()
+        while anchor := next((o for o in graph.ops if is_candidate(o) and o not in tried), None):
+            tried.add(anchor)
+            graph = fuse_one(graph, anchor)
+    return graph
+
+
 def fuse(graph: Graph, members: list[Op], kind: str, *, duplicated: Collection[Op] = ()) -> Graph:
     """Replace ``members`` by one ``kern.<kind>`` op whose body they are.
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 from moec.ir.graph import Graph, Op
 from moec.ir.opdef import opdef
 from moec.manager import register
-from moec.passes.clusters import Neighbourhood, constants_of, fuse, grow, not_pointwise
+from moec.passes.clusters import (
+    Neighbourhood,
+    constants_of,
+    fuse,
+    fuse_each,
+    grow,
+    not_pointwise,
+)
 from moec.reasons import decline
 
 
@@ -15,13 +22,7 @@ def fuse_pointwise(graph: Graph, *, min_ops: int = 2) -> Graph:
 
     What is left after the other fuse passes: the activation of a shared expert, for example.
     """
-    tried: set[Op] = set()
-    while True:
-        anchor = next((op for op in graph.ops if _is_candidate(op) and op not in tried), None)
-        if anchor is None:
-            return graph
-        tried.add(anchor)
-        graph = _fuse_one(graph, anchor, min_ops)
+    return fuse_each(graph, _is_candidate, lambda g, op: _fuse_one(g, op, min_ops))
 
 
 def _is_candidate(op: Op) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moec.ir.graph import Graph, Op, Value
 from moec.ir.opdef import opdef
 from moec.manager import register
-from moec.passes.clusters import Neighbourhood, constants_of, fuse, grow
+from moec.passes.clusters import Neighbourhood, constants_of, fuse, fuse_each, grow
 from moec.passes.fuse_gemm import not_row_work
 from moec.reasons import decline
 
@@ -17,13 +17,7 @@ def fuse_rows(graph: Graph, *, min_ops: int = 2) -> Graph:
     Pointwise work, splits, merges, row scales and row sums join. The ``aten`` target runs such a
     unit on blocks of rows that stay in the cache, so each value is read from memory once.
     """
-    tried: set[Op] = set()
-    while True:
-        anchor = next((op for op in graph.ops if _is_candidate(op) and op not in tried), None)
-        if anchor is None:
-            return graph
-        tried.add(anchor)
-        graph = _fuse_one(graph, anchor, min_ops)
+    return fuse_each(graph, _is_candidate, lambda g, op: _fuse_one(g, op, min_ops))
 
 
 def _is_candidate(op: Op) -> bool:
