@@ -1,6 +1,7 @@
 """Kernels for few tokens, and recorded calls, against the interpreter."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,10 @@ from moec.manager import PassManager
 from moec.pipeline import pipeline
 from moec.runtime.artifact import Artifact, Once, build
 from moec.runtime.tape import record
+from tests.graphs import random_block, random_size
+
+from .emitted import built, check, lowered
+from .test_families import FAMILIES, sized
 
 SHAPES = (
     Shape(32, 16, 8, 2),
@@ -78,3 +83,24 @@ def test_a_recorded_call_gives_what_the_call_gives_for_other_numbers(tokens: int
     assert again is not None and torch.equal(again[0], forward(*second)[0][0])
     in_batch = tape(second, torch.Size((1, tokens, shape.hidden)), (1,))
     assert in_batch is not None and in_batch[0].shape == (1, tokens, shape.hidden)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_families(name: str, dtype: str, tmp_path: Path) -> None:
+    block = sized(name, dtype)
+    graph = lowered(block.graph, "few=true", training=False)
+    most = most_few_tokens(graph)
+    assert most > 0
+    module = built(graph, tmp_path)
+    for tokens, routing in ((0, "random"), (1, "random"), (min(most, 7), "empty"), (2, "one")):
+        check(block, graph, module, tokens, routing)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_blocks(seed: int, tmp_path: Path) -> None:
+    block = random_block(seed + 50)
+    graph = lowered(block.graph, "few=true", training=False)
+    tokens, routing = random_size(seed)
+    most = most_few_tokens(graph)
+    check(block, graph, built(graph, tmp_path), min(tokens, most), routing)
