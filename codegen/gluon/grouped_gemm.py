@@ -38,6 +38,7 @@ from moec.ir.graph import Op, Value
 
 ROWS, DEPTH, COLUMNS, STAGES = 128, 64, 256, 4
 MOST_COLUMNS, MOST_COLUMNS_ALONE, LONGEST = 2048, 768, 8192
+LARGEST = 1 << 22  # numbers of a matrix whose rows are not gathered
 _PLACE = ("end", "row", "column")
 
 
@@ -386,5 +387,6 @@ def _check_worth(p: RowProduct) -> None:
     kept = sum(v.type.rank == 2 for v in p.body.outputs) > 1
     if p.gather is not None and p.columns > (MOST_COLUMNS if kept else MOST_COLUMNS_ALONE):
         raise Unsupported("more tiles of columns than gathering again is worth")
-    if max(p.depth, p.columns) > LONGEST:
+    large = p.gather is None and p.depth * p.columns * p.parts > LARGEST
+    if large or max(p.depth, p.columns) > LONGEST:
         raise Unsupported("a product so long that the other templates keep up")
