@@ -27,7 +27,8 @@ def templates(graph: Graph) -> list[str]:
     "name, training, expected",
     [
         ("s7b-n256", True, ["gluon"] * 6),
-        ("s30b-n1024", True, ["gluon"] * 6),
+        ("s30b-n512", True, ["gluon"] * 6),
+        ("s30b-n1024", True, [*["gluon"] * 4, "tma", "gluon"]),  # large matrices, rows as they are
         ("qwen3-30b", False, ["gluon"] * 2),
         ("olmoe", False, ["tma", "gluon"]),  # many tiles that would gather, and nothing kept
         ("mixtral-8x7b", True, ["tma"] * 6),
