@@ -95,12 +95,26 @@ def equal(a: Dim, b: Dim) -> tuple[AtMost, AtMost]:
 def narrowed(ranges: Mapping[str, Range], known: Sequence[AtMost]) -> dict[str, Range]:
     """The ranges, cut by what is known of single sizes (``8*T <= 100`` gives ``T <= 12``)."""
     found = dict(ranges)
-    for fact in known:
-        slack = sympy.sympify(_difference(fact.large, fact.small))
+    for slack in _slacks(tuple(known)):
         names = list(slack.free_symbols)
-        if len(names) == 1 and slack.is_polynomial() and sympy.degree(slack, names[0]) == 1:
+        if len(names) == 1 and sympy.degree(slack, names[0]) == 1:
             _cut(found, names[0], slack)
     return found
+
+
+@functools.lru_cache(maxsize=1024)
+def _slacks(known: tuple[AtMost, ...]) -> tuple[Any, ...]:
+    """Polynomials with whole coefficients that are not negative where the facts hold."""
+    found = list[Any]()
+    for fact in known:
+        slack = sympy.sympify(_difference(fact.large, fact.small))
+        for p in _polynomials(slack, {}, upper=True):
+            found.append(sympy.expand(p * sympy.ilcm(1, *(c.q for c in _coefficients(p)))))
+    return tuple(found)
+
+
+def _coefficients(e: Any) -> list[Any]:
+    return list(e.as_coefficients_dict().values())
 
 
 def _cut(ranges: dict[str, Range], name: sympy.Symbol, slack: Any) -> None:
@@ -141,10 +155,7 @@ def _is_never_negative(e: Any, ranges: Ranges, known: tuple[AtMost, ...]) -> boo
 def _less_slack(e: Any, known: tuple[AtMost, ...]) -> Iterator[Any]:
     """``e``, and ``e`` less so much of a known slack that one of its terms is gone."""
     yield e
-    for fact in known:
-        slack = _difference(fact.large, fact.small)
-        if isinstance(slack, int):
-            continue
+    for slack in _slacks(known):
         terms = slack.as_coefficients_dict()
         mine = sympy.sympify(e).as_coefficients_dict()
         shares = {mine[t] / c for t, c in terms.items() if t in mine and t != 1}
@@ -169,7 +180,7 @@ def _is_nonnegative(p: Any, ranges: Mapping[str, Range]) -> bool:
     ends = [_ends(s, ranges.get(s.name, (0, None))) for s in names]
     for chosen in itertools.islice(itertools.product(*ends), _MOST_TRIED):
         counted = sympy.expand(p.subs(dict(zip(names, chosen, strict=True)), simultaneous=True))
-        if all(c >= 0 for c in counted.as_coefficients_dict().values()):
+        if all(c >= 0 for c in _coefficients(counted)):
             return True
     return False
 
