@@ -15,6 +15,7 @@ from benchmarks.emitted_check import SHAPES, Shape, block_graph
 from moec.capture.block import MAX_TOKENS
 from moec.codegen.module import emit_module
 from moec.codegen.triton import source
+from moec.codegen.triton.routing import most_few_tokens
 from moec.ir import Graph, parse
 from moec.manager import PassManager
 from moec.pipeline import pipeline
@@ -62,6 +63,18 @@ def test_nothing_overflows_with_biases_groups_and_shared_experts(name: str, temp
     text, graph = emitted(build(options).graph, MAX_TOKENS, template)
     host = Host(text, graph).run()
     assert not host.faults, "\n".join(map(str, host.faults))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_kernels_for_few_tokens_refuse_more(name: str) -> None:
+    """All of their indices have 32 bits, whatever range the block is declared for."""
+    graph = replace(block_graph(BLOCKS[name]), ranges={"T": (0, MAX_TOKENS)})
+    lowered = PassManager(pipeline("triton", False) + ", lower{few=true}").run(graph)
+    text = emit_module(lowered, "triton")
+    host = Host(text, lowered).run()
+    assert not host.faults, "\n".join(map(str, host.faults))
+    assert host.sizes["T"].span.high == most_few_tokens(lowered) <= 64
+    assert Host(re.sub(r"guards\.at_most\(.*", "", text), lowered).run().faults
 
 
 def without(text: str, pattern: str) -> Iterator[tuple[str, str, str]]:

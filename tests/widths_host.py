@@ -324,7 +324,7 @@ class _Kernel:
     def launch(self, grid: tuple[Any, ...], args: tuple[Any, ...], named: dict[str, Any]) -> None:
         parameters = [a.arg for a in self.host.kernels.functions[self.name].args.args]
         given = dict(zip(parameters, args, strict=False))
-        note_contents(self.name, given, named)
+        note_contents(parameters, given)
         options = ("num_warps", "num_stages", "maxnreg")
         constants = {k: number(v) for k, v in named.items() if k not in options}
         spans = tuple(map(span, grid))
@@ -341,20 +341,19 @@ def argument(value: Any) -> Any:
     return Other()
 
 
-def note_contents(name: str, given: Mapping[str, Any], named: Mapping[str, Any]) -> None:
+def note_contents(names: list[str], given: Mapping[str, Any]) -> None:
     """What the tensors hold that counting and placing pairs make and read."""
-    if name not in ("place_pairs", "count_pairs"):
-        return
-    pairs, experts = span(given["pairs"]).high, int(named.get("E", named["BUCKETS"]))
-    holds = {"perm": (0, pairs - 1), "offsets": (0, pairs), "inverse": (-1, pairs - 1)}
-    for key, (low, high) in holds.items():
-        if key in given:
-            tensor = given[key].tensor
-            tensor.contents = everywhere(low, high)
-            tensor.ascending = key == "offsets"
-    histogram = given["histogram"].tensor
-    histogram.contents, histogram.total = everywhere(0, pairs), pairs
-    given["index"].tensor.contents = everywhere(-1, experts)
+    if {"perm", "offsets", "inverse"} <= set(names) and "offsets" in given:
+        pairs, experts = span(given["perm"].shape[0]).high, span(given["offsets"].shape[0]).high - 1
+        given["perm"].tensor.contents = everywhere(0, pairs - 1)
+        given["inverse"].tensor.contents = everywhere(-1, pairs - 1)
+        given["offsets"].tensor.contents = everywhere(0, pairs)
+        given["offsets"].tensor.ascending = True
+        if "index" in given:
+            given["index"].tensor.contents = everywhere(-1, experts)
+        if "histogram" in given:
+            histogram = given["histogram"].tensor
+            histogram.contents, histogram.total = everywhere(0, pairs), pairs
 
 
 def everywhere(low: int, high: int) -> Callable[[Span], Span]:

@@ -449,6 +449,15 @@ def _gathered(
     return replace(a[0], shape=shape_of(a[1]), total=None) if isinstance(a[0], Int) else Other()
 
 
+def _reshaped(
+    k: Kernels, node: ast.Call, owner: Abstract, a: list[Abstract], named: Env
+) -> Abstract:
+    if isinstance(owner, Int) and all(isinstance(size, Int) for size in a):
+        shape = tuple(size.span.high for size in a)
+        return Int(owner.bits, owner.span, shape, owner.total)
+    return Bool(tuple(s.span.high for s in a)) if isinstance(owner, Bool) else Other()
+
+
 _CALLS: dict[str, Callable[[Kernels, ast.Call, Any, list[Any], Env], Any]] = {
     "load": _load,
     "store": _load,
@@ -465,4 +474,5 @@ _CALLS: dict[str, Callable[[Kernels, ast.Call, Any, list[Any], Env], Any]] = {
     "num_programs": _program,
     "arange": _arange,
     "gather": _gathered,
+    "reshape": _reshaped,
 }

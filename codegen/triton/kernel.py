@@ -174,6 +174,8 @@ def explained(text: str, why: str, width: int) -> list[str]:
 def assigned(name: str, explained: tuple[str, str]) -> tuple[str, str]:
     """An assignment of an expression, and the fact behind it."""
     text, why = explained
+    if text.startswith("(") and why.startswith("32"):  # there is no cast of what it encloses
+        text = text[1:-1]
     return f"{name} = {text}", why
 
 
