@@ -12,6 +12,7 @@ import sympy
 from moec.codegen import aten
 from moec.codegen.labels import has_range, label
 from moec.codegen.names import PythonNames
+from moec.codegen.requirements import Requirement, emit_checks
 from moec.codegen.writer import Writer
 from moec.inputs import dim_names
 from moec.ir.dims import symbols
@@ -73,11 +74,13 @@ def emit_host(
     target: str,
     reserved: frozenset[str] = frozenset(),
     ranges: bool = False,
+    found: Sequence[Requirement] = (),
 ) -> None:
     """Write ``forward``, and ``backward`` for a joint graph, with what the runtime reads about
     them.
 
-    No value is called by a name in ``reserved``: those of the module's kernels. With ``ranges`` the
+    No value is called by a name in ``reserved``: those of the module's kernels. ``forward`` first
+    checks what was ``found`` to be required. With ``ranges`` the
     functions take the name of a region first, and name it and the op around each op's lines.
     """
     graph = program.graph
@@ -88,7 +91,7 @@ def emit_host(
     taken = reserved | frozenset(graph.ranges) | frozenset(dim_names(graph))
     first = ["region"] if ranges else []
     emit_op = _ranged(emit_op) if ranges else emit_op
-    _emit_forward(writer, program, emit_op, training, PythonNames(taken), first)
+    _emit_forward(writer, program, emit_op, training, PythonNames(taken), first, found)
     if training:
         writer.lines("", "")
         _emit_backward(writer, program, emit_op, PythonNames(taken), first)
@@ -119,11 +122,13 @@ def _emit_forward(
     training: bool,
     names: PythonNames,
     first: Sequence[str],
+    found: Sequence[Requirement],
 ) -> None:
     graph = program.graph
     with writer.block(f"def forward({_signature(first, graph.inputs, names)}):"):
         writer.line(f'"""{", ".join(f"{names[v]}: {v.type}" for v in graph.inputs)}."""')
         _bind(writer, graph.inputs, names)
+        emit_checks(writer, graph, found)
         keep = {*graph.outputs, *program.saved, *graph.inputs}
         _emit_ops(writer, program.forward, keep, names, emit_op)
         outputs = _tuple(graph.outputs, names)

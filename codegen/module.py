@@ -8,6 +8,7 @@ from moec.codegen.blocked import emit_blocked
 from moec.codegen.expert_lists import emit_stack, kept_apart
 from moec.codegen.host import EmitOp, emit_aten, emit_host, partition
 from moec.codegen.names import RESERVED, PythonNames
+from moec.codegen.requirements import of_ops
 from moec.codegen.writer import Writer
 from moec.errors import CodegenError
 from moec.inputs import dim_names
@@ -54,14 +55,16 @@ def emit_module(
         if not ranges:
             emitter.emit_kernels(writer)
         follow = _followed(emitter.emit_op, after_op)
-        emit_host(writer, program, follow, target, emitter.names, ranges)
+        found = [*of_ops(graph), *emitter.requirements]
+        emit_host(writer, program, follow, target, emitter.names, ranges, found)
     else:
         apart = kept_apart(graph, program.saved)
 
         def emit_op(out: Writer, op: Op, names: PythonNames) -> bool:
             return emit_stack(out, op, names, apart) or emit_blocked(out, op, names)
 
-        emit_host(writer, program, _followed(emit_op, after_op), target, ranges=ranges)
+        follow, found = _followed(emit_op, after_op), of_ops(graph)
+        emit_host(writer, program, follow, target, ranges=ranges, found=found)
     return writer.text()
 
 
@@ -94,6 +97,5 @@ def _emit_header(writer: Writer, graph: Graph, target: str) -> None:
     writer.lines("", "import torch", "import torch.nn.functional as F")
     if target == "triton":
         writer.lines("import triton", "import triton.language as tl")
-    writer.lines(
-        "", f"from moec.runtime import grouped as moe{', launch' if target == 'triton' else ''}", ""
-    )
+    libraries = ", ".join(["grouped as moe", "guards", *(["launch"] if target == "triton" else [])])
+    writer.lines("", f"from moec.runtime import {libraries}", "")

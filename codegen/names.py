@@ -15,6 +15,7 @@ RESERVED = {
     "triton",
     "tl",
     "moe",
+    "guards",
     "launch",
     "device",
     "F",

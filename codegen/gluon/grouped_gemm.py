@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field
 
-from moec.codegen.gluon.loading import Loading
+from moec.codegen.gluon.loading import BYTES, Loading
 from moec.codegen.gluon.text import (
     COPYING,
     ISSUING,
@@ -18,7 +18,9 @@ from moec.codegen.gluon.text import (
     used,
 )
 from moec.codegen.gluon.tile import StageBody
+from moec.codegen.requirements import WORD
 from moec.codegen.triton.context import Context, arguments, only_if, write
+from moec.codegen.triton.facts import Facts, tile_bound
 from moec.codegen.triton.kernel import (
     KernelText,
     Parameter,
@@ -35,6 +37,7 @@ from moec.codegen.triton.tiles import Tile, tile_of, times
 from moec.codegen.writer import Writer
 from moec.ir.dims import python_source
 from moec.ir.graph import Op, Value
+from moec.ir.prove import divisible
 
 ROWS, DEPTH, COLUMNS, STAGES = 128, 64, 256, 4
 MOST_COLUMNS, MOST_COLUMNS_ALONE, LONGEST = 2048, 768, 8192
@@ -50,6 +53,7 @@ class GluonGemm:
     name: str
     product: RowProduct = field(init=False)
     tile: Tile = field(init=False)
+    facts: Facts = field(init=False)
     text: KernelText = field(init=False)
     sums: RowSums | None = field(init=False)
 
@@ -57,12 +61,14 @@ class GluonGemm:
         self.product = p = analyse(self.op)
         self.tile = tile_of(self.op.attrs.get("tile"), gluon_tile(p))
         _check(p, self.tile)
-        self.text = gluon_text(compute_dtype(p.body))
-        self.text.parameter("places")
-        self.sums = RowSums(p, self.name, self.tiles_n) if p.dots else None
+        self.facts = Facts.of(self.op)
         self.in_stage = p.reads > 0
         self.chunk = 64 if self.in_stage else 128
-        if p.columns % self.chunk:
+        self.copied = self._ask()
+        self.text = gluon_text(compute_dtype(p.body), self.facts)
+        self.text.parameter("places")
+        self.sums = RowSums(p, self.name, self.tiles_n, self.facts) if p.dots else None
+        if not self.facts.divides(self.chunk, p.columns):
             raise Unsupported("columns that are no multiple of a chunk's")
         self._write_tile()
         self.loading = Loading(p, self.tile, self.chunk, self.body.reads, self.text)
@@ -83,10 +89,21 @@ class GluonGemm:
         names |= self.text.used | self.body.text.used | extra | {"wait_empty"}
         return names | (staged if self.in_stage else set())
 
+    def _ask(self) -> str:
+        """What numbers of rows, tiles and stages need; the docstring's line on rows."""
+        p, experts = self.product, int(self.product.weights.type.shape[0])
+        self.facts.row_tiles(p.rows, experts, ROWS, numbers=3)
+        self.facts.copied(p.weights, p.depth * p.columns * p.parts)
+        stages = p.depth // DEPTH + self.tile.columns // self.chunk
+        pieces = tile_bound(p.rows, experts, ROWS) * self.tiles_n
+        self.facts.pieces(pieces)
+        self.facts.limit(pieces * stages, WORD, "stages counted in 32 bits")
+        return self.facts.aligned(p.depth * BYTES, p.columns * BYTES)
+
     # the epilogue
     def _write_tile(self) -> None:
         p = self.product
-        text = gluon_text(self.text.dtype, (*_PLACE, "acc", "slots", *_BLOCKS))
+        text = gluon_text(self.text.dtype, self.facts, (*_PLACE, "acc", "slots", *_BLOCKS))
         domain = Domain(p.rows, p.columns, False)
         self.body = body = StageBody(
             text, p.body, domain, product=p, chunk=self.chunk, in_stage=self.in_stage
@@ -146,7 +163,10 @@ class GluonGemm:
             if rowwise or p.dots:
                 t.line("here = row + gl.arange(0, HALF, layout=gl.SliceLayout(1, narrow))")
                 t.line("inside = here < end")
-                t.line("here = here.to(gl.int64)")
+                most = (p.rows + ROWS) * self.tiles_n
+                here, why = self.facts.widened("here", most, "gl.int64")
+                if here != "here":
+                    t.line(f"here = {here}", why)
             extra = {q.name: outer.term(q.value).text for q in rowwise}  # type: ignore[arg-type]
             t.line(f"acc = gl.zeros((HALF, {self.loading.wide}), gl.float32, layout=tall)")
             steps = f"{p.depth // DEPTH}, {p.transposed}, WG * HALF, HALF, STAGES"
@@ -170,7 +190,7 @@ class GluonGemm:
             return
         for i in range(len(p.dots)):
             t.line(f"dot_{i} = gl.zeros((HALF,), gl.float32, layout=gl.SliceLayout(1, narrow))")
-        whole = not self.in_stage and p.columns % self.tile.columns == 0
+        whole = not self.in_stage and self.facts.divides(self.tile.columns, p.columns)
         with t.block(f"for c in {'gl.static_range' if whole else 'range'}({self.loading.chunks}):"):
             if self.in_stage:
                 t.line("stage = wait_ready(ready, taken, STAGES)")
@@ -299,7 +319,8 @@ class GluonGemm:
             f"{k}: gl.constexpr = {v}" for k, v in sizes_.items()
         ]
         lines = w.text().rstrip("\n").split("\n")
-        define(writer, self.name, names, documentation(self.op, [tile]), lines, launched=True)
+        docs = documentation(self.op, [tile, self.copied, *self.facts.limits])
+        define(writer, self.name, names, docs, lines, launched=True)
 
     def launch(self, writer: Writer, context: Context) -> None:
         """Write the host lines."""
@@ -370,7 +391,7 @@ def _check(p: RowProduct, tile: Tile) -> None:
         raise Unsupported("parts that are not rows of the weights")
     if p.prologue and p.gather is None:
         raise Unsupported("work before the product")
-    if p.depth % DEPTH or p.columns * p.parts < COLUMNS:
+    if not divisible(p.depth, DEPTH) or p.columns * p.parts < COLUMNS:
         raise Unsupported("matrices that do not fill the tile")
     _check_worth(p)
     if (tile.rows, tile.columns * p.parts, tile.depth) != (ROWS, COLUMNS, DEPTH):

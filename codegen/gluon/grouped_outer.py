@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from moec.codegen.gluon.loading import BYTES
 from moec.codegen.gluon.text import (
     COPYING,
     ISSUING,
@@ -15,9 +16,17 @@ from moec.codegen.gluon.text import (
     partition,
     used,
 )
+from moec.codegen.requirements import WORD
 from moec.codegen.triton.context import Context, arguments, only_if, write
-from moec.codegen.triton.grouped_outer import OuterProduct, analyse, rows_of
-from moec.codegen.triton.kernel import KernelText, Unsupported, compute_dtype, documentation
+from moec.codegen.triton.facts import Facts, tile_bound
+from moec.codegen.triton.grouped_outer import OuterProduct, analyse
+from moec.codegen.triton.kernel import (
+    KernelText,
+    Unsupported,
+    compute_dtype,
+    documentation,
+    explained,
+)
 from moec.codegen.triton.layout import WIDTH, wrapped
 from moec.codegen.triton.tiles import GROUP, Tile, tile_of
 from moec.codegen.writer import Writer
@@ -36,13 +45,16 @@ class GluonOuter:
     name: str
     product: OuterProduct = field(init=False)
     tile: Tile = field(init=False)
+    facts: Facts = field(init=False)
     text: KernelText = field(init=False)
 
     def __post_init__(self) -> None:
         self.product = analyse(self.op)
         self.tile = tile_of(self.op.attrs.get("tile"), TILE)
+        self.facts = Facts.of(self.op)
         self._check()
-        self.text = t = gluon_text(compute_dtype(self.product.body))
+        self.copied = self._ask()
+        self.text = t = gluon_text(compute_dtype(self.product.body), self.facts)
         self.names = [t.parameter(f"{side}_rows") for side in _SIDES]
         if self.gathered is not None:
             gather = self.product.gather(self.gathered)
@@ -54,8 +66,9 @@ class GluonOuter:
 
     def _check(self) -> None:
         dtype, (m, n) = self.product.anchor.result.type.dtype, self.product.sizes
-        if dtype not in ("bf16", "f16") or m % 8 or n % 8:
-            raise Unsupported("sizes or a dtype that the copy engine does not take")
+        if dtype not in ("bf16", "f16"):
+            raise Unsupported("a dtype that the copy engine does not take")
+        self.facts.aligned(m * BYTES, n * BYTES)
         if m < self.tile.rows or n < self.tile.columns or self.tile != TILE:
             raise Unsupported("matrices that do not fill the tile")
         if max(m, n) > LONGEST:
@@ -66,6 +79,16 @@ class GluonOuter:
         if any(v.type.dtype != dtype for v in self.product.anchor.operands[:2]):
             raise Unsupported("several dtypes")
         self.gathered = sides[0] if sides else None
+
+    def _ask(self) -> str:
+        """What numbers of rows, tiles and stages need; the docstring's line on rows."""
+        p, (m, n), (down, across) = self.product, self.product.sizes, self.tiles
+        self.facts.rows(p.rows)
+        self.facts.pieces(self._pieces)
+        self.facts.copied(p.anchor.result, m * n)
+        stages = down * across * tile_bound(p.rows, p.experts, self.tile.depth)
+        self.facts.limit(stages, WORD, "stages counted in 32 bits")
+        return self.facts.aligned(m * BYTES, n * BYTES)
 
     @property
     def tiles(self) -> tuple[int, int]:
@@ -116,10 +139,12 @@ class GluonOuter:
         side = self.gathered or 0
         gather, width = self.product.gather(side), self.product.sizes[side]
         choices = int(gather.operands[2].type.shape[1])  # type: ignore[union-attr]
-        w.line(f"token = (pair // {choices}).to(gl.int64)")
+        reach = gather.operands[0].type.shape[0] * width  # type: ignore[union-attr]
+        token, why = self.facts.widened(f"(pair // {choices})", reach, "gl.int64")
+        w.lines(*explained(f"token = {token}", why, WIDTH - 12))
         w.line(f"at = {self.names[side]} + token[:, None] * {width} + column[None, :]")
-        cut = width % (self.tile.rows, self.tile.columns)[side]
-        columns = f" & (column < {width})[None, :]" if cut else ""
+        whole = self.facts.divides((self.tile.rows, self.tile.columns)[side], width)
+        columns = "" if whole else f" & (column < {width})[None, :]"
         w.line(f"live = (slot < size - k)[:, None]{columns}")
         w.line("# the next step's rows, while this one's stage is waited for")
         load = f"gl.load({self.perm} + start + k + BK + slot, mask=slot < size - k - BK, other=0)"
@@ -210,9 +235,8 @@ class GluonOuter:
         w.line(")")
         values = (tile.rows, tile.columns, tile.depth, tile.stages)
         constants = [f"{s}: gl.constexpr = {v}" for s, v in zip(sizes, values, strict=True)]
-        docs = documentation(
-            self.op, [f"tile: {tile.rows} x {tile.columns}, {tile.depth} rows deep"]
-        )
+        size = f"tile: {tile.rows} x {tile.columns}, {tile.depth} rows deep"
+        docs = documentation(self.op, [size, self.copied, *self.facts.limits])
         names = [*(q.name for q in self.text.parameters), *constants]
         define(writer, self.name, names, docs, w.text().rstrip("\n").split("\n"), launched=True)
 
@@ -226,7 +250,7 @@ class GluonOuter:
             value = gather.operands[0] if gather else self.product.anchor.operands[side]
             made[f"{name}_rows"] = context.names[outer[value]]
         result = context.allocate(writer, self.op.result)
-        with writer.block(f"if {only_if(rows_of(self.product.anchor))}:"):
+        with writer.block(f"if {only_if(self.product.rows)}:"):
             inner = [*self._arguments(context, made), "num_warps=4", f"maxnreg={REGISTERS}"]
             grid = f"launch.persistent({self._pieces}, device)"
             write(writer, f"{self.name}[{grid}]({', '.join(inner)})")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from moec.codegen.gluon.text import LANES
 from moec.codegen.gluon.tile import Read
-from moec.codegen.triton.kernel import KernelText
+from moec.codegen.triton.kernel import KernelText, explained
 from moec.codegen.triton.layout import WIDTH, wrapped
 from moec.codegen.triton.products import RowProduct
 from moec.codegen.triton.tiles import GROUP, Tile, times
@@ -41,7 +41,7 @@ class Loading:
     def chunks(self) -> str:
         """The number of chunks of a tile that lie inside the result."""
         most = self.tile.columns // self.chunk
-        if self.product.columns % self.tile.columns == 0:
+        if self.text.facts.divides(self.tile.columns, self.product.columns):
             return str(most)
         return f"tl.minimum({most}, {self.product.columns // self.chunk} - n * {most})"
 
@@ -111,7 +111,9 @@ class Loading:
             return []
         choices = int(gather.operands[2].type.shape[1])
         at = f"{rows} + token[:, None] * {self.product.depth} + depth[None, :]"
-        return [f"token = (pair // {choices}).to(gl.int64)", f"at = {at}"]
+        reach = gather.operands[0].type.shape[0] * self.product.depth
+        pair, why = self.text.facts.widened(f"(pair // {choices})", reach, "gl.int64")
+        return [*explained(f"token = {pair}", why, WIDTH - 12), f"at = {at}"]
 
     def _stage(self, rows: str) -> list[str]:
         """Fill one stage for the product."""

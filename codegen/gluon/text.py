@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from moec.codegen.names import PythonNames
 from moec.codegen.triton import source
+from moec.codegen.triton.facts import Facts
 from moec.codegen.triton.kernel import KernelText, Parameter
 from moec.codegen.triton.layout import WIDTH, wrapped
 from moec.codegen.writer import Writer
@@ -32,9 +33,10 @@ IMPORTS = (
 )
 
 
-def gluon_text(dtype: str, free: Sequence[str] = ()) -> KernelText:
+def gluon_text(dtype: str, facts: Facts, free: Sequence[str] = ()) -> KernelText:
     """A function under construction, whose values get no name that the templates use."""
-    return KernelText(dtype, PythonNames((_LOCALS | source.names() | {"launch"}) - set(free)))
+    taken = (_LOCALS | source.names() | {"launch"}) - set(free)
+    return KernelText(dtype, facts, PythonNames(taken))
 
 
 def define(

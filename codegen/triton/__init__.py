@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
+from dataclasses import replace
 from typing import Protocol
 
 from moec.codegen.gluon.grouped_gemm import GluonGemm
@@ -11,15 +13,18 @@ from moec.codegen.gluon.grouped_outer import GluonOuter
 from moec.codegen.gluon.text import IMPORTS
 from moec.codegen.host import emit_aten, partition
 from moec.codegen.names import PythonNames
+from moec.codegen.requirements import Requirement
 from moec.codegen.triton import source
 from moec.codegen.triton.combine import Combine
 from moec.codegen.triton.context import Context, Gathered
 from moec.codegen.triton.descriptor_gemm import DescriptorGemm
 from moec.codegen.triton.descriptor_outer import DescriptorOuter
+from moec.codegen.triton.facts import Facts
 from moec.codegen.triton.few_linear import LIBRARY as FEW_LINEAR
-from moec.codegen.triton.few_linear import emit_few_linear, has_few_linear, is_few_linear
+from moec.codegen.triton.few_linear import ask as ask_few_linear
+from moec.codegen.triton.few_linear import emit_few_linear, is_few_linear
 from moec.codegen.triton.group_sum import LIBRARY as GROUP_SUM
-from moec.codegen.triton.group_sum import emit_group_sum
+from moec.codegen.triton.group_sum import ask, emit_group_sum
 from moec.codegen.triton.grouped_gemm import PointerGemm
 from moec.codegen.triton.grouped_outer import PointerOuter
 from moec.codegen.triton.hoist import Hoisted, hoist
@@ -30,6 +35,7 @@ from moec.codegen.triton.tail import leak
 from moec.codegen.triton.tokens import Tokens
 from moec.codegen.writer import Writer
 from moec.ir.graph import Graph, Op, Value, walk
+from moec.ir.prove import narrowed
 from moec.ir.text import show
 
 _PARTS = ("sums", "tile", "load", "multiply")  # the functions of one kernel
@@ -39,6 +45,7 @@ class Kernel(Protocol):
     """One ``kern.`` op as kernels and host lines."""
 
     name: str
+    facts: Facts
 
     @property
     def library(self) -> set[str]: ...
@@ -56,6 +63,9 @@ class TritonEmitter:
         self.kernels: dict[Op, Kernel] = {}
         self.reasons: dict[Op, str] = {}
         self.hoisted: dict[Op, Hoisted] = {}
+        self.group_sums: dict[Op, Facts] = {}
+        self.few_linears: dict[Op, Facts] = {}
+        self.ranges = graph.ranges  # as far as is known from what other kernels ask
         self.first: dict[str, Kernel] = {}  # the kernel that others of the same text share
         self._contexts: list[Context] = []
         self._taken = set(source.names())
@@ -63,11 +73,24 @@ class TritonEmitter:
         for op in graph.ops:
             if op.kind.startswith("kern."):
                 self._plan(op)
+        for op in walk(graph):
+            with contextlib.suppress(Unsupported):
+                if op.kind == "moe.group_sum" and op.result.type.rank == 2:
+                    self.group_sums[op] = ask(op, self.ranges)
+                if self.few and op in graph.ops and is_few_linear(op):
+                    self.few_linears[op] = ask_few_linear(op, self.ranges)
 
     @property
     def names(self) -> frozenset[str]:
         """Names that no value may take."""
         return frozenset(self._taken)
+
+    @property
+    def requirements(self) -> list[Requirement]:
+        """What the kernels ask of sizes."""
+        kernels = [k.facts for k in self.kernels.values()]
+        facts = [*kernels, *self.group_sums.values(), *self.few_linears.values()]
+        return [r for f in facts for r in f.required]
 
     def _plan(self, op: Op) -> None:
         key = _key(op)
@@ -77,14 +100,20 @@ class TritonEmitter:
             if reader:
                 raise Unsupported(f"rows without an expert are read by {reader}")
             self.hoisted[op] = hoist(op)
-            kernel = self._kernel(self.hoisted[op].op, name)
+            kernel = self._kernel(self._in_ranges(self.hoisted[op].op), name)
         except Unsupported as error:
             self.reasons[op] = str(error)
             return
         self.kernels[op] = kernel
+        self.ranges = narrowed(self.ranges, kernel.facts.checked)
         if key not in self.first:
             self.first[key] = kernel
             self._taken |= {name, *(f"{name}_{part}" for part in _PARTS)}
+
+    def _in_ranges(self, op: Op) -> Op:
+        """An op whose body has the ranges that ``forward`` checks."""
+        body = op.body
+        return op if body is None else replace(op, body=replace(body, ranges=self.ranges))
 
     def _kernel(self, op: Op, name: str) -> Kernel:
         match op.kind:
@@ -125,8 +154,8 @@ class TritonEmitter:
     # writing
     def emit_kernels(self, writer: Writer) -> None:
         """Write every kernel, after the library functions that they use."""
-        used = {GROUP_SUM} if any(op.kind == "moe.group_sum" for op in walk(self.graph)) else set()
-        used |= {FEW_LINEAR} if self.few and has_few_linear(self.graph) else set()
+        used = {GROUP_SUM} if self.group_sums else set()
+        used |= {FEW_LINEAR} if self.few_linears else set()
         for kernel in self.kernels.values():
             used |= kernel.library
         if any(_gluon(op) for op in self.kernels):
@@ -155,11 +184,11 @@ class TritonEmitter:
         return any(op.attrs.get("template") == ONE_PROGRAM for op in self.graph.ops)
 
     def _emit_special(self, writer: Writer, op: Op, context: Context) -> bool:
-        if self.few and op in self.graph.ops and is_few_linear(op):
+        if op in self.few_linears:
             emit_few_linear(writer, op, context)
             return True
-        if op.kind == "moe.group_sum" and op.result.type.rank == 2:
-            emit_group_sum(writer, op, context)
+        if op in self.group_sums:
+            emit_group_sum(writer, op, context, self.group_sums[op])
             return True
         return False
 

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 
 from moec.codegen.triton.context import Context, arguments, only_if, write
 from moec.codegen.triton.elementwise import VectorBody
+from moec.codegen.triton.facts import Facts
 from moec.codegen.triton.kernel import (
     KernelText,
     Term,
     Unsupported,
+    assigned,
     compute_dtype,
     documentation,
     needed_ops,
@@ -26,6 +28,7 @@ class Combine:
 
     op: Op
     name: str
+    facts: Facts = field(init=False)
     text: KernelText = field(init=False)
 
     def __post_init__(self) -> None:
@@ -39,7 +42,8 @@ class Combine:
         self.columns = int(self.anchor.result.type.shape[1])
         asked = self.op.attrs.get("tile")
         self.block = int(asked[0]) if asked else min(1024, power_of_two(self.columns))
-        self.text = KernelText(compute_dtype(self.body))
+        self.facts = Facts.of(self.op)
+        self.text = KernelText(compute_dtype(self.body), self.facts)
         self._write()
 
     @property
@@ -48,12 +52,15 @@ class Combine:
         return self.text.used
 
     def _write(self) -> None:
-        t = self.text
+        t, tokens = self.text, self.anchor.result.type.shape[0]
         t.constants.update(BH=self.block)
-        cut = self.columns % self.block != 0
-        body = VectorBody(t, self.body, f"token * {self.columns} + column", self._mask(cut))
-        t.line("token = tl.program_id(0).to(tl.int64)")
-        t.line("column = tl.program_id(1) * BH + tl.arange(0, BH)")
+        whole = self.facts.divides(self.block, self.columns)
+        body = VectorBody(t, self.body, f"token * {self.columns} + column", self._mask(not whole))
+        self.facts.programs(tokens)
+        self.facts.columns(self.columns, self.block)
+        widest = max(self.columns, int(self.anchor.operands[2].type.shape[1]))
+        t.line(*assigned("token", self.facts.widened("tl.program_id(0)", tokens * widest)))
+        t.line("column = tl.program_id(1) * BH + tl.arange(0, BH)", whole)
         self._write_sum(body)
         rest = needed_ops(self.body, self.body.outputs, {self.anchor.result})
         body.run([o for o in rest if o is not self.anchor])
@@ -71,7 +78,10 @@ class Combine:
         total = t.names.fresh(self.anchor.result.hint)
         t.line(f"{total} = tl.zeros((BH,), {t.dtype})")
         with t.block(f"for k in tl.static_range({choices}):"):
-            t.line(f"row = tl.load({at} + token * {choices} + k).to(tl.int64)")
+            load = f"tl.load({at} + token * {choices} + k)"
+            self.facts.rows(rows.type.shape[0])
+            reach = rows.type.shape[0] * self.columns
+            t.line(*assigned("row", self.facts.widened(load, reach)))
             live = f"column < tl.where(row >= 0, {self.columns}, 0)"  # -1: a pair without a row
             load = f"tl.load({source} + row * {self.columns} + column, mask={live}, other=0.0)"
             value = f"{load}.to({t.dtype})"
@@ -86,7 +96,7 @@ class Combine:
     def define(self, writer: Writer) -> None:
         """Write the kernel."""
         tile = f"tile: one token x {self.block} columns"
-        self.text.write(writer, self.name, documentation(self.op, [tile]))
+        self.text.write(writer, self.name, documentation(self.op, [tile, *self.facts.limits]))
 
     def launch(self, writer: Writer, context: Context) -> None:
         """Write the host lines."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from moec.codegen import aten
 from moec.codegen.names import PythonNames
+from moec.codegen.triton.facts import SPREAD
 from moec.codegen.triton.kernel import KernelText, Parameter
 from moec.codegen.triton.layout import WIDTH, wrapped
 from moec.codegen.triton.tiles import power_of_two
@@ -27,6 +29,12 @@ Gathered = tuple[Value, Value]  # tokens, perm
 def write(writer: Writer, text: str) -> None:
     """A host line inside ``if T:``, broken if it is long."""
     writer.lines(*wrapped(text, WIDTH - 8))
+
+
+def remarks(writer: Writer, texts: Sequence[str]) -> None:
+    """Comments among the host lines."""
+    for text in texts:
+        writer.lines(*(f"# {part}" for part in textwrap.wrap(text, WIDTH - 8)))
 
 
 def only_if(rows: Dim) -> str:
@@ -113,7 +121,7 @@ class Context:
             name = self.names.fresh(f"{self.names[x]}_rows")
             columns, choices = int(x.type.shape[1]), int(inverse.type.shape[1])
             self.empty(writer, name, (perm.type.shape[0], columns), x.type.dtype)
-            block = min(2048, power_of_two(columns))
+            block = min(SPREAD, power_of_two(columns))
             tokens = python_source(x.type.shape[0])
             sizes = f"H={columns}, K={choices}, BH={block}"
             grid = f"({tokens}, {-(-columns // block)})"

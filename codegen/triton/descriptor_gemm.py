@@ -11,11 +11,13 @@ from math import prod
 
 from moec.codegen.triton.context import Context, arguments, only_if, write
 from moec.codegen.triton.descriptor_tile import PLACE, TileBody
+from moec.codegen.triton.facts import Facts, tile_bound
 from moec.codegen.triton.kernel import (
     KernelText,
     Parameter,
     Term,
     Unsupported,
+    assigned,
     compute_dtype,
     documentation,
     fresh_names,
@@ -38,6 +40,7 @@ class DescriptorGemm:
     name: str
     product: RowProduct = field(init=False)
     tile: Tile = field(init=False)
+    facts: Facts = field(init=False)
     text: KernelText = field(init=False)
     sums: RowSums | None = field(init=False)
 
@@ -45,8 +48,10 @@ class DescriptorGemm:
         self.product = p = analyse(self.op)
         _check(p)
         self.tile = tile_of(self.op.attrs.get("tile"), row_tile(p, "tma"))
-        self.text = KernelText(compute_dtype(p.body))
-        self.sums = RowSums(p, self.name, self.tiles_n) if p.dots else None
+        self.facts = Facts.of(self.op)
+        self._ask()
+        self.text = KernelText(compute_dtype(p.body), self.facts)
+        self.sums = RowSums(p, self.name, self.tiles_n, self.facts) if p.dots else None
         few = 32 if p.reads > 2 else 64  # measured: what does not spill
         self._write_tile(min(self.tile.columns, few if p.reads else 128))
         while self._shared_bytes() > SHARED_BYTES and self.chunk > 16:
@@ -72,12 +77,25 @@ class DescriptorGemm:
         blocks = [(v, prod(a.block)) for v, a in self.body.accesses.items()]
         return t.stages * stage + sum(t.rows * n * SIZES[v.type.dtype] for v, n in blocks)
 
+    def _ask(self) -> None:
+        """What numbers of rows, tiles and elements need."""
+        p, tile = self.product, self.tile
+        self.facts.row_tiles(p.rows, self._experts, tile.rows)
+        self.facts.pieces(tile_bound(p.rows, self._experts, tile.rows) * self.tiles_n)
+        self.facts.copied(p.weights, p.depth * p.columns * p.parts)
+        if p.gather is not None:
+            self.facts.spread(p.gather.operands[0])
+        for op in p.body.ops:
+            if op.kind == "moe.expert_rows":
+                self.facts.word(op.operands[0].type.elements, "places in a table of the experts")
+
     # the epilogue
     def _write_tile(self, chunk: int) -> None:
         """The device function: the body's ops on BM rows and BC columns."""
         p, self.chunk = self.product, chunk
-        self.domain = Domain(p.rows, p.columns, p.columns % chunk != 0, "columns")
-        text = KernelText(self.text.dtype, fresh_names((*PLACE, "expert", "acc")))
+        cut = not self.facts.divides(chunk, p.columns)
+        self.domain = Domain(p.rows, p.columns, cut, "columns")
+        text = KernelText(self.text.dtype, self.facts, fresh_names((*PLACE, "expert", "acc")))
         self.body = body = TileBody(text, p.body, self.domain, product=p, chunk=chunk)
         body.text.constants.update(BM=self.tile.rows, BC=self.chunk)
         names = self._part_hints()
@@ -163,7 +181,8 @@ class DescriptorGemm:
         outer = [v for v in p.body.outputs if v not in p.finished and self._of_rows(v)]
         if p.dots or outer or any(self._is_row_argument(q) for q in self.body.text.parameters):
             t.line("inside = row + tl.arange(0, BM) < size")
-            t.line("here = (start + row + tl.arange(0, BM)).to(tl.int64)")
+            here, most = "(start + row + tl.arange(0, BM))", p.rows + self.tile.rows
+            t.line(*assigned("here", self.facts.widened(here, most * self.tiles_n)))
         pieces = self._pieces()
         extra = {
             q.name: self._argument(q, rows)
@@ -244,7 +263,8 @@ class DescriptorGemm:
         tile = f"tile: {self.tile.rows} rows x {self.tile.columns} columns x {self.tile.depth} deep"
         docs = [f"Epilogue on {self.chunk} columns of a tile."]
         self.body.text.write(writer, f"{self.name}_tile", docs, launched=False)
-        self.text.write(writer, self.name, documentation(self.op, [tile]))
+        docs = [tile, self._copied, *self.facts.limits]
+        self.text.write(writer, self.name, documentation(self.op, docs))
         if self.sums is not None:
             self.sums.define(writer)
 
@@ -273,6 +293,13 @@ class DescriptorGemm:
         if p.gather is not None:
             x, perm, _ = p.gather.operands
             context.release(writer, outer[x], outer[perm])
+
+    @property
+    def _copied(self) -> str:
+        """The docstring's line on what the copy engine asks of rows."""
+        p, size = self.product, SIZES[self.product.weights.type.dtype]
+        others = [a.inner[-1] * SIZES[v.type.dtype] for v, a in self.body.accesses.items()]
+        return self.facts.aligned(p.depth * size, p.columns * size, *others)
 
     @property
     def _experts(self) -> int:
@@ -327,5 +354,5 @@ def _check(p: RowProduct) -> None:
         raise Unsupported(f"{p.parts} parts")
     if p.prologue and p.gather is None:
         raise Unsupported("work before the product")
-    if p.depth % 8 or p.columns % 8:
-        raise Unsupported("rows that are no multiple of 16 bytes")
+    size = SIZES[p.weights.type.dtype]
+    Facts.of(p.op).aligned(p.depth * size, p.columns * size)

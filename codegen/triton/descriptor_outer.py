@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from moec.codegen.triton.context import Context, arguments, only_if, write
-from moec.codegen.triton.grouped_outer import OuterProduct, analyse, place_lines, rows_of
+from moec.codegen.triton.facts import Facts
+from moec.codegen.triton.grouped_outer import OuterProduct, analyse, place_lines
 from moec.codegen.triton.kernel import KernelText, Unsupported, compute_dtype, documentation
 from moec.codegen.triton.tiles import Tile, outer_tile, tile_of
 from moec.codegen.writer import Writer
 from moec.ir.graph import Op, Value
+from moec.ir.types import SIZES
 
 
 @dataclass
@@ -20,15 +22,18 @@ class DescriptorOuter:
     name: str
     product: OuterProduct = field(init=False)
     tile: Tile = field(init=False)
+    facts: Facts = field(init=False)
     text: KernelText = field(init=False)
 
     def __post_init__(self) -> None:
         self.product = analyse(self.op)
         dtype, (m, n) = self.product.anchor.result.type.dtype, self.product.sizes
-        if dtype not in ("bf16", "f16") or m % 8 or n % 8:
-            raise Unsupported("sizes or a dtype that the copy engine does not take")
+        if dtype not in ("bf16", "f16"):
+            raise Unsupported("a dtype that the copy engine does not take")
+        self.facts = Facts.of(self.op)
+        self.copied = self.facts.aligned(m * SIZES[dtype], n * SIZES[dtype])
         self.tile = tile_of(self.op.attrs.get("tile"), outer_tile(dtype, m, n, "tma"))
-        self.text = KernelText(compute_dtype(self.product.body))
+        self.text = KernelText(compute_dtype(self.product.body), self.facts)
         self._write()
 
     @property
@@ -46,11 +51,20 @@ class DescriptorOuter:
 
     def _write(self) -> None:
         t, (down, across) = self.text, self.tiles
+        pieces = self.product.experts * down * across
+        self.facts.rows(self.product.rows)
+        self.facts.pieces(pieces)
+        self.facts.copied(
+            self.product.anchor.result, int(self.product.sizes[0]) * self.product.sizes[1]
+        )
+        for side in (0, 1):
+            if (gather := self.product.gather(side)) is not None:
+                self.facts.spread(gather.operands[0])
         t.constants.update(BM=self.tile.rows, BN=self.tile.columns, BK=self.tile.depth)
         left, right = t.parameter("left_rows"), t.parameter("right_rows")
         offsets = t.parameter(self.product.anchor.operands[2])
         out = t.parameter(self.product.anchor.result, f"{self.op.result.hint}_out")
-        work = f"tl.program_id(0), {self.product.experts * down * across}, tl.num_programs(0)"
+        work = f"tl.program_id(0), {pieces}, tl.num_programs(0)"
         with t.block(f"for work in range({work}):"):
             t.lines.lines(*place_lines("work", down, across))
             t.line(f"start = tl.load({offsets} + expert)")
@@ -69,7 +83,9 @@ class DescriptorOuter:
     def define(self, writer: Writer) -> None:
         """Write the kernel."""
         tile = f"tile: {self.tile.rows} x {self.tile.columns}, {self.tile.depth} rows deep"
-        self.text.write(writer, self.name, documentation(self.op, [tile]))
+        self.text.write(
+            writer, self.name, documentation(self.op, [tile, self.copied, *self.facts.limits])
+        )
 
     def launch(self, writer: Writer, context: Context) -> None:
         """Write the host lines."""
@@ -78,7 +94,7 @@ class DescriptorOuter:
         made = {n: self._side(writer, context, outer, i) for i, n in enumerate(_SIDES)}
         result = context.allocate(writer, self.op.result)
         programs = self.product.experts * self.tiles[0] * self.tiles[1]
-        with writer.block(f"if {only_if(rows_of(self.product.anchor))}:"):
+        with writer.block(f"if {only_if(self.product.rows)}:"):
             inner = [*self._arguments(context, made), f"num_warps={self.tile.warps}"]
             inner.append(f"num_stages={self.tile.stages}")
             grid = f"launch.persistent({programs}, device)"

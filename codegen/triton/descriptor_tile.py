@@ -42,8 +42,7 @@ class TileBody(RowBody):
         """Note how a matrix is cut: always in one way."""
         if not value.type.is_float:
             raise Unsupported(f"{value!r} is not of floats")
-        if inner[-1] * SIZES[value.type.dtype] % 16:
-            raise Unsupported(f"{value!r} has rows that are no multiple of 16 bytes")
+        self.text.facts.aligned(inner[-1] * SIZES[value.type.dtype])
         if self.accesses.setdefault(value, Access(inner, block)) != Access(inner, block):
             raise Unsupported(f"{value!r} is read in two ways")
 

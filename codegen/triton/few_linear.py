@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from moec.codegen.triton.context import Context, only_if, write
+from moec.codegen.triton.facts import Facts
 from moec.codegen.triton.tiles import FEW_ROWS
 from moec.codegen.writer import Writer
-from moec.ir.dims import python_source
-from moec.ir.graph import Graph, Op
+from moec.ir.dims import Range, python_source
+from moec.ir.graph import Op
 from moec.ir.types import SIZES
 
 LIBRARY = "few_linear"
@@ -21,12 +24,23 @@ def is_few_linear(op: Op) -> bool:
     x, w = op.operands[0].type, op.operands[1].type
     dtypes = {v.type.dtype for v in (*op.operands, *op.results)}
     plain = len(dtypes) == 1 and dtypes <= {"bf16", "f16", "f32"} and w.rank == 2
-    return plain and x.rank == 2 and isinstance(w.elements, int) and 0 < w.elements < 2**31
+    return plain and x.rank == 2 and isinstance(w.elements, int) and w.elements > 0
 
 
-def has_few_linear(graph: Graph) -> bool:
-    """Whether a graph has such a product."""
-    return any(map(is_few_linear, graph.ops))
+def ask(op: Op, ranges: Mapping[str, Range]) -> Facts:
+    """What the kernel, all of whose indices have 32 bits, needs of sizes.
+
+    Raises:
+        Unsupported: it cannot have that.
+    """
+    facts, (n, k) = Facts(op, ranges), (int(d) for d in op.operands[1].type.shape)
+    depth = _BYTES // SIZES[op.result.type.dtype]
+    rows = op.operands[0].type.shape[0] + FEW_ROWS
+    facts.word(rows * (k + depth), "places in rows of few tokens")
+    facts.word(rows * (n + _COLUMNS), "places in results of few tokens")
+    facts.word((n + _COLUMNS) * (k + depth), "places in one matrix")
+    facts.columns(n, _COLUMNS)
+    return facts
 
 
 def emit_few_linear(writer: Writer, op: Op, context: Context) -> None:
@@ -45,4 +59,4 @@ def emit_few_linear(writer: Writer, op: Op, context: Context) -> None:
         write(writer, f"{LIBRARY}[{grid}]({inner}, num_stages=3)")
 
 
-__all__ = ["LIBRARY", "emit_few_linear", "has_few_linear", "is_few_linear"]
+__all__ = ["LIBRARY", "ask", "emit_few_linear", "is_few_linear"]

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from moec.codegen.triton.context import Context, arguments, only_if, write
-from moec.codegen.triton.kernel import KernelText, Term, compute_dtype, documentation
+from moec.codegen.triton.facts import Facts, tile_bound
+from moec.codegen.triton.kernel import KernelText, Term, assigned, compute_dtype, documentation
 from moec.codegen.triton.products import RowProduct, analyse
 from moec.codegen.triton.rows import TILE, Domain, Parts, RowBody
 from moec.codegen.triton.sums import RowSums
 from moec.codegen.triton.tiles import GROUP, Tile, row_tile, tile_of, times
 from moec.codegen.writer import Writer
-from moec.ir.dims import python_source
+from moec.ir.dims import Dim, python_source
 from moec.ir.graph import Op, Value
 
 
@@ -28,6 +29,7 @@ class PointerGemm:
     name: str
     product: RowProduct = field(init=False)
     tile: Tile = field(init=False)
+    facts: Facts = field(init=False)
     text: KernelText = field(init=False)
     sums: RowSums | None = field(init=False)
 
@@ -35,9 +37,11 @@ class PointerGemm:
         self.product = analyse(self.op)
         p = self.product
         self.tile = tile_of(self.op.attrs.get("tile"), row_tile(p, "pointer"))
-        self.text = KernelText(compute_dtype(p.body))
-        self.sums = RowSums(p, self.name, self.tiles_n) if p.dots else None
-        cut = p.columns % self.tile.columns != 0
+        self.facts = Facts.of(self.op)
+        self._ask()
+        self.text = KernelText(compute_dtype(p.body), self.facts)
+        self.sums = RowSums(p, self.name, self.tiles_n, self.facts) if p.dots else None
+        cut = not self.facts.divides(self.tile.columns, p.columns)
         masks = ("live", "live_wide") if cut else ("inside[:, None]",) * 2
         self.domain = Domain(p.rows, p.columns, cut, live=masks[0], live_wide=masks[1])
         self._write()
@@ -58,6 +62,14 @@ class PointerGemm:
         extra = self.sums.text.used if self.sums is not None else set()
         return self.text.used | extra | {"pick_tile", "list_row_tiles"}
 
+    def _ask(self) -> None:
+        """What numbers of rows, tiles and elements need."""
+        p, tile = self.product, self.tile
+        self.facts.row_tiles(p.rows, _experts(p), tile.rows)
+        self.facts.programs(tile_bound(p.rows, _experts(p), tile.rows) * self.tiles_n)
+        matrix = p.parts * (p.columns + tile.columns) * (p.depth + tile.depth)
+        self.facts.word(matrix, "places in one expert's matrix")
+
     # the kernel
     def _write(self) -> None:
         self.text.constants.update(BM=self.tile.rows, BN=self.tile.columns, BK=self.tile.depth)
@@ -75,11 +87,17 @@ class PointerGemm:
         with t.block(f"if tl.program_id(0) >= {times('tiles', self.tiles_n)}:"):
             t.line("return")
         t.line(f"m, n = pick_tile(tl.program_id(0), tiles, {self.tiles_n}, {GROUP})")
-        t.line(f"expert = tl.load({tiles} + 2 * m + 2).to(tl.int64)")
-        t.line(f"row = tl.load({tiles} + 2 * m + 3) + tl.arange(0, BM)")
+        load = f"tl.load({tiles} + 2 * m + 2)"
+        t.line(*assigned("expert", self.facts.widened(load, self._largest_table())))
+        row = (self.product.rows + self.tile.rows) * self._longest_row()
+        wide, why = self.facts.widened("row", row)
+        rows = f"row = tl.load({tiles} + 2 * m + 3) + tl.arange(0, BM)"
+        t.line(rows, why if wide == "row" else "")
         t.line(f"inside = row < tl.load({offsets} + expert + 1)  # the last tile may be cut")
-        t.line("row = row.to(tl.int64)")
-        t.line("column = n * BN + tl.arange(0, BN)")
+        if wide != "row":
+            t.line(f"row = {wide}", why)
+        whole = self.facts.divides(self.tile.columns, self.product.columns)
+        t.line("column = n * BN + tl.arange(0, BN)", whole)
         if self.domain.cut:
             columns = self.product.columns
             t.line(f"live = inside[:, None] & (column < {columns})[None, :]  # so may columns")
@@ -88,13 +106,27 @@ class PointerGemm:
             t.line("wide = n * 2 * BN + tl.arange(0, 2 * BN)  # both parts alternate")
             if self.domain.cut:
                 t.line(f"live_wide = inside[:, None] & (wide < {2 * columns})[None, :]")
-        t.line("depth = tl.arange(0, BK)")
+        t.line("depth = tl.arange(0, BK)", self.facts.divides(self.tile.depth, self.product.depth))
+
+    def _largest_table(self) -> Dim:
+        """The most elements of what is read at an expert's place."""
+        tables = [op.operands[0] for op in self.product.body.ops if op.kind == "moe.expert_rows"]
+        return max(int(v.type.elements) for v in (self.product.weights, *tables))
+
+    def _longest_row(self) -> int:
+        """The most numbers of what is read or written at a row's place."""
+        body = self.product.body
+        rows = [
+            v for v in (*body.inputs, *body.outputs) if v.type.shape[:1] == (self.product.rows,)
+        ]
+        return max([self.tiles_n, *(int(v.type.shape[1]) for v in rows if v.type.rank == 2)])
 
     def _write_product(self) -> list[str]:
         """The accumulation; the names of the accumulators."""
         t, p = self.text, self.product
         t.line("# accumulate")
-        body = RowBody(t, p.body, Domain(p.rows, p.depth, p.depth % self.tile.depth != 0, "at"))
+        cut = not self.facts.divides(self.tile.depth, p.depth)
+        body = RowBody(t, p.body, Domain(p.rows, p.depth, cut, "at"))
         load_left = self._left(body)
         right = self._right()
         accumulate = "tl.float64" if p.weights.type.dtype == "f64" else "tl.float32"
@@ -125,7 +157,8 @@ class PointerGemm:
         if gather is not None:
             x, perm, inverse = gather.operands
             pair = body.pair(perm)
-            self.text.line(f"token = ({pair} // {inverse.type.shape[1]}).to(tl.int64)")
+            token, reach = f"({pair} // {inverse.type.shape[1]})", x.type.shape[0] * p.depth
+            self.text.line(*assigned("token", self.facts.widened(token, reach)))
             rows = "token"
         else:
             x, rows = p.anchor.operands[0], "tl.where(inside, row, 0)"
@@ -168,9 +201,9 @@ class PointerGemm:
 
     def _right_mask(self, column: str, width: int) -> str:
         p, conditions = self.product, []
-        if p.depth % self.tile.depth:
+        if not self.facts.divides(self.tile.depth, p.depth):
             conditions.append(f"(k + depth < {p.depth})[:, None]")
-        if p.columns % self.tile.columns:
+        if not self.facts.divides(self.tile.columns, p.columns):
             inner = f"wide < {width}" if self.wide else f"column < {width}"
             conditions.append(f"({inner})[None, :]")
         return f", mask={' & '.join(conditions)}, other=0.0" if conditions else ""
@@ -238,7 +271,7 @@ class PointerGemm:
     def define(self, writer: Writer) -> None:
         """Write the kernels."""
         tile = f"tile: {self.tile.rows} rows x {self.tile.columns} columns x {self.tile.depth} deep"
-        self.text.write(writer, self.name, documentation(self.op, [tile]))
+        self.text.write(writer, self.name, documentation(self.op, [tile, *self.facts.limits]))
         if self.sums is not None:
             self.sums.define(writer)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from moec.codegen.names import PythonNames
 from moec.codegen.triton import source
 from moec.codegen.triton.expressions import CALLED, DTYPES, EXPRESSIONS, number
+from moec.codegen.triton.facts import Facts
+from moec.codegen.triton.facts import Unsupported as Unsupported
 from moec.codegen.triton.layout import WIDTH, wrapped
 from moec.codegen.writer import Writer
 from moec.ir.graph import Graph, Op, Value
@@ -23,10 +26,6 @@ _LOCALS = frozenset(
     "BM BN BK BC BH BT KP EP BLOCK".split()
 )
 _FIRST = ("rows", "left_rows", "right_rows", "part 0", "part 1")
-
-
-class Unsupported(Exception):
-    """A body that a template cannot express; the op's body runs as PyTorch expressions instead."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +67,13 @@ class KernelText:
     """A kernel under construction."""
 
     dtype: str
+    facts: Facts
     names: PythonNames = field(default_factory=fresh_names)
     lines: Writer = field(default_factory=Writer)
     parameters: list[Parameter] = field(default_factory=list)
     constants: dict[str, int] = field(default_factory=dict)
     integers: list[str] = field(default_factory=list)
+    wide: set[str] = field(default_factory=set)  # of these, what 32 bits need not hold
     used: set[str] = field(default_factory=set)
 
     def parameter(self, value: Value | str, hint: str | None = None) -> str:
@@ -96,9 +97,9 @@ class KernelText:
         self.used.add(function)
         return function
 
-    def line(self, text: str = "") -> None:
-        """One line of the body, broken if it is long."""
-        self.lines.lines(*wrapped(text, WIDTH - 12))
+    def line(self, text: str = "", why: str = "") -> None:
+        """One line of the body, broken if it is long, and the fact that it rests on."""
+        self.lines.lines(*explained(text, why, WIDTH - 12))
 
     def held(self, type_: Type, text: str) -> str:
         """A load, converted to the dtype in which the kernel computes."""
@@ -111,10 +112,10 @@ class KernelText:
         with self.lines.block(head):
             yield
 
-    def let(self, hint: str, text: str, axes: tuple[str, ...] = ()) -> Term:
+    def let(self, hint: str, text: str, axes: tuple[str, ...] = (), why: str = "") -> Term:
         """A new local with this text."""
         name = self.names.fresh(hint)
-        self.line(f"{name} = {text}")
+        self.line(f"{name} = {text}", why)
         return Term(name, axes)
 
     def literal(self, op: Op) -> Term:
@@ -140,7 +141,8 @@ class KernelText:
 
     def signature(self, name: str) -> str:
         """The ``def`` line, wrapped."""
-        items = [p.name for p in self.parameters] + self.integers
+        items = [p.name for p in self.parameters]
+        items += [f"{i}: tl.int64" if i in self.wide else i for i in self.integers]
         items += [f"{k}: tl.constexpr = {v}" for k, v in self.constants.items()]
         return "\n".join(wrapped(f"def {name}({', '.join(items)}):", WIDTH))
 
@@ -159,6 +161,24 @@ class KernelText:
             writer.lines(*self.lines.text().rstrip("\n").split("\n"))
 
 
+def explained(text: str, why: str, width: int) -> list[str]:
+    """A line of code with a comment: behind it, or above it where there is no room."""
+    lines = wrapped(text, width)
+    if not why:
+        return lines
+    if len(lines) == 1 and len(text) + len(why) + 4 <= width:
+        return [f"{text}  # {why}"]
+    return [*(f"# {part}" for part in textwrap.wrap(why, width - 2)), *lines]
+
+
+def assigned(name: str, explained: tuple[str, str]) -> tuple[str, str]:
+    """An assignment of an expression, and the fact behind it."""
+    text, why = explained
+    if text.startswith("(") and why.startswith("32"):  # there is no cast of what it encloses
+        text = text[1:-1]
+    return f"{name} = {text}", why
+
+
 def dtype_in_kernel(type_: Type, dtype: str) -> str:
     """The dtype in which a kernel holds values of a type."""
     return dtype if type_.is_float else DTYPES[type_.dtype]
@@ -170,7 +190,8 @@ def documentation(op: Op, extra: Sequence[str] = ()) -> list[str]:
         return []
     text = show(op.body, locations=False).rstrip().replace("\\", "\\\\").replace('"""', "'''")
     place = [str(op.loc).replace("\\", "/").replace('"""', "'''")] if op.loc is not None else []
-    return [*text.split("\n"), "", *place, *extra]
+    lines = [part for line in extra for part in textwrap.wrap(line, WIDTH - 4)]
+    return [*text.split("\n"), "", *place, *lines]
 
 
 def is_pointwise(op: Op) -> bool:

@@ -64,7 +64,7 @@ def pick_tile(work, tiles_m, tiles_n, GROUP: tl.constexpr):
     """Row and column tile of a piece of work: GROUP row tiles share their columns of weights."""
     width = GROUP * tiles_n
     first = work // width * GROUP
-    size = tl.minimum(tiles_m - first, GROUP)
+    size = tl.maximum(tl.minimum(tiles_m - first, GROUP), 1)  # past the last one nothing divides
     return first + work % width % size, work % width // size
 
 

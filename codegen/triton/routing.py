@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from moec.codegen.triton.context import Context, arguments, only_if, write
+from moec.codegen.requirements import WORD
+from moec.codegen.triton.context import Context, arguments, only_if, remarks, write
+from moec.codegen.triton.facts import Facts
 from moec.codegen.triton.kernel import KernelText, Unsupported, documentation
 from moec.codegen.triton.scores import Scores, tokens_a_program
 from moec.codegen.triton.tiles import FEW_ROWS, power_of_two
 from moec.codegen.writer import Writer
-from moec.ir.dims import python_source
+from moec.ir.dims import ceildiv, python_source
 from moec.ir.graph import Graph, Op, Value
 
 EmitInner = Callable[[Writer, Op, Context], None]
@@ -44,6 +46,7 @@ class Routing:
     op: Op
     name: str
     emit_inner: EmitInner
+    facts: Facts = field(init=False)
     scores: Scores | None = field(init=False, default=None)
     reason: str = field(init=False, default="")
 
@@ -57,15 +60,31 @@ class Routing:
         self.dispatch = found[0]
         self.experts = int(self.dispatch.attrs["experts"])
         self.choices = int(self.dispatch.operands[0].type.shape[1])
+        self.facts = Facts.of(self.op)
+        tokens, choices = self.dispatch.operands[0].type.shape
+        if self.few:
+            self.facts.limit(tokens, int(self.op.attrs["tile"][0]), "tokens of one program")
+        self.facts.rows(tokens * choices)
         self._try_scores()
+        self._ask()
 
     def _try_scores(self) -> None:
         if len(self.body.ops) == 1:
             return
         try:
-            self.scores = Scores(self.body, self.dispatch, self.op.attrs.get("tile"), self.few)
+            tile = self.op.attrs.get("tile")
+            self.scores = Scores(self.body, self.dispatch, tile, self.facts, self.few)
         except Unsupported as error:
             self.reason = str(error)
+
+    def _ask(self) -> None:
+        """What counting and placing pairs needs where there are many."""
+        if self.few:
+            return
+        pairs, lanes = self.dispatch.operands[0].type.elements, power_of_two(self._block)
+        self.facts.word(pairs + lanes, "pairs are numbered in 32 bits")
+        most = power_of_two(self._buckets) * (ceildiv(pairs, self._block) + 1)
+        self.facts.limit(most, WORD, "counts by expert and block in 32 bits")
 
     @property
     def few(self) -> bool:
@@ -94,7 +113,9 @@ class Routing:
         """Write the kernel of the scores."""
         if self.scores is not None:
             tile = f"tile: {self.scores.tokens} tokens x {self.experts} experts"
-            self.scores.text.write(writer, self.name, documentation(self.op, [tile]))
+            self.scores.text.write(
+                writer, self.name, documentation(self.op, [tile, *self.facts.limits])
+            )
 
     # the host
     def launch(self, writer: Writer, context: Context) -> None:
@@ -109,6 +130,7 @@ class Routing:
         histogram, blocks = (context.names.fresh(n) for n in ("histogram", "blocks"))
         made["histogram"] = histogram
         block, padded = self._block, power_of_two(self._buckets)
+        remarks(writer, self.facts.limits)
         with writer.block(f"if {only_if(self.dispatch.results[0].type.shape[0])}:"):
             writer.line(f"{blocks} = triton.cdiv({pairs}, {block})")
             size = f"({self._buckets}, {blocks} + 1)"

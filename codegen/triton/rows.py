@@ -227,10 +227,12 @@ def _gather(body: RowBody, op: Op) -> None:
     if op.result.type.shape != (body.domain.rows, body.domain.columns):
         raise Unsupported(f"a gather of {x!r}")
     pair, name = body.pair(perm), body.text.parameter(x)
-    token = f"({pair} // {inverse.type.shape[1]}).to(tl.int64)"
+    token, why = body.text.facts.widened(
+        f"({pair} // {inverse.type.shape[1]})", x.type.shape[0] * body.domain.columns
+    )
     at = f"{token}[:, None] * {body.domain.columns} + {body.domain.column}[None, :]"
     load = body.text.held(x.type, f"tl.load({name} + {at}, mask={body.domain.live}, other=0)")
-    body.env[op.result] = body.text.let(op.result.hint, load, TILE)
+    body.env[op.result] = body.text.let(op.result.hint, load, TILE, why)
 
 
 def _expert_rows(body: RowBody, op: Op) -> None:

@@ -9,15 +9,18 @@ from __future__ import annotations
 import sympy
 
 from moec.codegen.triton.expressions import number
+from moec.codegen.triton.facts import Facts
 from moec.codegen.triton.kernel import (
     KernelText,
     Term,
     Unsupported,
+    assigned,
     compute_dtype,
     is_pointwise,
     needed_ops,
 )
 from moec.codegen.triton.tiles import FEW_ROWS, power_of_two
+from moec.codegen.triton.tokens import tokens_of_block
 from moec.ir.graph import Graph, Op, Value
 
 ORDER = ("t", "e", "k")
@@ -29,7 +32,12 @@ class Scores:
     """Writes the kernel; :class:`Unsupported` if the body holds what it cannot express."""
 
     def __init__(
-        self, body: Graph, dispatch: Op, tile: tuple[int, ...] | None, places: bool = False
+        self,
+        body: Graph,
+        dispatch: Op,
+        tile: tuple[int, ...] | None,
+        facts: Facts,
+        places: bool = False,
     ) -> None:
         self.body, self.dispatch, self.places = body, dispatch, places
         self.select = _only_select(body, dispatch)
@@ -38,7 +46,7 @@ class Scores:
         self.choices = int(self.index.type.shape[1])
         self.tokens = tile[0] if tile else tokens_a_program(self.choices, self.experts)
         self.dtype = compute_dtype(body)
-        self.text = KernelText(self.dtype)
+        self.text = KernelText(self.dtype, facts)
         self.env: dict[Value, Term] = {}
         self.picked: dict[Value, Term] = {}
         self.least = -(2**63) if self.dtype == "tl.float64" else -(2**31)
@@ -52,7 +60,8 @@ class Scores:
         count = t.names.fresh("tokens")
         t.integers += [count] if self.places else [count, t.names.fresh("blocks")]
         t.line("block = tl.program_id(0)")
-        t.line("token = (block * BT + tl.arange(0, BT)).to(tl.int64)")
+        rows, token = self.index.type.shape[0], "(block * BT + tl.arange(0, BT))"
+        t.line(*assigned("token", tokens_of_block(t.facts, token, rows, t.constants)))
         t.line("expert = tl.arange(0, EP)")
         t.line("slot = tl.arange(0, KP)")
         experts = f" & (expert < {self.experts})[None, :]" if size != self.experts else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from moec.codegen.triton.context import Context, arguments, write
+from moec.codegen.triton.facts import Facts
 from moec.codegen.triton.kernel import KernelText, Term, compute_dtype
 from moec.codegen.triton.products import RowProduct
 from moec.codegen.triton.rows import Domain, RowBody
@@ -23,14 +24,17 @@ class RowSums:
     product: RowProduct
     name: str
     tiles_n: int
+    facts: Facts
     text: KernelText = field(init=False)
 
     def __post_init__(self) -> None:
-        p, t = self.product, KernelText(compute_dtype(self.product.body))
+        p, t = self.product, KernelText(compute_dtype(self.product.body), self.facts)
         self.text = t
         t.constants.update(BLOCK=BLOCK)
         t.integers.append(t.names.fresh("rows"))
-        t.line("row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)")
+        most = (p.rows + BLOCK) * power_of_two(self.tiles_n)
+        block, why = self.facts.widened("tl.program_id(0)", most)
+        t.line(f"row = {block} * BLOCK + tl.arange(0, BLOCK)", why)
         t.line(f"inside = row < {t.integers[0]}")
         body = RowBody(t, p.body, Domain(p.rows, p.columns, False))
         for i, op in enumerate(p.dots):

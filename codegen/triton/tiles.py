@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moec.codegen.triton.facts import GROUP as GROUP
 from moec.codegen.triton.products import RowProduct
 from moec.ir.types import SIZES
 
 SHARED_BYTES = 232448 - 4096  # of a Hopper processor, less what barriers and the like take
 FEW_ROWS = 16  # of a tile where an expert has few
-GROUP = 8  # row tiles that share the columns of weights they read
 
 
 @dataclass(frozen=True)

@@ -5,25 +5,36 @@ Values vary along tokens ``t``, experts ``e`` and choices ``k``; a program has a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from moec.codegen.triton.context import Context, arguments, only_if, write
+from moec.codegen.triton.facts import Facts
 from moec.codegen.triton.kernel import (
     KernelText,
     Term,
     Unsupported,
+    assigned,
     compute_dtype,
     documentation,
     is_pointwise,
 )
 from moec.codegen.triton.tiles import power_of_two
 from moec.codegen.writer import Writer
-from moec.ir.dims import python_source
+from moec.ir.dims import Dim, python_source
 from moec.ir.graph import Op, Value
 
 ORDER = ("t", "e", "k")
 SCORES, CHOSEN = ("t", "e"), ("t", "k")
 PAIRS, ELEMENTS = 128, 4096  # of choices, and of scores, that a program holds
+
+
+def tokens_of_block(
+    facts: Facts, text: str, tokens: Dim, sizes: Mapping[str, int]
+) -> tuple[str, str]:
+    """The numbers of a block's tokens, in the width that their scores and choices need."""
+    facts.word(tokens + sizes["BT"], "tokens are numbered in 32 bits")
+    return facts.widened(text, (tokens + sizes["BT"]) * max(sizes["EP"], sizes["KP"]))
 
 
 @dataclass
@@ -32,6 +43,7 @@ class Tokens:
 
     op: Op
     name: str
+    facts: Facts = field(init=False)
     text: KernelText = field(init=False)
     env: dict[Value, Term] = field(init=False, default_factory=dict)
 
@@ -48,7 +60,8 @@ class Tokens:
         asked = self.op.attrs.get("tile")
         most = max(1, min(ELEMENTS // self.padded[0], PAIRS // self.padded[1]))
         self.tokens = min(int(asked[0]), most) if asked else most
-        self.text = KernelText(compute_dtype(self.body))
+        self.facts = Facts.of(self.op)
+        self.text = KernelText(compute_dtype(self.body), self.facts)
         self._write()
 
     @property
@@ -61,7 +74,8 @@ class Tokens:
         t.constants.update(BT=self.tokens, EP=self.padded[0], KP=self.padded[1])
         count = t.names.fresh("tokens")
         t.integers.append(count)
-        t.line("token = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)")
+        token = "(tl.program_id(0) * BT + tl.arange(0, BT))"
+        t.line(*assigned("token", tokens_of_block(self.facts, token, self.rows, t.constants)))
         t.line("expert = tl.arange(0, EP)")
         t.line("slot = tl.arange(0, KP)")
         t.line(f"live = token < {count}")
@@ -161,6 +175,7 @@ class Tokens:
         rows, _, inverse = op.operands
         if rows not in self.body.inputs:
             raise Unsupported("rows that the kernel computes")
+        self.facts.rows(rows.type.shape[0])
         name, at = self.text.parameter(rows), self._term(inverse).text
         load = f"tl.load({name} + {at}, mask=chosen & ({at} >= 0), other=0)"
         self.env[op.result] = self.text.let(op.result.hint, self.text.held(rows.type, load), CHOSEN)
@@ -169,7 +184,7 @@ class Tokens:
     def define(self, writer: Writer) -> None:
         """Write the kernel."""
         tile = f"tile: {self.tokens} tokens"
-        self.text.write(writer, self.name, documentation(self.op, [tile]))
+        self.text.write(writer, self.name, documentation(self.op, [tile, *self.facts.limits]))
 
     def launch(self, writer: Writer, context: Context) -> None:
         """Write the host lines."""

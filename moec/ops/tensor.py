@@ -7,9 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from moec.ir.dims import Dim, canon, ceildiv, product, prove_at_most, show_dim
+from moec.ir.dims import Dim, canon, ceildiv, product, show_dim
 from moec.ir.graph import Op, Value
 from moec.ir.opdef import defop
+from moec.ir.prove import prove_at_most
 from moec.ir.types import DTYPES, Type
 from moec.ops.shapes import axis, broadcast, reduce_to, reduced, require, same_dtype
 

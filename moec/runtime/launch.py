@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from moec.runtime.guards import MOST_PROCESSORS
 from moec.runtime.interpreter import correct_bfloat16
 from moec.runtime.kernel import Kernel as Kernel
 
@@ -38,7 +39,8 @@ def processors(device: torch.device) -> int:
     """The number of programs that run at a time: one a processor."""
     if device.type != "cuda":
         return 3  # the interpreter: more than one, so that loops over tiles are exercised
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    count = int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return min(count, MOST_PROCESSORS)
 
 
 def row_grid(rows: int, experts: int, block: int, columns: int) -> tuple[int]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from moec import interp
+from moec.capture.block import MAX_TOKENS
 from moec.ir import Graph
 from moec.ir.types import DTYPES
 from moec.manager import PassManager
@@ -19,8 +21,11 @@ SMALL = "block-m=16,block-n=16,block-k=16,block=32"
 SMALL_TMA = "descriptors=true,block-m=16,block-n=32,block-k=16,block=32"
 
 
-def lowered(graph: Graph, options: str = SMALL, *, training: bool = True) -> Graph:
-    """A graph after the whole pipeline, with small tiles."""
+def lowered(
+    graph: Graph, options: str = SMALL, *, training: bool = True, high: int = MAX_TOKENS
+) -> Graph:
+    """A graph after the whole pipeline, with small tiles; in the range that models come with."""
+    graph = replace(graph, ranges={n: (low, high) for n, (low, _) in graph.ranges.items()})
     return PassManager(f"{pipeline('triton', training)}, lower{{{options}}}").run(graph)
 
 
