@@ -124,8 +124,8 @@ class Session:
             self.demoted.add(graph.fingerprint)
             made = self.artifact(graph, wanted, device, name=name)
         elif made is not None and self._rounds_apart(made, exact):
-            few = functools.partial(self._compile, graph, wanted, target, device, name, True, FEW)
-            made = replace(made, few=Once(lambda _: few()))
+            few = self._compile(graph, wanted, target, device, name, True, FEW)
+            made = replace(made, few=Once.made_of(few))
         elif made is not None and made.target == "triton" and wanted is None:
             most = 0 if self.passes else most_few_tokens(made.graph)
             decode = functools.partial(self._decoding, graph, target, device, name)
