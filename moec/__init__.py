@@ -16,6 +16,7 @@ __all__ = [
     "__version__",
     "bisect_model",
     "compile",
+    "dim",
     "explain",
     "history",
     "regions",
@@ -34,6 +35,10 @@ def __getattr__(name: str) -> Any:
         from moec.model_bisect import bisect_model
 
         return bisect_model
+    if name == "dim":
+        from moec.declared import dim
+
+        return dim
     if name == "history":
         from moec.compilations import history
 

@@ -15,6 +15,9 @@ from moec.artifact_lines import artifact_lines
 from moec.capture.disagreement import odd_experts
 from moec.capture.regions import Candidate, find_candidates
 from moec.compiled import install, model_scope_of, region_of
+from moec.declared import Dynamic, declare, show_range
+from moec.declared_check import CheckedModel, CheckInputs, check_fixed
+from moec.declared_limits import Limits
 from moec.errors import CompileError
 from moec.manager import parse_pipeline
 from moec.model_scope import DEFAULT_BACKEND, ModelScope, check_backend
@@ -42,7 +45,7 @@ MODES = ("default", "reduce-overhead")
 def compile(
     model: M,
     *,
-    dynamic: bool = True,
+    dynamic: bool | Dynamic = True,
     memory_budget: int | str | None = None,
     target: str | None = None,
     scope: str = "region",
@@ -58,7 +61,11 @@ def compile(
 
     Args:
         model: any ``nn.Module``; what moec does not understand stays as it was, with one warning.
-        dynamic: must be True: artifacts serve every number of tokens.
+        dynamic: True: every size of the inputs is free, and one artifact serves all. Or names and
+            ranges for some of them, ``{"input_ids": {0: moec.dim("B", max=8), 1: moec.dim("S",
+            max=4096)}}``: then calls are checked before they run, a :class:`CallError` names what
+            is outside, and compiled code may rely on the ranges. A number says that an axis always
+            has that size. See docs/dims.md.
         memory_budget: not available yet; must be None.
         target: "triton", "aten", or None for the best one of the device.
         scope: "region": each MoE block by itself, the rest runs as it was. "model": the whole
@@ -80,6 +87,8 @@ def compile(
     settings = _checked_options(options)
     backend = _model_backend(settings, scope)
     session = _session(target, strict, settings, mode)
+    check = None if isinstance(dynamic, bool) else CheckInputs(declare(model, dynamic))
+    session.limits = None if check is None else Limits(check)
     compiled = share(model)
     candidates = list(find_candidates(compiled))
     for candidate in candidates:
@@ -92,7 +101,19 @@ def compile(
         )
     if backend is not None and region_of(compiled) is None:
         install(compiled, ModelScope(session, type(model).__name__, backend))
+    if check is not None:
+        _install_check(compiled, check)
     return compiled
+
+
+def _install_check(compiled: nn.Module, check: CheckInputs) -> None:
+    """Make calls of the whole model be checked."""
+    region = region_of(compiled)
+    if region is not None:
+        check_fixed(check.declared, region)
+        region.check = check
+    elif model_scope_of(compiled) is None:
+        install(compiled, CheckedModel(check))
 
 
 def _model_backend(settings: dict[str, Any], scope: str) -> str | None:
@@ -136,7 +157,7 @@ def _install(session: Session, candidate: Candidate) -> None:
 
 
 def _check_arguments(
-    model: Any, dynamic: bool, memory_budget: Any, target: str | None, scope: str
+    model: Any, dynamic: Any, memory_budget: Any, target: str | None, scope: str
 ) -> None:
     if not isinstance(model, nn.Module):
         raise CompileError(
@@ -147,7 +168,7 @@ def _check_arguments(
         raise CompileError(
             "this model is compiled already; compile the original again, or use the compiled one"
         )
-    if dynamic is not True:
+    if dynamic is False:
         raise CompileError(
             "dynamic=False: moec has one artifact for every number of tokens and none for a single "
             "one; leave dynamic=True"
@@ -237,17 +258,18 @@ class Explanation:
         return self.text
 
 
-def explain(model: nn.Module) -> Explanation:
+def explain(model: nn.Module, dynamic: bool | Dynamic = True) -> Explanation:
     """List the regions of a model (compiled or not): what each became, on which target, and why not
     if not.
 
-    A model that is not compiled is analysed as :func:`compile` would, without changing it.
+    A model that is not compiled is analysed as :func:`compile` would with ``dynamic``, without
+    changing it.
     """
     found = regions(model)
     if not found:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the text says what the warnings say
-            found = regions(compile(model))
+            found = regions(compile(model, dynamic=dynamic))
     return Explanation(found, _explain_text(model, found))
 
 
@@ -262,7 +284,7 @@ def _explain_text(model: nn.Module, found: Sequence[Region]) -> str:
     head = f"{type(model).__name__}: {len(found)} MoE regions: " + ", ".join(
         f"{n} {s}" for s, n in counts.items()
     )
-    lines = [head, *_scope_lines(model)]
+    lines = [head, *_scope_lines(model), *_declared_lines(found[0].session)]
     return "\n".join([*lines, *(line for region in found for line in _region_lines(region))])
 
 
@@ -274,6 +296,17 @@ def _scope_lines(model: nn.Module) -> list[str]:
         return [f"  scope: region, the whole graph could not be captured: {scope.reason}"]
     state = f"{scope.served} calls" if scope.served else "at the first call"
     return [f"  scope: model, one graph through {scope.backend} ({state})"]
+
+
+def _declared_lines(session: Session) -> list[str]:
+    """What is declared of the inputs, and what that says of the tokens of regions."""
+    if session.limits is None:
+        return []
+    tokens = [show_range(name, (0, high)) for name, high in session.limits.tokens.items()]
+    return [
+        f"  declared: {session.limits.check.declared}",
+        f"      so in regions {', '.join(tokens) or 'all sizes are free'}",
+    ]
 
 
 def _region_lines(region: Region) -> list[str]:

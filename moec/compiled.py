@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import copyreg
+import inspect
 from collections.abc import Iterator
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 from moec.traced import call_traced
 
 if TYPE_CHECKING:
+    from moec.declared_check import CheckedModel
     from moec.model_scope import ModelScope
     from moec.region import Region
 
@@ -32,6 +35,8 @@ class CompiledMixin:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Serve the call from the region, or run the module's own code."""
+        if self._moec_region.check is not None:
+            self._moec_region.check(args, kwargs)
         if torch.compiler.is_compiling():
             result = call_traced(self, args, kwargs, self._moec_region)  # type: ignore[arg-type]
         else:
@@ -69,7 +74,7 @@ class CompiledMixin:
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def install(module: nn.Module, region: Region | ModelScope) -> None:
+def install(module: nn.Module, region: Region | ModelScope | CheckedModel) -> None:
     """Make ``module`` ask ``region`` first; its class keeps its name and stays a subclass of the
     original.
     """
@@ -79,10 +84,24 @@ def install(module: nn.Module, region: Region | ModelScope) -> None:
             "_moec_original": original,
             "__module__": original.__module__,
             "__qualname__": original.__qualname__,
+            "forward": _with_signature_of(original),
         }
         _CLASSES[original] = type(original.__name__, (CompiledMixin, original), members)
     module.__class__ = _CLASSES[original]
     module.__dict__["_moec_region"] = region
+
+
+def _with_signature_of(original: type[nn.Module]) -> Any:
+    """The forward of compiled modules, with the parameters of a class's own: libraries choose by
+    them what to call a model with.
+    """
+    plain: Any = CompiledMixin.forward
+    forward: Any = FunctionType(
+        plain.__code__, plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__
+    )
+    with contextlib.suppress(TypeError, ValueError):  # a forward that is no Python has none
+        forward.__signature__ = inspect.signature(original.forward)
+    return forward
 
 
 def restore(module: nn.Module) -> None:
@@ -109,7 +128,7 @@ def as_original(module: nn.Module) -> Iterator[None]:
 def region_of(module: nn.Module) -> Region | None:
     """The region that a module asks, if any."""
     asked = module.__dict__.get("_moec_region")
-    return None if asked is None or asked.kind == "model" else asked
+    return None if asked is None or asked.kind in ("model", "inputs") else asked
 
 
 def model_scope_of(module: nn.Module) -> ModelScope | None:

@@ -33,6 +33,7 @@ class ModelScope:
     def __init__(self, session: Session, name: str, backend: str) -> None:
         self.session, self.name, self.backend = session, name, backend
         self.reason, self.served = "", 0
+        self.check = None if session.limits is None else session.limits.check
         self._compiled: Any = None
 
     def bound_to(self, module: nn.Module) -> ModelScope:
@@ -57,9 +58,22 @@ class ModelScope:
     def _whole(self, module: nn.Module) -> Any:
         if self._compiled is None:
             self._compiled = torch.compile(
-                original(module).forward, fullgraph=True, dynamic=True, backend=self.backend
+                self._forward(module), fullgraph=True, dynamic=True, backend=self.backend
             )
         return self._compiled
+
+    def _forward(self, module: nn.Module) -> Any:
+        """The model's own code, and before it what the tracer may know of the inputs' sizes."""
+        forward = original(module).forward
+        check = self.check
+        if check is None:
+            return forward
+
+        def declared_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            check.tell_tracer(args, kwargs)
+            return forward(module, *args, **kwargs)
+
+        return declared_forward
 
     def _in_region_scope(
         self,

@@ -54,7 +54,7 @@ class Region(RegionCaptures):
         self._is_changed(self.candidate.module)  # what the copy takes over must be up to date
         new = Region(self.session, replace(self.candidate, module=module), self.kind)
         new.found = {mode: replace(found, module=module) for mode, found in self.found.items()}
-        new.artifacts = list(self.artifacts)
+        new.artifacts, new.check = list(self.artifacts), self.check
         if self.candidate.experts is not None:
             new.inner = region_of(module.get_submodule(self.candidate.experts))
         return new
@@ -214,6 +214,8 @@ class Region(RegionCaptures):
             self._left_odd(odd_reason(odd))
             return NotImplemented
         check_inputs(self.name, graph, inputs)
+        if self.session.limits is not None:
+            graph = self.session.limits.for_call(graph, inputs, self.name)
         wanted = tuple(t.requires_grad for t in inputs)
         training = torch.is_grad_enabled() and any(wanted)
         artifact = self.session.artifact(
@@ -243,11 +245,13 @@ class Region(RegionCaptures):
         grad: bool,
         data_grad: int,
         form: CallForm = TOKENS_ALONE,
+        is_within_limits: bool = False,
     ) -> tuple[FoundRegion, Artifact] | None:
         """The capture and the artifact for a call that a tracer describes; ``None`` if the module's
         own code must run.
 
-        Bit ``i`` of ``data_grad`` says whether the ``i``-th tensor of the call requires a gradient.
+        Bit ``i`` of ``data_grad`` says whether the ``i``-th tensor of the call requires a gradient;
+        ``is_within_limits``, that the tracer knows it to keep to the limits of declared inputs.
         """
         module = self.candidate.module
         if self._must_run_own_code(module):
@@ -272,8 +276,9 @@ class Region(RegionCaptures):
             *(bool(data_grad >> i & 1) for i in range(count)),
             *(t.requires_grad for t in weights),
         )
+        limits = self.session.limits if is_within_limits else None
         artifact = self.session.artifact(
-            found.graph,
+            found.graph if limits is None else limits.narrowed(found.graph),
             wanted if grad and any(wanted) else None,
             weights[0].device,
             name=self.name,

@@ -24,6 +24,7 @@ from moec.capture.regions import (
 )
 from moec.capture.trial import Trial
 from moec.compiled import as_original, restore
+from moec.declared_check import CheckInputs
 from moec.errors import CallError
 from moec.guards import Guard
 from moec.ir.graph import Graph
@@ -57,6 +58,7 @@ class RegionCaptures:
         self.traced: dict[str, tuple[CallForm, ResultForm]] = {}
         self.artifacts: list[Artifact] = []
         self.inner: Region | None = None
+        self.check: CheckInputs | None = None  # of a model that is one region
         self.unserved = ""
         self._types = types_below(candidate.module)
         self._guard = Guard(candidate.module)

@@ -18,8 +18,10 @@ from moec import logs, torch_trace
 from moec.cache import cache_directory, source_of
 from moec.capture.regions import FoundRegion
 from moec.codegen.triton.routing import most_few_tokens
+from moec.declared_limits import Limits
 from moec.errors import CompileError
 from moec.exact_gradients import has_smaller_floats
+from moec.ir.dims import bounds
 from moec.ir.graph import Graph
 from moec.ir.parser import parse
 from moec.ir.text import show
@@ -47,7 +49,7 @@ _COMPILING = threading.RLock()
 class Session:
     """What one call of :func:`moec.compile` shares between its regions: settings, captures,
     artifacts. ``gluon`` allows products in Gluon where a GPU runs them; ``mode`` is one of
-    :data:`moec.api.MODES`.
+    :data:`moec.api.MODES`; ``limits`` are those of the declared inputs.
     """
 
     target: str | None = None
@@ -58,6 +60,7 @@ class Session:
     mode: str = "default"
     observers: Sequence[Observer] = ()
     watching: Watching = field(default_factory=from_environment)
+    limits: Limits | None = None
     captures: dict[Hashable, FoundRegion] = field(default_factory=dict)
     artifacts: dict[Hashable, Artifact | None] = field(default_factory=dict)
     demoted: set[str] = field(default_factory=set)
@@ -124,8 +127,8 @@ class Session:
             self.demoted.add(graph.fingerprint)
             made = self.artifact(graph, wanted, device, name=name)
         elif made is not None and self._rounds_apart(made, exact):
-            few = functools.partial(self._compile, graph, wanted, target, device, name, True, FEW)
-            made = replace(made, few=Once(lambda _: few()))
+            few = self._compile(graph, wanted, target, device, name, True, FEW)
+            made = replace(made, few=Once.made_of(few))
         elif made is not None and made.target == "triton" and wanted is None:
             most = 0 if self.passes else most_few_tokens(made.graph)
             decode = functools.partial(self._decoding, graph, target, device, name)
@@ -137,7 +140,8 @@ class Session:
         """Where calls are to be CUDA graphs: those of an artifact."""
         if self.mode != "reduce-overhead":
             return None
-        return Captures(_varying(graph), rows_are_alone(graph))
+        _, most = bounds(graph.inputs[0].type.shape[0], graph.ranges)
+        return Captures(_varying(graph), rows_are_alone(graph), most)
 
     def _decoding(
         self,

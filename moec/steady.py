@@ -7,6 +7,7 @@ on are kept as objects, and the next call compares identities.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from operator import is_
 from typing import Any
@@ -17,6 +18,8 @@ from torch.autograd import forward_ad, profiler
 
 from moec.capture.found import FoundRegion
 from moec.guards import Guard
+from moec.inputs import dim_names
+from moec.ir.graph import Graph
 from moec.runtime.artifact import Artifact
 from moec.runtime.tape import Tape
 
@@ -48,6 +51,7 @@ class Steady:
         self.rank = found.graph.inputs[0].type.rank if found.graph is not None else 0
         self.dtype, self.index, self.axes = x.dtype, x.get_device(), x.dim()
         self.width, self.kind = x.shape[-1], x.device.type
+        self.most = _most_elements(artifact.graph, x.shape[-1])
         self.unchanged = guard.unchanged
         self.hooks = [getattr(m, h) for m in module.modules() if m is not module for h in _HOOKS]
         self.hooks += [getattr(torch.nn.modules.module, h) for h in _GLOBAL_HOOKS]
@@ -71,6 +75,7 @@ class Steady:
             or x.device.type != self.kind
             or x.layout is not torch.strided
             or x.dim() != self.axes
+            or x.numel() > self.most
             or any(self.hooks)
             or torch.is_autocast_enabled(self.kind)
         ):
@@ -152,6 +157,12 @@ def _places(module: nn.Module, paths: Sequence[str]) -> list[tuple[dict[str, Any
         kept = (vars(holder)["_parameters"], vars(holder)["_buffers"])
         found.append((next((d for d in kept if name in d), {}), name))
     return found
+
+
+def _most_elements(graph: Graph, width: int) -> int:
+    """Up to how many elements the tokens surely keep to the ranges of a graph's dims."""
+    highs = [graph.ranges.get(n, (0, None))[1] for n in dim_names(graph)]
+    return min((h for h in highs if h is not None), default=sys.maxsize // width) * width
 
 
 def _facts(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moec.call_form import (
     CallForm,
@@ -43,6 +44,24 @@ def _names(region: int) -> tuple[str, ...]:
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def _limits(region: int) -> tuple[tuple[str, int], ...]:
+    """The largest B, S and T that the declared inputs of the model give."""
+    limits = _REGIONS[region].session.limits
+    return () if limits is None else tuple(limits.tokens.items())
+
+
+def _is_within_limits(region: int, x: torch.Tensor) -> bool:
+    """Whether the tracer knows that the tokens keep to the limits of the declared inputs."""
+    limits = _limits(region)
+    sizes = {"T": x.shape[0]} if x.dim() == 2 else {"B": x.shape[0], "S": x.shape[1]}
+    if x.dim() == 3:
+        sizes["T"] = x.shape[0] * x.shape[1]
+    return len(limits) > 0 and all(
+        [statically_known_true(sizes[n] <= high) for n, high in limits if n in sizes]
+    )
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def _prepare(
     region: int,
     training: bool,
@@ -56,6 +75,7 @@ def _prepare(
     tensors: tuple[tuple[str, str, str, tuple[int, ...]], ...],
     plain: tuple[tuple[str, Any], ...],
     settings: tuple[Any, ...],
+    is_within_limits: bool,
 ) -> tuple[Any, ...] | None:
     """Compile for a call's mode while the tracer waits; constants that describe the op.
 
@@ -76,6 +96,7 @@ def _prepare(
             grad,
             data_grad,
             form,
+            is_within_limits,
         )
     if prepared is None:
         return None
@@ -93,7 +114,7 @@ def call_traced(
     module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], region: Any
 ) -> Any:
     """As ``Region.call``, in terms that torch.compile and torch.export can trace."""
-    if region.kind == "model":  # the tracer is about to see the whole
+    if region.kind in ("model", "inputs"):  # the tracer is about to see the whole
         return NotImplemented
     if region.candidate.dense is not None and region.candidate.dense.extra:
         return NotImplemented
@@ -131,6 +152,7 @@ def call_traced(
         further,
         tuple(plain.items()),
         settings,
+        _is_within_limits(region.number, x),
     )
     if prepared is None:
         return NotImplemented
@@ -174,6 +196,7 @@ def run_experts(
         (),
         (),
         settings,
+        _is_within_limits(region, x),
     )
     if prepared is None:
         return NotImplemented

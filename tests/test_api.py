@@ -297,7 +297,7 @@ def test_dump_writes_a_folder_for_each_region_and_mode(tmp_path: Path) -> None:
         compiled(x)
     for region in ("layers.0", "layers.1"):
         folders = sorted(p.name for p in (tmp_path / region).iterdir())
-        assert folders == ["inference", "training"]
+        assert folders == ["inference", "training", "training-few"]
         for mode in folders:
             files = sorted(p.name for p in (tmp_path / region / mode).iterdir())
             assert files[0] == "00-input.moe"

@@ -22,6 +22,7 @@ from moec.capture.conversions import idle_conversions
 from moec.capture.experts import ExpertsBody
 from moec.capture.importer import Importer
 from moec.capture.reading import ExpertGroups
+from moec.capture.requirements import SizeGuard, size_guards
 from moec.capture.wrappers import experts_arguments, forward_replaced
 from moec.errors import CaptureError
 from moec.ir import dims
@@ -91,8 +92,9 @@ def capture_block(
     names = ("B", "S") if data[0].dim() == 3 else ("T",)
     experts = block.get_submodule(experts_path)
     with opaque_experts(experts), idle_conversions(block):
-        exported = _exported(block, data, form)
+        exported, guards = _exported(block, data, form)
     importer = _ExpertsImporter(exported, names, path, body, experts_path, block, form)
+    importer.guards = guards
     return importer.run(block)
 
 
@@ -127,13 +129,14 @@ class _Adapter(nn.Module):
 _PREFIX = "block."
 
 
-def _exported(block: nn.Module, data: Sequence[torch.Tensor], form: CallForm) -> Any:
+def _exported(
+    block: nn.Module, data: Sequence[torch.Tensor], form: CallForm
+) -> tuple[Any, tuple[SizeGuard, ...]]:
     lead = data[0].shape[:-1]
     opened = [t.reshape(f.open_shape(lead)) for f, t in zip(form.tensors, data[1:], strict=True)]
     axes = [len(lead), *(_open_axes(f, len(lead)) for f in form.tensors)]
     dynamic = [{i: ExportDim.DYNAMIC for i in range(n)} for n in axes]
-    exported, _ = export(_Adapter(block, form), ([data[0], *opened],), (dynamic,), block)
-    return exported
+    return export(_Adapter(block, form), ([data[0], *opened],), (dynamic,), block)
 
 
 def export(
@@ -143,7 +146,7 @@ def export(
     block: nn.Module,
     *,
     strict: bool = False,
-) -> tuple[Any, tuple[Any, ...]]:
+) -> tuple[Any, tuple[SizeGuard, ...]]:
     """The exported program of a block, and what the tracer took for granted of its sizes.
 
     ``called`` is the block or a module around it; ``dynamic`` names the free axes of each argument.
@@ -157,7 +160,7 @@ def export(
         with warnings.catch_warnings(), torch._guards.tracing(None):
             warnings.simplefilter("ignore")  # the tracer warns about its own internals
             exported = torch.export.export(called, arguments, dynamic_shapes=dynamic, strict=strict)
-            guards = _guards(exported)  # what comes later checks these, in a form of its own
+            guards = size_guards(exported)  # what comes later checks these, in a form of its own
             return exported.run_decompositions({}), guards
     except (
         Exception
@@ -170,22 +173,15 @@ def export(
         logger.setLevel(level)
 
 
-def _guards(exported: Any) -> tuple[Any, ...]:
-    """Conditions on the sizes that hold for the example and were relied on."""
-    for node in exported.graph.nodes:
-        mode = getattr(node.meta.get("val"), "fake_mode", None)
-        if mode is not None and mode.shape_env is not None:
-            return tuple(guard.expr for guard in mode.shape_env.guards)
-    return ()
-
-
 class ExportImporter:
     """Imports an exported program; inputs become the data, then the parameters that are used.
 
-    ``prefix`` is the path of the block in the exported module.
+    ``prefix`` is the path of the block in the exported module; ``guards`` are what the tracer took
+    for granted of its sizes.
     """
 
     prefix = ""
+    guards: Sequence[SizeGuard] = ()
 
     def __init__(self, exported: Any, names: Sequence[str], path: str) -> None:
         self.exported, self.names, self.path = exported, names, path
@@ -244,7 +240,14 @@ class ExportImporter:
             upper = getattr(interval, "upper", None)
             bounded = upper is not None and upper.is_Integer and int(upper) < MAX_TOKENS
             if symbol in self.symbols and (int(interval.lower) > 2 or bounded):
-                raise CaptureError(f"the block works for sizes in [{interval.lower}, {upper}] only")
+                asked = next((g for g in self.guards if symbol in g.condition.free_symbols), None)
+                least = f"{interval.lower} <= " if interval.lower > 2 else ""  # 2 is the tracer's
+                most = f" <= {upper}" if bounded else ""
+                raise CaptureError(
+                    asked.text(self.symbols)
+                    if asked is not None
+                    else f"the block works only where {least}{self.symbols[symbol]}{most}"
+                )
 
     def shape(self, node: fx.Node) -> tuple[Dim, ...]:
         return tuple(map(self.size, node.meta["val"].shape))

@@ -28,6 +28,7 @@ from moec.capture.block import (
 from moec.capture.counts import hidden_sizes
 from moec.capture.open_sizes import open_sizes
 from moec.capture.ragged import RaggedImporter
+from moec.capture.requirements import SizeGuard, raised_at
 from moec.capture.sizes import dim_of_expression
 from moec.errors import CaptureError, NotRunError
 from moec.ir import dims
@@ -99,25 +100,32 @@ def example(
     leading = [_EXAMPLE[n] for n in axis_names(rank)]
     tried = trial_copy(module) if extras else module
     device = next(tried.parameters()).device
+    errors = []
     for hidden in hidden_sizes(module):
         x = torch.randn(*leading, hidden, generator=generator).to(dtype or parameter.dtype)
         data = [x, *(e.example(_EXAMPLE, generator) for e in extras)]
-        if _runs(tried, [t.to(device) for t in data], extras):
+        error = _error_on(tried, [t.to(device) for t in data], extras)
+        if error is None:
             return tuple(t.to(parameter.device) for t in data)
+        errors.append(error)
     raise NotRunError(
         f"{type(module).__name__} did not run on tokens of rank {rank}"
         + (f" and {len(extras)} more arguments" if extras else " alone")
+        + "".join(f" ({error})" for error in errors[:1])
     )
 
 
-def _runs(module: nn.Module, data: Sequence[torch.Tensor], extras: Sequence[Extra]) -> bool:
+def _error_on(
+    module: nn.Module, data: Sequence[torch.Tensor], extras: Sequence[Extra]
+) -> str | None:
+    """What a module raises on these arguments, and where; ``None`` if it runs."""
     called = _Sized(module) if any(e.kind == "sizes" for e in extras) else module
     try:
         with torch.no_grad():
             called(*data)
-    except Exception:  # what a user's code raises on wrong sizes is up to that code
-        return False
-    return True
+    except Exception as error:  # what a user's code raises on wrong sizes is up to that code
+        return raised_at(error)
+    return None
 
 
 def _dynamic(x: torch.Tensor, rank: int, extras: Sequence[Extra]) -> tuple[dict[int, Any], ...]:
@@ -133,7 +141,7 @@ class _DenseImporter(ExportImporter):
     def __init__(
         self,
         exported: Any,
-        guards: Sequence[Any],
+        guards: Sequence[SizeGuard],
         names: Sequence[str],
         extras: Sequence[Extra],
         path: str,
@@ -188,13 +196,10 @@ class _DenseImporter(ExportImporter):
         """
         left_out: set[tuple[int, ...]] = set()
         for guard in self.guards:
-            failing = list(self.failing(guard))
+            failing = list(self.failing(guard.condition))
             small = all(math.prod(sizes) <= _SMALL for sizes in failing)
-            if failing and guard.func is not sympy.Ne and not small:
-                names = ", ".join(f"{s} is {d}" for s, d in self.symbols.items())
-                raise _BoundToSizeError(
-                    f"the block works only where {guard} holds of its sizes ({names})"
-                )
+            if failing and guard.condition.func is not sympy.Ne and not small:
+                raise _BoundToSizeError(guard.text(self.symbols))
             left_out.update(failing[:_DOUBTFUL])
         return tuple(sorted(left_out))
 

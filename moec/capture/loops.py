@@ -32,6 +32,7 @@ from moec.capture.lists import expert_list
 from moec.capture.reading import ExpertGroups, read_experts
 from moec.capture.recorder import ConstantPair, IntegerPair, Recorder, Sizes, merge
 from moec.capture.replace import MATCHED, replace_loop, restore_loop
+from moec.capture.requirements import raised_at
 from moec.capture.routes import Search, Values, called_on, explains
 from moec.capture.stacks import Part, collapse, cuts, stacked_experts, template
 from moec.errors import CaptureError, NotRunError
@@ -190,7 +191,8 @@ def _run(
         Exception
     ) as error:  # the user's code may raise anything on inputs that it was not written for
         raise NotRunError(
-            f"{type(module).__name__} did not run on tokens of shape {tuple(x.shape)}: {error}"
+            f"{type(module).__name__} did not run on tokens of shape {tuple(x.shape)}: "
+            f"{raised_at(error)}"
         ) from error
     finally:
         torch.set_rng_state(state)

@@ -10,8 +10,10 @@ from typing import Annotated
 import typer
 
 from moec.cli.console import read_graphs, working
+from moec.cli.dims import Dims, read_dims, within
 from moec.cli.graphs import Passes, Target, Training, require_pass
 from moec.cli.models import distinct, load_model
+from moec.declared import Dynamic
 from moec.errors import CaptureError
 from moec.explaining import PassReport, explain_kernels, explain_passes, find_kernels
 from moec.ir import Graph
@@ -79,6 +81,7 @@ def explain(
         Target, typer.Option(help="The target whose passes and kernels are explained.")
     ] = Target.triton,
     training: Training = False,
+    dim: Dims = None,
 ) -> None:
     """Say what becomes of each block of a model, and why; or what a pass or a kernel does.
 
@@ -95,10 +98,13 @@ def explain(
       moec explain mypackage.models:build --region layers.3.mlp
     """
     is_file = model == "-" or model.endswith(".moe")
+    dynamic = read_dims(dim)
+    if is_file and dynamic:
+        raise typer.BadParameter("--dim is for a model; a file of IR text has its ranges in it")
     if not is_file and region is None and pass_ is None and kernel is None:
-        typer.echo(_of_model(model))
+        typer.echo(_of_model(model, dynamic))
         return
-    found = _in_file(model) if is_file else _in_model(model)
+    found = _in_file(model) if is_file else _in_model(model, dynamic)
     calls = parse_pipeline(default_pipeline(target.value, training) if passes is None else passes)
     if pass_ is not None:
         require_pass("--pass", pass_, calls)
@@ -106,24 +112,24 @@ def explain(
     typer.echo("\n\n".join(texts))
 
 
-def _of_model(model: str) -> str:
+def _of_model(model: str, dynamic: Dynamic) -> str:
     from moec.api import explain as explain_model
 
     built = load_model(model)
     with working("looking for regions"):
-        return str(explain_model(built))
+        return str(explain_model(built, dynamic or True))
 
 
 def _in_file(path: str) -> list[Subject]:
     return [Subject(graph) for graph in read_graphs(Path(path))]
 
 
-def _in_model(model: str) -> list[Subject]:
+def _in_model(model: str, dynamic: Dynamic) -> list[Subject]:
     from moec.capture.regions import find_regions
 
     built = load_model(model)
     with working("looking for regions"):
-        found = find_regions(built)
+        found = within(built, dynamic, find_regions(built))
     subjects = [Subject(graph, names) for graph, names in distinct(found)]
     if not subjects:
         reasons = "; ".join(dict.fromkeys(f"{r.name}: {r.reason}" for r in found))

@@ -11,6 +11,8 @@ import typer
 
 from moec import pipeline
 from moec.cli.console import progress, say, working, write_result
+from moec.cli.dims import Dims, read_dims, within
+from moec.declared import declare
 from moec.errors import CaptureError
 from moec.ir import Graph, show
 from moec.manager import PassManager
@@ -41,6 +43,7 @@ def trace(
     training: Annotated[
         bool, typer.Option("--training", help="Write joint forward-backward graphs.")
     ] = False,
+    dim: Dims = None,
 ) -> None:
     """Write the MoE blocks of a model as IR text.
 
@@ -50,18 +53,24 @@ def trace(
     \b
     Examples:
       moec trace mixtral -o mixtral.moe
+      moec trace mixtral --dim input_ids:0=B[1..8] --dim input_ids:1=S[1..16384]
       moec trace mypackage.models:build --training | moec opt - --target aten
     """
     from moec.capture.regions import find_regions
 
+    dynamic = read_dims(dim)
     built = load_model(model)
+    declared = declare(built, dynamic)
     with working("looking for regions"):
-        found = find_regions(built)
+        found = within(built, dynamic, find_regions(built))
     groups = distinct(found)
     _report_left_alone(found)
     if not groups:
         raise CaptureError(f"{model} has no MoE block that could be captured")
-    texts = [_heading(names) + show(_joint(g) if training else g) for g, names in _track(groups)]
+    dims = f"// {declared}\n" if dynamic else ""
+    texts = [
+        _heading(names) + dims + show(_joint(g) if training else g) for g, names in _track(groups)
+    ]
     write_result("\n".join(texts), output)
     if output is not None:
         say(f"wrote {output}: {len(groups)} distinct of {len(found)} regions")

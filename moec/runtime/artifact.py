@@ -31,6 +31,13 @@ class Once:
         self._make, self._made = make, False
         self._artifact: Artifact | None = None
 
+    @classmethod
+    def made_of(cls, artifact: Artifact | None) -> Once:
+        """One that is there already, so that no call has to wait for it."""
+        once = cls(lambda _: artifact)
+        once.get(())
+        return once
+
     def get(self, inputs: Sequence[torch.Tensor]) -> Artifact | None:
         """The artifact; ``inputs`` are those of the call that asks."""
         if not self._made:

@@ -55,9 +55,12 @@ def _cut(tensor: torch.Tensor, size: int, rows: int) -> torch.Tensor:
 class Captures:
     """The captures of one artifact, by size, weights and stream; each thread has its own."""
 
-    def __init__(self, varying: Sequence[int], padded: bool) -> None:
-        """``varying`` are the inputs of tokens; ``padded``: more rows change no row."""
+    def __init__(self, varying: Sequence[int], padded: bool, most: int | None = None) -> None:
+        """``varying`` are the inputs of tokens; ``padded``: more rows change no row; ``most``: how
+        many rows the code takes, if there is a limit.
+        """
         self.varying, self.padded = tuple(varying), padded
+        self.most = MOST_TOKENS if most is None else most
         self._kept = threading.local()
 
     def call(
@@ -68,7 +71,7 @@ class Captures:
         rows = x.shape[0]
         if not may_repeat(x) or not 0 < x.shape[:-1].numel() <= MOST_TOKENS:
             return None
-        size = 1 << (rows - 1).bit_length() if self.padded else rows
+        size = min(1 << (rows - 1).bit_length(), self.most) if self.padded else rows
         given = [inputs[i] for i in self.varying]
         fixed = [t for i, t in enumerate(inputs) if i not in self.varying]
         stream = torch._C._cuda_getCurrentRawStream(x.get_device())

@@ -118,7 +118,7 @@ def _owned(tensors: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> l
     owned = []
     for tensor in tensors:
         pointer = tensor.untyped_storage().data_ptr()
-        owned.append(tensor.clone() if pointer in seen and tensor.numel() else tensor.contiguous())
+        owned.append(tensor.clone() if pointer in seen else tensor.contiguous())
         seen.add(pointer)
     return owned
 
