@@ -47,7 +47,7 @@ def _emit_body(writer: Writer, op: Op, body: Graph, names: PythonNames) -> None:
         arguments = [local[v] for v in inner.operands]
         for v in inner.results:
             local[v] = names.fresh(f"{v.hint}_rows")
-            names.alias(v, local[v])
+            names.values[local[v]] = v
         targets = ", ".join(local[v] for v in inner.results)
         writer.line(f"{targets} = {_expression(inner, arguments)}")
         _emit_stores(writer, op, body, inner, local, names)
