@@ -6,7 +6,7 @@ not known, the range is cut in two, so breaks are exact.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moec.ir.dims import Dim, apply, prove_at_most
@@ -34,9 +34,11 @@ class Piece:
     moment: Moment
 
 
-def pieces(
-    moments: Sequence[Moment], granule: int, name: str, low: int, high: int
-) -> tuple[Piece, ...]:
+# The allocations of each moment, in bytes
+Allocations = Mapping[Moment, Sequence[Dim]]
+
+
+def pieces(moments: Allocations, granule: int, name: str, low: int, high: int) -> tuple[Piece, ...]:
     """The peak of moments for sizes of the dim ``name`` from ``low`` to ``high``.
 
     A piece that its neighbour bounds as well, to a hundredth, is part of that.
@@ -62,40 +64,36 @@ def _value(expression: Dim, name: str, at: int) -> int:
     return int(apply(expression, {name: at}))
 
 
-def _cut(
-    moments: Sequence[Moment], granule: int, name: str, low: int, high: int
-) -> Iterator[Piece]:
+def _cut(moments: Allocations, granule: int, name: str, low: int, high: int) -> Iterator[Piece]:
     """One piece where one moment is the largest everywhere, else those of both halves."""
+    span, left = (name, (low, high)), moments
     try:
-        best, kept = _largest(moments, granule, (name, (low, high)))
+        sums = _sums(moments, granule, span)
+        best = max(sums, key=lambda m: _value(sums[m], name, high))
+        above = [m for m in sums if not prove_at_most(sums[m], sums[best], dict([span]))]
+        if not above:
+            yield Piece(low, high, sums[best], best)
+            return
+        left = {m: moments[m] for m in (best, *above)}
     except UndecidedError:
-        best, kept = None, moments
-    if best is not None and not kept:
-        yield Piece(low, high, *best)
-        return
+        pass  # of two sizes either may be smaller: each half knows more
     middle = (low + high) // 2
-    left = kept if best is None else [*kept, best[1]]
     yield from _cut(left, granule, name, low, middle)
     yield from _cut(left, granule, name, middle + 1, high)
 
 
-def _largest(
-    moments: Sequence[Moment], granule: int, span: Span
-) -> tuple[tuple[Dim, Moment], list[Moment]]:
-    """The moment that is the largest at the end of a range, and those that may exceed it."""
-    name, (_, high) = span
+def _sums(moments: Allocations, granule: int, span: Span) -> dict[Moment, Dim]:
+    """What each moment holds, at most."""
     known: dict[Dim, Polynomial] = {}
-    sums = {m: as_dim(_sum(m, granule, span, known), name) for m in moments}
-    best = max(moments, key=lambda m: _value(sums[m], name, high))
-    ranges = dict([span])
-    kept = [m for m in moments if not prove_at_most(sums[m], sums[best], ranges)]
-    return (sums[best], best), kept
+    return {m: as_dim(_sum(s, granule, span, known), span[0]) for m, s in moments.items()}
 
 
-def _sum(moment: Moment, granule: int, span: Span, known: dict[Dim, Polynomial]) -> Polynomial:
-    """What a moment holds; ``known`` remembers the sizes of buffers."""
+def _sum(
+    sizes: Sequence[Dim], granule: int, span: Span, known: dict[Dim, Polynomial]
+) -> Polynomial:
+    """The sum of allocations; ``known`` remembers them."""
     total: Polynomial = ()
-    for size in moment.sizes:
+    for size in sizes:
         if size not in known:
             known[size] = rounded_up(above(size, span), granule)
         total = plus(total, known[size])

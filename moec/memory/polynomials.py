@@ -67,7 +67,9 @@ def _times(a: Polynomial, b: Polynomial) -> Polynomial:
 
 def as_dim(polynomial: Polynomial, name: str) -> Dim:
     """The polynomial in the dim ``name``; fractions are rounded up, since no size is negative."""
-    return canon(sum((math.ceil(c) * dim(name) ** p for p, c in enumerate(polynomial)), 0 * dim(name)))
+    return canon(
+        sum((math.ceil(c) * dim(name) ** p for p, c in enumerate(polynomial)), 0 * dim(name))
+    )
 
 
 def _bound(value: Any, span: Span, is_upper: bool) -> Polynomial:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from moec.errors import CodegenError
-from moec.ir.dims import Dim, canon, ceildiv, dim, floordiv, parse_dim, show_dim
+from moec.ir.dims import Dim, canon, dim, parse_dim, show_dim
 from moec.ir.types import DTYPES, Type
 
 _DTYPES = {str(dtype): name for name, dtype in DTYPES.items()}
