@@ -7,15 +7,15 @@ counts as taken. ``tests/test_memory_ops.py`` compares them with what PyTorch's 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from moec.ir.dims import Dim, canon
 from moec.ir.graph import Op
 from moec.ir.opdef import opdef
 from moec.ir.types import SIZES, Type
 from moec.memory.buffers import GRANULES, Layout, rounded
-from moec.memory.sizes import divided, least
+from moec.memory.sizes import least
 from moec.runtime.grouped import FEW_ROWS
 
 _INDEX, _FLAG, _SMALL = SIZES["i64"], SIZES["bool"], SIZES["i32"]
@@ -26,14 +26,17 @@ _NUMBERS, _FEW_SMALL = 128, 8
 
 @dataclass(frozen=True)
 class Site:
-    """An op where it is called: the types and layouts there, and whether routing is balanced."""
+    """An op where it is called: the types and layouts there.
+
+    ``fullest`` says how many of so many rows the expert has that has most.
+    """
 
     op: Op
     inputs: tuple[Type, ...]
     outputs: tuple[Type, ...]
     layouts: tuple[Layout, ...]
     target: str = "aten"
-    balanced: bool = False
+    fullest: Mapping[Dim, Dim] = field(default_factory=dict)
 
     @property
     def first(self) -> Type:
@@ -133,12 +136,7 @@ def _mean(site: Site) -> Dim:
 
 
 def _index_add(site: Site) -> Dim:
-    return _sums_in_float32(site.result)
-
-
-def _sums_in_float32(result: Type) -> Dim:
-    """Rows of half precision are added in float32."""
-    return result.elements * _SMALL if result.dtype in _HALVES else 0
+    return _in_float32(site.result)
 
 
 def _log_sum_exp(site: Site) -> Dim:
@@ -146,9 +144,15 @@ def _log_sum_exp(site: Site) -> Dim:
 
 
 def _index(site: Site) -> Dim:
-    """An index of another dtype is converted."""
+    """An index of another dtype is converted; numbers of half precision are, too."""
     index = site.inputs[1]
-    return index.elements * _INDEX if index.dtype != "i64" else 0
+    converted = index.elements * _INDEX if index.dtype != "i64" else 0
+    return converted + sum(_in_float32(t) for t in (site.result, *site.inputs[2:]))
+
+
+def _in_float32(type_: Type) -> Dim:
+    """What a copy in float32 of numbers of half precision takes."""
+    return type_.elements * _SMALL if type_.dtype in _HALVES else 0
 
 
 def _one_hot(site: Site) -> Dim:
@@ -166,35 +170,36 @@ def _copied(site: Site, place: int) -> Dim:
 
 
 def _product(site: Site) -> Dim:
-    """Products of matrices read transposed ones; gaps, and axes that are broadcast, are copied."""
+    """Products of matrices read transposed ones; gaps are copied, and axes that are broadcast."""
     total: Dim = 0
-    for place, operand in enumerate(site.inputs[:2]):
-        plain = operand.rank <= 2 and site.layouts[place] is not Layout.GAPS
-        lead = (*site.result.shape[:-2], *operand.shape[-2:])
-        copied = operand.with_shape(*lead) if operand.rank > 2 else operand
-        total += 0 if plain else copied.bytes
-    return total + _in_float32(site, site.result)
+    for operand, how in zip(site.inputs[:2], site.layouts, strict=False):
+        lead = site.result.shape[:-2]
+        is_broadcast = operand.shape[:-2] != lead and (operand.dtype == "bf16" or len(lead) > 1)
+        is_permuted = operand.rank > 2 and how is Layout.OTHER
+        if operand.rank > 1 and (how is Layout.GAPS or is_permuted or is_broadcast):
+            total += operand.with_shape(*lead, *operand.shape[-2:]).bytes
+    return total + _accumulated(site, site.result)
 
 
-def _in_float32(site: Site, result: Type) -> Dim:
+def _accumulated(site: Site, result: Type) -> Dim:
     """Products in bfloat16 are accumulated in float32 beside their result on many CPUs."""
     if site.target != "aten" or result.dtype != "bf16":
         return 0
-    return result.elements * _SMALL + 512
+    return _in_float32(result) + 512
 
 
 def _grouped_mm(site: Site) -> Dim:
-    return _in_float32(site, site.result.with_shape(_fullest(site), *site.result.shape[1:]))
+    return _accumulated(site, site.result.with_shape(_fullest(site), *site.result.shape[1:]))
 
 
 def _grouped_outer(site: Site) -> Dim:
-    return _in_float32(site, site.result.with_shape(*site.result.shape[1:]))
+    return _accumulated(site, site.result.with_shape(*site.result.shape[1:]))
 
 
 def _fullest(site: Site) -> Dim:
-    """The rows of the expert that has most: all, or its share."""
-    rows, experts = site.first.shape[0], canon(site.inputs[-1].shape[0] - 1)
-    return divided("ceildiv", rows, experts) if site.balanced else rows
+    """The rows of the expert that has most."""
+    rows = site.first.shape[0]
+    return site.fullest.get(rows, rows)
 
 
 def _take(site: Site) -> Dim:
@@ -278,15 +283,17 @@ def _combine_in_turn(site: Site) -> Dim:
     copies = 2 if len(site.inputs) == 4 else 1
     wide = rows.with_dtype(site.result.dtype).bytes if rows.dtype != site.result.dtype else 0
     numbers = pairs * (2 * _INDEX + SIZES[rows.dtype] + _SMALL + _FLAG)
-    return numbers + rows.bytes * copies + wide + _sums_in_float32(site.result)
+    return numbers + rows.bytes * copies + wide + _in_float32(site.result)
 
 
 def _row_scale(site: Site) -> Dim:
-    rows, scale = site.inputs
-    if rows.dtype == scale.dtype:
+    """Both are converted to a common dtype, and the product from it."""
+    dtypes = {t.dtype for t in site.inputs}
+    if len(dtypes) == 1:
         return 0
-    wide = max(SIZES[rows.dtype], SIZES[scale.dtype], 4)
-    return 2 * rows.elements * wide + scale.elements * wide
+    common = "f64" if "f64" in dtypes else "f32"
+    converted = (t for t in (*site.inputs, site.result) if t.dtype != common)
+    return sum(t.with_dtype(common).bytes for t in converted)
 
 
 def _row_dot(site: Site) -> Dim:

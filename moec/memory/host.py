@@ -100,7 +100,8 @@ class _Frame:
     """The state of a call while it is walked through."""
 
     def __init__(self, function: HostFunction, names: dict[str, Held], balanced: bool) -> None:
-        self.function, self.names, self.balanced = function, names, balanced
+        self.function, self.names = function, names
+        self.fullest = _fullest(function.makers, balanced)
         self.numbers: dict[str, Dim] = {}
         self.block: tuple[Dim, Dim] | None = None  # in a loop: all rows, and those of a block
         self.op: Op | None = None
@@ -198,7 +199,7 @@ class _Frame:
             tuple(self._there(v.type) for v in values),
             tuple(layouts),
             self.function.target,
-            self.balanced,
+            self.fullest,
         )
         kept = read[0].buffers if is_view(site) else frozenset()
         made = [Buffer(t, type_, self.op) for t, type_ in zip(targets, site.outputs, strict=True)]
@@ -238,6 +239,24 @@ class _Frame:
 
     def _number(self, node: ast.expr) -> Dim:
         return sizes.number(node, self.numbers)
+
+
+def _fullest(makers: Mapping[Value, Op], balanced: bool) -> dict[Dim, Dim]:
+    """How many rows of each dispatch the fullest expert has: its share, or as many as there can be,
+    which is one of each token where a selection chooses distinct experts.
+    """
+    found = {}
+    for op in makers.values():
+        if op.kind == "moe.dispatch":
+            rows, (idx,) = op.results[0].type.shape[0], op.operands
+            made = makers.get(idx)
+            while made is not None and made.kind in ("t.cast", "moe.limit"):
+                made = makers.get(made.operands[0])
+            if balanced:
+                found[rows] = sizes.divided("ceildiv", rows, int(op.attrs["experts"]))
+            elif made is not None and made.kind in ("moe.select", "t.topk"):
+                found[rows] = idx.type.shape[0]
+    return found
 
 
 def _names(nodes: Sequence[ast.expr]) -> list[str]:

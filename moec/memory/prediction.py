@@ -146,8 +146,8 @@ def predict(
 ) -> Prediction:
     """The memory of an artifact, or of a graph after the passes for ``target`` ("triton").
 
-    Routing is the worst there is, all rows with one expert; with ``balanced`` every expert has its
-    share. Only expressions of the ``aten`` target differ: emitted kernels have room for any
+    Routing is the worst there is, as many rows as can be with one expert; with ``balanced`` each
+    has its share. Only expressions of the ``aten`` target differ: emitted kernels have room for any
     routing.
 
     Raises:

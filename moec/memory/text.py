@@ -66,7 +66,7 @@ def _routing(worst: Prediction, balanced: Prediction, tokens: Sequence[int]) -> 
     if not less:
         return "routing: no buffer depends on it, so balanced and worst are the same"
     return (
-        "routing: the worst, all rows with one expert; balanced it is"
+        "routing: the worst, as many rows as can be with one expert; balanced it is"
         f" {size_text(less)} less at {count} tokens"
     )
 
