@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moec.cli.console import read_text, say, write_result
 from moec.cli.graphs import Passes, Target, read_sizes
-from moec.errors import PlanError
+from moec.errors import CompileError, PlanError
 
 if TYPE_CHECKING:
     from moec.plan import Plan, Problem
@@ -121,7 +121,12 @@ def plan(
         shown = TOKENS if tokens is None else (tokens,)
         sizes = read_sizes(dims or [])
         asked = Question(target.value, training, passes, sizes, shown, budget_of(fits))
-        plan_memory(subject, dtype, asked)
+        try:
+            plan_memory(subject, dtype, asked)
+        except CompileError as error:
+            if subject.endswith(".json"):
+                error.add_note("to plan a graph of operations, give --budget")
+            raise
         return
     _check_of_graph(dims, fits, dtype)
     options = Options(time_limit, fixed_order, exact, seed)
