@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from moec.ir.dims import Dim, apply, prove_at_most
+from moec.ir.dims import Dim, apply, canon, prove_at_most
 from moec.memory.buffers import Moment
 from moec.memory.polynomials import (
     Polynomial,
@@ -24,8 +24,8 @@ from moec.memory.polynomials import (
 
 @dataclass(frozen=True)
 class Piece:
-    """From ``low`` to ``high`` the peak is at ``moment``, and ``expression`` is at least as large
-    (less than a granule a buffer above it).
+    """From ``low`` to ``high`` the peak is at ``moment``, and ``expression`` is at least as large:
+    above it by less than a granule a buffer, or by a hundredth.
     """
 
     low: int
@@ -41,23 +41,44 @@ Allocations = Mapping[Moment, Sequence[Dim]]
 def pieces(moments: Allocations, granule: int, name: str, low: int, high: int) -> tuple[Piece, ...]:
     """The peak of moments for sizes of the dim ``name`` from ``low`` to ``high``.
 
-    A piece that its neighbour bounds as well, to a hundredth, is part of that.
+    A piece that the next one bounds as well, once that is raised by less than a hundredth, is part
+    of it.
     """
-    found: list[Piece] = []
+    found: list[_Joined] = []
     for piece in reversed(list(_cut(moments, granule, name, low, high))):
-        if found and _bounds_as_well(found[-1], piece, name):
-            piece = replace(found.pop(), low=piece.low)
-        found.append(piece)
-    return tuple(reversed(found))
+        joined = found[-1].with_piece(piece, name) if found else None
+        if joined is None:
+            found.append(_Joined(piece, piece.low))
+        else:
+            found[-1] = joined
+    return tuple(one.piece for one in reversed(found))
 
 
-def _bounds_as_well(other: Piece, piece: Piece, name: str) -> bool:
-    """Whether ``other``'s expression is above that of a piece in its range, and barely so."""
-    ranges = {name: (piece.low, piece.high)}
-    return bool(prove_at_most(piece.expression, other.expression, ranges)) and all(
-        100 * _value(other.expression, name, at) <= 101 * _value(piece.expression, name, at)
-        for at in (piece.low, piece.high)
-    )
+@dataclass(frozen=True)
+class _Joined:
+    """A piece that also serves sizes from ``low`` on, its expression raised by ``extra``."""
+
+    base: Piece
+    low: int
+    extra: int = 0
+
+    @property
+    def piece(self) -> Piece:
+        """The piece that it is."""
+        raised = canon(self.base.expression + self.extra)
+        return replace(self.base, low=self.low, expression=raised)
+
+    def with_piece(self, piece: Piece, name: str) -> _Joined | None:
+        """The same with the piece before, if little is lost."""
+        ends = {at: _value(piece.expression, name, at) for at in (piece.low, piece.high)}
+        own = {at: _value(self.base.expression, name, at) for at in (*ends, self.base.low)}
+        extra = max(self.extra, *(ends[at] - own[at] for at in ends))
+        raised = canon(self.base.expression + extra)
+        proved = prove_at_most(piece.expression, raised, {name: (piece.low, piece.high)})
+        near = all(100 * (own[at] + extra) <= 101 * ends[at] for at in ends)
+        if proved and near and 100 * extra <= own[self.base.low]:
+            return _Joined(self.base, piece.low, extra)
+        return None
 
 
 def _value(expression: Dim, name: str, at: int) -> int:

@@ -15,6 +15,8 @@ from moec.memory.envelope import Piece, pieces
 from moec.memory.host import Timeline, host_functions, walked
 from moec.runtime.artifact import Artifact
 
+# What the allocator leaves in a block rather than split it off, in bytes
+_REST = 1 << 20
 # Where a dim has no upper bound
 _UNBOUNDED = 2**31 - 1
 
@@ -35,6 +37,16 @@ class Peak:
     def at(self, **sizes: int) -> int:
         """Bytes at these sizes of the dims, as ``at(T=4096)``."""
         return max((self._bytes(m, sizes) for m in self.moments), default=0)
+
+    def at_most(self, **sizes: int) -> int:
+        """The same, where each allocation above 1 MiB gets a block of up to 1 MiB more.
+
+        PyTorch's caching allocator for CUDA splits no rest of that size off, unless it has
+        ``expandable_segments``.
+        """
+        known = {**self.fixed, **sizes}
+        held = ([_number(s, self.granule, known) for s in m.sizes] for m in self.moments)
+        return max((sum(n + (_REST if n > _REST else 0) for n in m) for m in held), default=0)
 
     def moment_at(self, **sizes: int) -> Moment:
         """The moment of the peak at these sizes."""
