@@ -59,19 +59,18 @@ class Subject:
     device: str
     predictions: dict[str, Prediction] = dataclasses.field(default_factory=dict)
 
-    def call(self, kind: str, x: Tensor, gradient: Tensor) -> Callable[[], Tensor]:
+    def call(self, kind: str, x: Tensor, gradient: Tensor) -> Callable[[], object]:
         """One pass or two; what it returns is kept while memory is looked at."""
         if kind == "inference":
             return lambda: self._forward(x)
         return lambda: self._step(x, gradient)
 
-    def _forward(self, x: Tensor) -> Tensor:
+    def _forward(self, x: Tensor) -> object:
         with torch.no_grad():
-            output: Tensor = self.compiled(x)
-        return output
+            return self.compiled(x)
 
-    def _step(self, x: Tensor, gradient: Tensor) -> Tensor:
-        output: Tensor = self.compiled(x)
+    def _step(self, x: Tensor, gradient: Tensor) -> object:
+        output = self.compiled(x)
         output.backward(gradient)
         return output
 
@@ -88,7 +87,9 @@ class Subject:
 
     def _artifact(self, kind: str) -> Artifact:
         mode = "inference" if kind == "inference" else "training"
-        found = [a for r in moec.regions(self.compiled) for a in r.artifacts if a.mode == mode]
+        found: list[Artifact] = [
+            a for r in moec.regions(self.compiled) for a in r.artifacts if a.mode == mode
+        ]
         if len(found) != 1:
             raise RuntimeError(f"{self.name}: {len(found)} artifacts for {mode}, not one")
         return found[0]

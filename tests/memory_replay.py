@@ -24,7 +24,7 @@ class NoKernel:
 def built(graph: Graph, target: str, folder: Path) -> Artifact:
     """The module emitted for a lowered graph, without its kernels: only host lines run."""
     compiled = build(graph, target, "training" if graph.cotangents else "inference", (), folder)
-    names: dict[str, Any] = compiled.forward.__globals__  # type: ignore[attr-defined]
+    names: dict[str, Any] = compiled.forward.__globals__
     names.update({k: NoKernel() for k, v in names.items() if isinstance(v, Kernel)})
     return compiled
 
