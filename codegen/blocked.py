@@ -45,7 +45,9 @@ def _emit_body(writer: Writer, op: Op, body: Graph, names: PythonNames) -> None:
     last = {v: inner for inner in body.ops for v in (*inner.operands, *inner.results)}
     for inner in body.ops:
         arguments = [local[v] for v in inner.operands]
-        local.update((v, names.fresh(f"{v.hint}_rows")) for v in inner.results)
+        for v in inner.results:
+            local[v] = names.fresh(f"{v.hint}_rows")
+            names.values[local[v]] = v
         targets = ", ".join(local[v] for v in inner.results)
         writer.line(f"{targets} = {_expression(inner, arguments)}")
         _emit_stores(writer, op, body, inner, local, names)
@@ -60,6 +62,9 @@ def _emit_body(writer: Writer, op: Op, body: Graph, names: PythonNames) -> None:
     for result, value in zip(op.results, body.outputs, strict=True):
         if value in body.inputs:
             writer.line(f"{names[result]}[low:high] = {local[value]}")
+    rows = [local[v] for v in body.inputs if v.type.rank]
+    if rows:  # a view left after the loop would keep all rows
+        writer.line(f"del {', '.join(rows)}")
 
 
 def _emit_stores(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 from moec.codegen.blocked import emit_blocked
 from moec.codegen.expert_lists import emit_stack, kept_apart
 from moec.codegen.host import EmitOp, emit_aten, emit_host, partition
 from moec.codegen.names import RESERVED, PythonNames
-from moec.codegen.requirements import of_ops
+from moec.codegen.requirements import Requirement, of_ops
 from moec.codegen.writer import Writer
 from moec.errors import CodegenError
 from moec.inputs import dim_names
@@ -43,29 +45,57 @@ def emit_module(
             f"@{identifier(graph.name)}: emitted code uses the name {clash[0]!r} itself; give that"
             " dim another name"
         )
-    writer = Writer()
-    program = partition(graph)
+    writer, emitter = Writer(), emitter_of(graph, target)
     _emit_header(writer, graph, target)
     if ranges:
         writer.lines("from moec.runtime import ranges", "")
+    else:
+        emitter.emit_kernels(writer)
+    follow = _followed(emitter.emit_op, after_op)
+    found = [*of_ops(graph), *emitter.requirements]
+    emit_host(writer, partition(graph), follow, target, emitter.names, ranges, found)
+    return writer.text()
+
+
+class Emitter(Protocol):
+    """What writes the kernels of a graph, and the lines of each op; ``names`` are those that no
+    value may take, ``requirements`` what the kernels rest on.
+    """
+
+    @property
+    def names(self) -> frozenset[str]: ...
+
+    @property
+    def requirements(self) -> Sequence[Requirement]: ...
+
+    def emit_kernels(self, writer: Writer) -> None: ...
+
+    def emit_op(self, writer: Writer, op: Op, names: PythonNames) -> bool: ...
+
+
+def emitter_of(graph: Graph, target: str) -> Emitter:
+    """The emitter of a graph for a target."""
     if target == "triton":
         from moec.codegen.triton import TritonEmitter
 
-        emitter = TritonEmitter(graph)
-        if not ranges:
-            emitter.emit_kernels(writer)
-        follow = _followed(emitter.emit_op, after_op)
-        found = [*of_ops(graph), *emitter.requirements]
-        emit_host(writer, program, follow, target, emitter.names, ranges, found)
-    else:
-        apart = kept_apart(graph, program.saved)
+        return TritonEmitter(graph)
+    return _AtenEmitter(kept_apart(graph, partition(graph).saved))
 
-        def emit_op(out: Writer, op: Op, names: PythonNames) -> bool:
-            return emit_stack(out, op, names, apart) or emit_blocked(out, op, names)
 
-        follow, found = _followed(emit_op, after_op), of_ops(graph)
-        emit_host(writer, program, follow, target, ranges=ranges, found=found)
-    return writer.text()
+@dataclass(frozen=True)
+class _AtenEmitter:
+    """Expressions, but for stacks that stay apart and row work by blocks."""
+
+    apart: frozenset[Op]
+    names: frozenset[str] = frozenset()
+    requirements: tuple[Requirement, ...] = ()
+
+    def emit_kernels(self, writer: Writer) -> None:
+        """There are none."""
+
+    def emit_op(self, writer: Writer, op: Op, names: PythonNames) -> bool:
+        """Write the lines of an op; false if it is left to its PyTorch expression."""
+        return emit_stack(writer, op, names, self.apart) or emit_blocked(writer, op, names)
 
 
 def _followed(emit_op: EmitOp, after_op: Callable[[Op], str] | None) -> EmitOp:

@@ -36,12 +36,13 @@ class PythonNames:
 
     def __init__(self, reserved: frozenset[str] = frozenset()) -> None:
         self._names: dict[Value, str] = {}
+        self.values: dict[str, Value] = {}  # the value that a name was first given to
         self._taken = RESERVED | reserved
 
     def add(self, value: Value) -> str:
         """The value's name; made at the first call."""
         if value not in self._names:
-            self._names[value] = self.fresh(value.hint)
+            self.alias(value, self.fresh(value.hint))
         return self._names[value]
 
     def fresh(self, hint: str) -> str:
@@ -58,6 +59,7 @@ class PythonNames:
     def alias(self, value: Value, name: str) -> None:
         """Give a value a name that is already in use for the same thing."""
         self._names[value] = name
+        self.values.setdefault(name, value)
 
     def __getitem__(self, value: Value) -> str:
         return self._names[value]

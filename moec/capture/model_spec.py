@@ -18,6 +18,7 @@ import torch
 
 from moec.capture.shrink import shrunk_config
 from moec.errors import CompileError, ParseError
+from moec.families.discover import inner_configs
 from moec.files import decoded, read_bounded, read_json
 from moec.printable import printable
 
@@ -59,22 +60,29 @@ def load_model(spec: str) -> torch.nn.Module:
     return load(spec).model
 
 
-def load(spec: str) -> LoadedModel:
+def load(spec: str, dtype: torch.dtype | None = None) -> LoadedModel:
     """The model that ``spec`` names, in evaluation mode unless a factory made it.
 
     ``spec`` is the path of a Hugging Face ``config.json`` (or of the folder that holds one), the
     name of an architecture (``mixtral``, ``MixtralForCausalLM``; its default configuration), or
     ``module:factory``, where the factory is an ``nn.Module`` or a function without arguments that
-    returns one. Weights of the first two are random, in the configuration's dtype (float32 if it
-    names none), on the CPU. Where they would exceed ``MEMORY_LIMIT`` bytes, the model has only as
-    many layers as reach the first with experts, and each large weight is a stack of overlapping
-    windows into few random numbers: distinct for each expert, but only good to be read.
+    returns one. Weights of the first two are random, in ``dtype`` or the configuration's (float32
+    if it names none), on the CPU. Where they would exceed ``MEMORY_LIMIT`` bytes, the model has
+    only as many layers as reach the first with experts, and each large weight is a stack of
+    overlapping windows into few random numbers: distinct for each expert, but only good to be
+    read; :attr:`LoadedModel.whole` is the configuration's own then.
 
     Raises:
         CompileError: nothing of that name, a file that is no configuration, transformers is not
             installed, or a factory that fails or makes something else.
     """
-    return _load(spec, _from_config)
+    return _load(spec, lambda config: _from_config(_in_dtype(config, dtype)), dtype)
+
+
+def _in_dtype(config: Any, dtype: torch.dtype | None) -> Any:
+    for one in (config, *inner_configs(config)) if dtype is not None else ():
+        one.dtype = dtype
+    return config
 
 
 def load_small(spec: str) -> LoadedModel:
@@ -84,12 +92,15 @@ def load_small(spec: str) -> LoadedModel:
     return _load(spec, _small_from_config)
 
 
-def _load(spec: str, from_config: Callable[[Any], LoadedModel]) -> LoadedModel:
+def _load(
+    spec: str, from_config: Callable[[Any], LoadedModel], dtype: torch.dtype | None = None
+) -> LoadedModel:
     path = Path(spec)
     if path.exists() or path.suffix == ".json" or os.sep in spec:
         return from_config(read_config(path))
     if match := _FACTORY.match(spec):
-        return LoadedModel(_from_factory(match["module"], match["name"]))
+        made = _from_factory(match["module"], match["name"])
+        return LoadedModel(made if dtype is None else made.to(dtype))
     if _NAME.match(spec):
         return from_config(_default_config(spec))
     raise CompileError(
@@ -273,12 +284,11 @@ def _from_config(config: Any) -> LoadedModel:
     note = f"{size / 1e9:.0f} GB of weights are not held in full: large ones share memory"
     layers = _layers_to_first_experts(whole)
     if layers is None:
-        return LoadedModel(_with_weights(whole), note)
+        return LoadedModel(_with_weights(whole), note, _build(config, "meta"))
     total = config.get_text_config().num_hidden_layers
-    part = _build(_with_layers(config, layers), "meta")
-    return LoadedModel(
-        _with_weights(part), f"{note}, and of {total} layers the first {layers} are built"
-    )
+    part = _with_weights(_build(_with_layers(config, layers), "meta"))
+    note = f"{note}, and of {total} layers the first {layers} are built"
+    return LoadedModel(part, note, whole)
 
 
 def _small_from_config(config: Any) -> LoadedModel:

@@ -1,10 +1,11 @@
-"""``moec plan``: the fastest plan of a graph within a memory budget."""
+"""``moec plan``: the memory of a model's blocks, or the fastest plan of a graph within a budget."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,58 +14,143 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moec.cli.console import read_text, say, write_result
-from moec.errors import PlanError
+from moec.cli.graphs import Passes, Target, read_sizes
+from moec.errors import CompileError, PlanError
 
 if TYPE_CHECKING:
     from moec.plan import Plan, Problem
     from moec.plan import Progress as Step
 
-GraphFile = Annotated[
-    Path,
-    typer.Argument(metavar="GRAPH", help="A graph as JSON; - is stdin.", show_default=False),
+Subject = Annotated[
+    str,
+    typer.Argument(
+        metavar="GRAPH|MODEL",
+        help="With --budget: a graph as JSON; - is stdin. Else a model as moec explain takes it, or"
+        " a file of IR text, NAME.moe.",
+        show_default=False,
+    ),
 ]
 
 
 def plan(
-    graph: GraphFile,
-    budget: Annotated[
-        str,
-        typer.Option(
-            help="Bytes, a size such as 40GiB, or a share of the given order's peak: 80%.",
+    subject: Subject,
+    dims: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="S=128 ...",
+            help="MODEL: sizes of dims, where a block has several.",
             show_default=False,
         ),
-    ],
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="GRAPH: bytes, a size such as 40GiB, or a share of the given order's peak: 80%.",
+            show_default=False,
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", help="The schedule to write; stdout if absent.", show_default=False
+            "-o",
+            "--output",
+            help="GRAPH: the schedule to write; stdout if absent.",
+            show_default=False,
         ),
     ] = None,
-    time_limit: Annotated[float, typer.Option(min=0.0, help="Seconds of planning.")] = 60.0,
+    time_limit: Annotated[float, typer.Option(min=0.0, help="GRAPH: seconds of planning.")] = 60.0,
     fixed_order: Annotated[
-        bool, typer.Option("--fixed-order", help="Keep the given order of first executions.")
+        bool,
+        typer.Option("--fixed-order", help="GRAPH: keep the given order of first executions."),
     ] = False,
     exact: Annotated[
-        bool, typer.Option("--exact", help="Spend the time on a proof of optimality.")
+        bool, typer.Option("--exact", help="GRAPH: spend the time on a proof of optimality.")
     ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="GRAPH: of the random search.")] = 0,
     tokens: Annotated[
         int | None,
         typer.Option(min=0, help="T, where sizes depend on it.", show_default=False),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random search.")] = 0,
+    fits: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="MODEL: say how many tokens fit into so many bytes, or into 80GiB.",
+            show_default=False,
+        ),
+    ] = None,
+    training: Annotated[
+        bool, typer.Option("--training/--inference", help="MODEL: with the backward pass or not.")
+    ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="MODEL: f64, f32, bf16 or f16; the configuration's own if absent.",
+            show_default=False,
+        ),
+    ] = None,
+    target: Annotated[
+        Target, typer.Option(help="MODEL: the target whose program is counted.")
+    ] = Target.triton,
+    passes: Passes = None,
 ) -> None:
-    """Plan which operations to repeat, and in which order, so that memory stays within a budget.
+    """Say what a model's MoE blocks hold in memory; or plan a graph within a memory budget.
 
-    GRAPH holds operations with output sizes and durations (docs/planning.md describes the format).
-    The schedule is a sequence of operations; each output is freed right after its last use. Ctrl-C
-    ends the search and gives the best plan so far. Exit code 0: a plan within the budget; 1: none
-    was found, the message has the least budget known to suffice; 2: wrong usage.
+    Of a MODEL, or a file of IR text: the peak bytes of a block as polynomials in the number of
+    tokens, forward, backward and for a whole step, and what is held between the passes; what makes
+    the peak; with --fits, how many tokens fit, for a block and for the model. A graph with kernels
+    or gradients is taken as it is, another one after the passes. Nothing is run but the blocks
+    themselves, on few random tokens.
+
+    With --budget, GRAPH holds operations with output sizes and durations (docs/planning.md
+    describes the format): which to repeat, and in which order, so that memory stays within it. The
+    schedule is a sequence of operations; each output is freed right after its last use. Ctrl-C ends
+    the search and gives the best plan so far. Exit code 0: a plan within the budget; 1: none was
+    found, the message has the least budget known to suffice; 2: wrong usage.
 
     \b
     Examples:
+      moec plan mixtral --training --dtype bf16 --fits 80GiB
+      moec plan olmoe --tokens 8192
       moec plan graph.json --budget 80% -o schedule.json
       moec plan graph.json --budget 40GiB --time-limit 10 --tokens 8192
     """
+    if budget is None:
+        from moec.cli.plan_memory import TOKENS, Question, budget_of, plan_memory
+
+        shown = TOKENS if tokens is None else (tokens,)
+        sizes = read_sizes(dims or [])
+        asked = Question(target.value, training, passes, sizes, shown, budget_of(fits))
+        try:
+            plan_memory(subject, dtype, asked)
+        except CompileError as error:
+            if subject.endswith(".json"):
+                error.add_note("to plan a graph of operations, give --budget")
+            raise
+        return
+    _check_of_graph(dims, fits, dtype)
+    options = Options(time_limit, fixed_order, exact, seed)
+    write_result(_schedule(Path(subject), budget, tokens, options), output)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a graph is planned."""
+
+    time_limit: float
+    fixed_order: bool
+    exact: bool
+    seed: int
+
+
+def _check_of_graph(*of_models: object) -> None:
+    """Refuse what is for models."""
+    if any(of_models):
+        raise typer.BadParameter("--fits, --dtype and sizes of dims are for models, not --budget")
+
+
+def _schedule(graph: Path, budget: str, tokens: int | None, options: Options) -> str:
+    """The schedule of the best plan, whose summary goes to stderr."""
     from moec.plan import budget_of, read_problem, schedule_json, solve
 
     problem = read_problem(read_text(graph), str(graph), tokens)
@@ -72,14 +158,14 @@ def plan(
         limit = budget_of(problem, budget)
     except PlanError as error:
         raise typer.BadParameter(str(error)) from error
-    with _shown(problem, time_limit) as show:
+    with _shown(problem, options.time_limit) as show:
         found = solve(
             problem,
             limit,
-            time_limit=time_limit,
-            fixed_order=fixed_order,
-            exact=exact,
-            seed=seed,
+            time_limit=options.time_limit,
+            fixed_order=options.fixed_order,
+            exact=options.exact,
+            seed=options.seed,
             progress=show,
         )
     say(summary(found, limit))
@@ -91,7 +177,7 @@ def plan(
         "tdi_percent": found.extra,
         "gap_points": found.gap,
     }
-    write_result(schedule_json(problem.name, found.sequence, facts), output)
+    return schedule_json(problem.name, found.sequence, facts)
 
 
 def summary(found: Plan, budget: int) -> str:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
-from moec.errors import BudgetError, PlanError
+from moec.byte_sizes import parse_bytes, split_unit
+from moec.errors import BudgetError
 from moec.plan.check import Replay, replay
 from moec.plan.problem import Problem
 
@@ -332,27 +333,10 @@ def budget_of(problem: Problem, text: str) -> int:
     Raises:
         PlanError: it is none of these.
     """
-    units = {
-        "B": 1,
-        "KIB": 2**10,
-        "MIB": 2**20,
-        "GIB": 2**30,
-        "KB": 10**3,
-        "MB": 10**6,
-        "GB": 10**9,
-        "": 1,
-    }
-    number = text.strip().upper()
-    unit = number.lstrip("0123456789.")
-    try:
-        value = float(number.removesuffix(unit)) if unit else float(number)
-    except ValueError:
-        raise PlanError(f"budget {text!r}: expected bytes, a size such as 40GiB, or 80%") from None
-    if unit.strip() == "%":
+    value, unit = split_unit(text)
+    if unit == "%":
         return int(value / 100 * replay(problem, problem.order).peak)
-    if unit.strip() not in units:
-        raise PlanError(f"budget {text!r}: unknown unit {unit!r}; use one of B, KiB, MiB, GiB, %")
-    return int(value * units[unit.strip()])
+    return parse_bytes(text)
 
 
 __all__ = ["Plan", "Progress", "budget_of", "least_peak", "percent_above", "solve"]

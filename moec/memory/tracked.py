@@ -1,0 +1,45 @@
+"""What a call really allocates on the CPU, from the events of PyTorch's own allocator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.profiler import ProfilerActivity, profile
+
+_EVENT = "[memory]"
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """The allocations (above 0) and releases (below) of a call, in order, in bytes; its result."""
+
+    changes: Sequence[int]
+    result: Any
+
+    def peak(self, granule: int = 1) -> int:
+        """The most that was held at once beyond what was held before, each allocation rounded up to
+        a multiple of ``granule``.
+        """
+        held = most = 0
+        for change in self.changes:
+            size = -(-abs(change) // granule) * granule
+            held += size if change > 0 else -size
+            most = max(most, held)
+        return most
+
+
+def track(call: Callable[[], Any]) -> Tracked:
+    """Run a call and note what it allocates on the CPU, inside PyTorch's kernels too.
+
+    Tensors that were there before must be kept by the caller, or their release counts.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = call()
+    events: Any = profiler.profiler
+    found = (e for e in events.kineto_results.events() if e.name() == _EVENT)
+    return Tracked([e.nbytes() for e in found], result)
+
+
+__all__ = ["Tracked", "track"]
