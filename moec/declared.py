@@ -17,7 +17,8 @@ from torch import nn
 
 from moec.errors import CompileError, DimError
 from moec.ir import dims
-from moec.ir.dims import Range, bounds, canon, floordiv, show_dim, symbols
+from moec.ir.dims import Range, canon, floordiv, show_dim, symbols
+from moec.ir.prove import bounds
 
 Ranges = Mapping[str, Range]
 # what a user gives for each input: its axes, and their dims

@@ -10,7 +10,8 @@ from torch import nn
 
 from moec.declared import Axis, Declared, show_range
 from moec.errors import CallError, CompileError
-from moec.ir.dims import bounds, show_dim, symbols
+from moec.ir.dims import show_dim, symbols
+from moec.ir.prove import bounds
 from moec.surroundings import is_traced
 
 if TYPE_CHECKING:

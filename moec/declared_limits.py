@@ -17,8 +17,9 @@ from moec import logs
 from moec.arguments import dim_sizes
 from moec.declared import Declared
 from moec.declared_check import CheckInputs
-from moec.ir.dims import Range, bounds
+from moec.ir.dims import Range
 from moec.ir.graph import Graph
+from moec.ir.prove import bounds
 
 
 def token_limits(declared: Declared, ranks: Mapping[str, int]) -> dict[str, int]:

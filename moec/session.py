@@ -21,9 +21,9 @@ from moec.codegen.triton.routing import most_few_tokens
 from moec.declared_limits import Limits
 from moec.errors import CompileError
 from moec.exact_gradients import has_smaller_floats
-from moec.ir.dims import bounds
 from moec.ir.graph import Graph
 from moec.ir.parser import parse
+from moec.ir.prove import bounds
 from moec.ir.text import show
 from moec.ir.verify import verify
 from moec.manager import Observer, PassManager, parse_pipeline

@@ -6,8 +6,9 @@ import enum
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from moec.ir.dims import Dim, canon, ceildiv, divisible
+from moec.ir.dims import Dim, canon, ceildiv
 from moec.ir.graph import Op
+from moec.ir.prove import divisible
 from moec.ir.types import Type
 
 # An allocation takes a multiple of so many bytes: of PyTorch's caching allocator for CUDA, and of

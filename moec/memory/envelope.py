@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from moec.ir.dims import Dim, apply, canon, prove_at_most
+from moec.ir.dims import Dim, apply, canon
+from moec.ir.prove import prove_at_most
 from moec.memory.buffers import Moment
 from moec.memory.polynomials import (
     Polynomial,

@@ -12,7 +12,8 @@ from fractions import Fraction
 from typing import Any
 
 from moec.errors import DimError
-from moec.ir.dims import Dim, Range, canon, ceildiv, dim, floordiv, prove_at_most
+from moec.ir.dims import Dim, Range, canon, ceildiv, dim, floordiv
+from moec.ir.prove import prove_at_most
 
 # Coefficients, those of lower powers first
 Polynomial = tuple[Fraction, ...]
