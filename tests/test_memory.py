@@ -237,3 +237,16 @@ def test_the_gradient_of_two_inputs_in_one_is_copied(tmp_path: Path) -> None:
     compiled = built(graph, "aten", tmp_path)
     real = tracked_step(compiled, random_inputs(graph, {"T": 4})).peak(64)
     assert real <= predict(graph, "aten").step.at(T=4)
+
+
+def test_at_most_counts_a_rest_of_a_block_for_each_large_tensor() -> None:
+    peak = peak_of([4 * T, 2 * T, 100])
+    assert peak.at_most(T=2**10) == peak.at(T=2**10)
+    assert peak.at_most(T=2**19) == peak.at(T=2**19) + 2**20
+    assert peak.at_most(T=2**20) == peak.at(T=2**20) + 2 * 2**20
+
+
+def test_a_loop_over_blocks_of_rows_keeps_none_of_them() -> None:
+    found = predict(lowered(OLMOE, "aten", False), "aten").forward
+    last = [m for m in found.moments if m.op is not None and m.op.results[0].hint == "down"]
+    assert last and all(b.name != "h" for m in last for b in m.live)
