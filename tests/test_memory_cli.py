@@ -52,8 +52,9 @@ def test_what_fits_is_the_last_size_that_does(folder: Path) -> None:
     assert match is not None
     tokens = int(match[1])
     assert found.step.at(T=tokens) <= 100 * 1024 < found.step.at(T=tokens + 1)
-    assert "0.5 KiB fit" not in shown
     assert "fit one block with no token" in run("block.moe", "--fits", "5B").output
+    all_fit = run("block.moe", "--fits", "1GiB").output
+    assert "with up to 4096 tokens, the end of their range" in all_fit
 
 
 def test_sizes_beyond_the_range_are_not_shown(folder: Path) -> None:

@@ -98,9 +98,12 @@ class ModelMemory:
 
     def largest(self, budget: int) -> int | None:
         """The most tokens that fit into ``budget`` bytes; ``None`` if parameters alone do not."""
-        ranges = [r for p in self.parts for r in p.prediction.graph.ranges.values()]
-        top = min((high for _, high in ranges if high is not None), default=2**31 - 1)
-        return largest(self.at, budget, 0, top)
+        return largest(self.at, budget, 0, self.most_tokens)
+
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens that every block takes."""
+        return min(p.prediction.step.span[1] for p in self.parts)
 
 
 def bytes_of_parameters(model: nn.Module) -> int:

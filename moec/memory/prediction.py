@@ -69,9 +69,7 @@ class Peak:
         Raises:
             DimError: it depends on several dims; see :meth:`where`.
         """
-        name = self._name()
-        low, high = self.ranges.get(name, (0, None))
-        top = _UNBOUNDED if high is None else high
+        name, (low, top) = self._name(), self.span
         sizes = {m: [substitute(s, self.fixed) for s in m.sizes] for m in self.moments}
         return pieces(sizes, self.granule, name, max(low, 1), max(top, 1))
 
@@ -87,9 +85,13 @@ class Peak:
             DimError: it depends on several dims; see :meth:`where`.
         """
         name = self._name()
-        low, high = self.ranges.get(name, (0, None))
-        top = _UNBOUNDED if high is None else high
-        return largest(lambda size: self.at(**{name: size}), budget, low, top)
+        return largest(lambda size: self.at(**{name: size}), budget, *self.span)
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The least and the greatest size of its dim; :class:`DimError` if it has several."""
+        low, high = self.ranges.get(self._name(), (0, None))
+        return low, _UNBOUNDED if high is None else high
 
     def _name(self) -> str:
         if len(self.names) > 1:

@@ -33,8 +33,8 @@ def prediction_text(
         lines += _pieces(name, peak)
     lines += ["", *_numbers(parts, counts), *_largest_tensors(found, counts[-1])]
     if budget is not None:
-        most = found.step.largest(budget)
-        lines += ["", f"{size_text(budget)} fit one block with {_most(most)}"]
+        most, end = found.step.largest(budget), found.step.span[1]
+        lines += ["", f"{size_text(budget)} fit one block with {_most(most, end)}"]
     return "\n".join(lines)
 
 
@@ -129,8 +129,10 @@ def _note(found: Prediction, buffer: Buffer) -> str:
     return "  ".join(filter(None, [role, f"// {place}" if place is not None else ""]))
 
 
-def _most(count: int | None) -> str:
-    return "no token" if count is None else f"up to {count} tokens"
+def _most(count: int | None, end: int) -> str:
+    if count is None:
+        return "no token"
+    return f"up to {count} tokens" + (", the end of their range" if count == end else "")
 
 
 def model_text(memory: ModelMemory, tokens: Sequence[int], budget: int | None = None) -> str:
@@ -145,7 +147,8 @@ def model_text(memory: ModelMemory, tokens: Sequence[int], budget: int | None = 
     lines = [f"the model: {count} block{'s' if count > 1 else ''}"]
     lines += [table(("", *(f"T = {n}" for n in tokens)), body), "", f"not counted: {NOT_COUNTED}"]
     if budget is not None:
-        lines.append(f"{size_text(budget)} fit the model with {_most(memory.largest(budget))}")
+        most = _most(memory.largest(budget), memory.most_tokens)
+        lines.append(f"{size_text(budget)} fit the model with {most}")
     return "\n".join(lines)
 
 
