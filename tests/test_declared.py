@@ -389,6 +389,9 @@ def test_declared_dims_are_in_the_text(tmp_path: Path, monkeypatch: pytest.Monke
     assert "// input_ids [B, S, ...], 1 <= B <= 8, 1 <= S <= 16384\n" in text
     assert parse(text).ranges == {"T": (0, 131072)}
     assert "0 <= T <= 131072" in invoke("explain", "tiny", *dims).output
+    planned = invoke("plan", "tiny", *dims, "--fits", "80GiB").output
+    assert "T = 65536" in planned and "with up to 131072 tokens" in planned
     alone = invoke("trace", "tiny", "--dim", "input_ids:1=S[1..131072]")
     assert "T of the regions keeps its own range" in alone.output
-    assert invoke("explain", "a.moe", "--dim", "input_ids:1=S").exit_code == 2
+    for command in ("explain", "plan"):
+        assert invoke(command, "a.moe", "--dim", "input_ids:1=S").exit_code == 2
