@@ -25,6 +25,7 @@ from moec.declared import declare
 from moec.declared_limits import token_limits
 from moec.errors import CallError, CompileError, DimError
 from moec.ir.parser import parse
+from moec.runtime.captured import Captures
 from tests.bad_models import HIDDEN, Loop, Stacked
 from tests.models import FAMILIES
 
@@ -214,6 +215,12 @@ def test_the_whole_graph_knows_the_sizes_too() -> None:
     assert [high(r) for r in regions(compiled)] == [512, 2**31 - 1]
     with pytest.raises(CallError, match="Net: x axis 1 has size 65"):
         compiled(tokens(2, 65))
+
+
+def test_padded_rows_keep_to_the_declared_sizes() -> None:
+    assert [Captures((0,), True, most=6).size_for(n) for n in (1, 3, 5, 6)] == [1, 4, 6, 6]
+    assert [Captures((0,), True).size_for(n) for n in (5, 512)] == [8, 512]
+    assert Captures((0,), False, most=6).size_for(5) == 5
 
 
 # What is refused when it comes.
