@@ -25,6 +25,7 @@ from moec.declared import declare
 from moec.declared_limits import token_limits
 from moec.errors import CallError, CompileError, DimError
 from moec.ir.parser import parse
+from moec.runtime.captured import Captures
 from tests.bad_models import HIDDEN, Loop, Stacked
 from tests.models import FAMILIES
 
@@ -216,6 +217,12 @@ def test_the_whole_graph_knows_the_sizes_too() -> None:
         compiled(tokens(2, 65))
 
 
+def test_padded_rows_keep_to_the_declared_sizes() -> None:
+    assert [Captures((0,), True, most=6).size_for(n) for n in (1, 3, 5, 6)] == [1, 4, 6, 6]
+    assert [Captures((0,), True).size_for(n) for n in (5, 512)] == [8, 512]
+    assert Captures((0,), False, most=6).size_for(5) == 5
+
+
 # What is refused when it comes.
 
 
@@ -389,6 +396,9 @@ def test_declared_dims_are_in_the_text(tmp_path: Path, monkeypatch: pytest.Monke
     assert "// input_ids [B, S, ...], 1 <= B <= 8, 1 <= S <= 16384\n" in text
     assert parse(text).ranges == {"T": (0, 131072)}
     assert "0 <= T <= 131072" in invoke("explain", "tiny", *dims).output
+    planned = invoke("plan", "tiny", *dims, "--fits", "80GiB").output
+    assert "T = 65536" in planned and "with up to 131072 tokens" in planned
     alone = invoke("trace", "tiny", "--dim", "input_ids:1=S[1..131072]")
     assert "T of the regions keeps its own range" in alone.output
-    assert invoke("explain", "a.moe", "--dim", "input_ids:1=S").exit_code == 2
+    for command in ("explain", "plan"):
+        assert invoke(command, "a.moe", "--dim", "input_ids:1=S").exit_code == 2

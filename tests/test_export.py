@@ -42,7 +42,7 @@ def test_an_exported_program_can_be_trained() -> None:
     model, compiled = pair("olmoe")
     block, reference = compiled.model.layers[0].mlp, model.model.layers[0].mlp
     program = torch.export.export(
-        block, (torch.randn(2, 5, 32),), dynamic_shapes=(({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},),)
+        block, (torch.randn(2, 5, 32),), dynamic_shapes=({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)
     )
     x = torch.randn(3, 9, 32)
     found = program.module()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moec.cli.console import read_text, say, write_result
+from moec.cli.dims import Dims, read_dims
 from moec.cli.graphs import Passes, Target, read_sizes
 from moec.errors import CompileError, PlanError
 
@@ -93,6 +94,7 @@ def plan(
         Target, typer.Option(help="MODEL: the target whose program is counted.")
     ] = Target.triton,
     passes: Passes = None,
+    dim: Dims = None,
 ) -> None:
     """Say what a model's MoE blocks hold in memory; or plan a graph within a memory budget.
 
@@ -112,6 +114,7 @@ def plan(
     Examples:
       moec plan mixtral --training --dtype bf16 --fits 80GiB
       moec plan olmoe --tokens 8192
+      moec plan olmoe --dim input_ids:0=B[1..8] --dim input_ids:1=S[1..4096]
       moec plan graph.json --budget 80% -o schedule.json
       moec plan graph.json --budget 40GiB --time-limit 10 --tokens 8192
     """
@@ -121,6 +124,7 @@ def plan(
         shown = TOKENS if tokens is None else (tokens,)
         sizes = read_sizes(dims or [])
         asked = Question(target.value, training, passes, sizes, shown, budget_of(fits))
+        asked = replace(asked, dynamic=read_dims(dim))
         try:
             plan_memory(subject, dtype, asked)
         except CompileError as error:
@@ -128,7 +132,7 @@ def plan(
                 error.add_note("to plan a graph of operations, give --budget")
             raise
         return
-    _check_of_graph(dims, fits, dtype)
+    _check_of_graph(dims, fits, dtype, dim)
     options = Options(time_limit, fixed_order, exact, seed)
     write_result(_schedule(Path(subject), budget, tokens, options), output)
 
@@ -146,7 +150,9 @@ class Options:
 def _check_of_graph(*of_models: object) -> None:
     """Refuse what is for models."""
     if any(of_models):
-        raise typer.BadParameter("--fits, --dtype and sizes of dims are for models, not --budget")
+        raise typer.BadParameter(
+            "--fits, --dtype, --dim and sizes of dims are for models, not --budget"
+        )
 
 
 def _schedule(graph: Path, budget: str, tokens: int | None, options: Options) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,9 @@ from torch import nn
 from moec.byte_sizes import parse_bytes
 from moec.capture.shrink import census, signature
 from moec.cli.console import read_graphs, say, working
+from moec.cli.dims import within
 from moec.cli.models import distinct
+from moec.declared import Dynamic
 from moec.errors import CaptureError, DimError, PlanError
 from moec.ir import Graph
 from moec.ir.graph import walk
@@ -32,7 +34,9 @@ TOKENS = (1, 128, 4096, 65536)
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked: for which target and passes, at which sizes, within how many bytes."""
+    """What is asked: for which target and passes, at which sizes, within how many bytes;
+    ``dynamic`` is what is declared of a model's inputs.
+    """
 
     target: str
     training: bool
@@ -40,6 +44,7 @@ class Question:
     sizes: Mapping[str, int]
     tokens: Sequence[int]
     budget: int | None
+    dynamic: Dynamic = field(default_factory=dict)
 
 
 def budget_of(text: str | None) -> int | None:
@@ -65,6 +70,8 @@ def plan_memory(subject: str, dtype: str | None, asked: Question) -> None:
     if subject == "-" or subject.endswith(".moe"):
         if wanted is not None:
             raise typer.BadParameter("--dtype is for models; the graphs of a file have theirs")
+        if asked.dynamic:
+            raise typer.BadParameter("--dim is for models; the graphs of a file have their ranges")
         graphs = read_graphs(Path(subject))
         texts = [_text(f"@{g.name}", *_predicted(g, asked), asked) for g in graphs]
     else:
@@ -110,7 +117,7 @@ def _of_model(spec: str, dtype: torch.dtype | None, asked: Question) -> list[str
     if loaded.note:
         say(f"{spec}: {loaded.note}")
     with working("looking for regions"):
-        found = find_regions(loaded.model)
+        found = within(loaded.model, asked.dynamic, find_regions(loaded.model))
     groups = distinct(found)
     if not groups:
         raise CaptureError(f"{spec} has no MoE block that could be captured; moec explain says why")

@@ -137,6 +137,7 @@ def _most(count: int | None, end: int) -> str:
 
 def model_text(memory: ModelMemory, tokens: Sequence[int], budget: int | None = None) -> str:
     """A model's memory at some numbers of tokens, and what fits into a budget."""
+    tokens = sorted({min(count, memory.most_tokens) for count in tokens})
     rows: dict[str, Callable[[int], int]] = {"parameters": lambda _: memory.parameters}
     if memory.is_training:
         rows["their gradients"] = lambda _: memory.gradients

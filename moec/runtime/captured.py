@@ -63,6 +63,12 @@ class Captures:
         self.most = MOST_TOKENS if most is None else most
         self._kept = threading.local()
 
+    def size_for(self, rows: int) -> int:
+        """The rows of the capture that serves a call: a power of two, or as many as the code
+        takes.
+        """
+        return min(1 << (rows - 1).bit_length(), self.most) if self.padded else rows
+
     def call(
         self, forward: Forward, inputs: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, ...] | None:
@@ -71,7 +77,7 @@ class Captures:
         rows = x.shape[0]
         if not may_repeat(x) or not 0 < x.shape[:-1].numel() <= MOST_TOKENS:
             return None
-        size = min(1 << (rows - 1).bit_length(), self.most) if self.padded else rows
+        size = self.size_for(rows)
         given = [inputs[i] for i in self.varying]
         fixed = [t for i, t in enumerate(inputs) if i not in self.varying]
         stream = torch._C._cuda_getCurrentRawStream(x.get_device())
