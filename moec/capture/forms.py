@@ -53,6 +53,8 @@ class Form:
 INDICES = Form("TK", "TK")
 # Some loops do not run if each token chooses once only: here each chooses the same expert twice.
 TWICE = Form("TK", "TK", 2)
+# Each expert names its tokens, C of them.
+PICKS, TURNED_PICKS = Form("EC", "EC"), Form("CE", "CE")
 # Every expert on every token: the weights are also the routing.
 ALL = Form("", "TE")
 FORMS = (INDICES, TWICE, Form("TKE", "TK"), Form("TE", "TK"), Form("TE", "TE"))
@@ -64,6 +66,20 @@ def as_routing(form: Form, idx: torch.Tensor, experts: int) -> torch.Tensor:
         return idx
     mask = F.one_hot(idx, experts)
     return mask if "K" in form.routing else mask.amax(1)
+
+
+def planned(
+    b: Builder, form: Form, routing: Value, w: Value, experts: int, tokens: Dim
+) -> tuple[tuple[Value, Value, Value], Value]:
+    """The order of the rows of a call and its weights ``[T, K]``."""
+    hints = ("perm", "offsets", "inverse")
+    if form != PICKS:
+        idx, w = as_indices(b, form, routing, w, experts)
+        return b("moe.dispatch", idx, experts=experts, hint=hints), w
+    plan = b("moe.dispatch_picks", _narrow(b, routing), tokens=tokens, hint=hints)
+    perm, _, inverse = plan
+    rows = _reshaped(b, w, perm.type.shape)
+    return plan, b("moe.unpermute", rows, perm, inverse, hint=w.hint)
 
 
 def as_indices(
@@ -173,4 +189,16 @@ def _bound_of_sum(b: Builder, value: Value, dims: Sequence[int], size: int) -> i
 _NARROWING = {"t.mul", "t.logical_and", "t.cast", "t.neg", "t.abs", "t.reshape", "t.expand"}
 _JOINING = {"t.add", "t.sub", "t.logical_or", "t.maximum"}
 
-__all__ = ["ALL", "FORMS", "INDICES", "TWICE", "Form", "as_indices", "as_routing", "choices_bound"]
+__all__ = [
+    "ALL",
+    "FORMS",
+    "INDICES",
+    "PICKS",
+    "TURNED_PICKS",
+    "TWICE",
+    "Form",
+    "as_indices",
+    "as_routing",
+    "choices_bound",
+    "planned",
+]

@@ -216,6 +216,19 @@ def dispatch(idx: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tenso
     return perm.int(), offsets, inverse.int().reshape(idx.shape)
 
 
+def dispatch_picks(
+    picks: torch.Tensor, tokens: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``perm``, ``offsets`` and ``inverse`` of experts' picks ``[E, C]``."""
+    experts, count = picks.shape
+    expert = torch.arange(experts, dtype=torch.int32, device=picks.device)
+    perm = (picks * experts + expert.unsqueeze(-1)).reshape(-1)
+    offsets = torch.arange(experts + 1, dtype=torch.int32, device=picks.device) * count
+    inverse = torch.full((tokens * experts,), -1, dtype=torch.int32, device=picks.device)
+    rows = torch.arange(perm.shape[0], dtype=torch.int32, device=picks.device)
+    return perm, offsets, inverse.scatter_(0, perm.long(), rows).view(tokens, experts)
+
+
 def rows_of_pairs(rows: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     """``rows[inverse]``, zero where ``inverse`` is -1."""
     flat = inverse.reshape(-1)
