@@ -94,6 +94,8 @@ def _times(i: Importer, value: Value, size: Any) -> Value:
 def _inside(i: Importer, place: Value, size: Any) -> Value:
     """An index counted from the front; -1 means the last."""
     made = i.b.made_by(place)
+    while made is not None and made.kind in _MOVING:
+        made = i.b.made_by(made.operands[0])
     if made is not None and made.kind in _NEVER_NEGATIVE:
         return place
     negative = i.b("t.lt", place, other=0.0)
@@ -102,6 +104,7 @@ def _inside(i: Importer, place: Value, size: Any) -> Value:
     return found
 
 
+_MOVING = {"t.permute", "t.reshape", "t.expand", "t.slice"}
 _NEVER_NEGATIVE = {"t.topk", "t.sort", "t.arange"}
 
 

@@ -111,15 +111,11 @@ class Search:
         for idx, places in self.values.matrices(_is_integer):
             if places.shape[1] > self.experts or not _are_distinct(places, self.experts):
                 continue
-            named = self._named(places)
-            for w, weights in self._weights(places.shape[1]):
-                whole = self._close(self._dense(places, weights))
-                # what was computed for every pair needs no mask; but one may decide at other tokens
-                if whole and torch.equal(named, self.chosen):
-                    yield self._match(idx, w, INDICES)
-                if bool(named[self.chosen].all()):
-                    yield from self._dropping(idx, places, w, weights)
-                if whole and not torch.equal(named, self.chosen):
+            covered = bool(self._named(places)[self.chosen].all())
+            for w, weights in self._weights(places.shape[1]) if covered else ():
+                # a mask that the loop reads may decide at other tokens, if at none of these
+                yield from self._dropping(idx, places, w, weights)
+                if self._close(self._dense(places, weights)):
                     yield self._match(idx, w, INDICES)
 
     def _named(self, places: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
@@ -132,8 +128,9 @@ class Search:
     ) -> Iterator[Match]:
         """Matches in which a mask says which of the indices count: exactly those computed."""
         choices = places.shape[1]
+        read = _read_between(self.result, {self.x, idx, w})
         for keep, mask in self.values.matrices(_is_mask):
-            if mask.shape[1] not in (1, choices):
+            if mask.shape[1] not in (1, choices) or keep not in read or keep is idx:
                 continue
             kept = (mask != 0).to(weights.device)
             if mask.shape[1] < choices:  # the first choice counts in any case
@@ -217,6 +214,18 @@ class Search:
                 yield self._match(node, node, ALL)
             elif torch.equal((value != 0).cpu(), self.chosen):
                 yield self._match(node, node, Form("TE", "TE"))
+
+
+def _read_between(result: fx.Node, sources: set[fx.Node | None]) -> set[fx.Node]:
+    """What a result is computed from, going no further back than to the sources."""
+    found: set[fx.Node] = set()
+    pending = [result]
+    while pending:
+        node = pending.pop()
+        if node not in found and node not in sources:
+            found.add(node)
+            pending += node.all_input_nodes
+    return found
 
 
 def _is_integer(value: torch.Tensor) -> bool:

@@ -15,7 +15,7 @@ from moec.ir.types import Type
 
 ACTIVATIONS = ("softmax", "sigmoid", "sqrtsoftplus", "identity")
 _SOFTPLUS_THRESHOLD = 20.0  # PyTorch's default: softplus(x) is x above it
-MODES = ("topk", "group_limited", "topk_per_group", "margin", "threshold")
+MODES = ("topk", "first", "group_limited", "topk_per_group", "margin", "threshold")
 
 
 def accurate(x: torch.Tensor) -> torch.Tensor:
@@ -73,6 +73,10 @@ def select(choice: torch.Tensor, k: int, mode: str, options: Mapping[str, Any]) 
         return groups.argmax(-1) + torch.arange(k, device=choice.device) * groups.shape[-1]
     if mode == "group_limited":
         choice = limit_groups(choice, options)
+    if mode == "first":
+        if k == 1:
+            return choice.argmax(-1, keepdim=True)
+        return torch.sort(choice, dim=-1, descending=True, stable=True).indices[:, :k]
     values, idx = torch.topk(choice, k, dim=-1)
     if mode == "margin":
         idx = idx.masked_fill(values[:, :1] - values > options.get("theta", 0.0), experts)
