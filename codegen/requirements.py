@@ -59,13 +59,13 @@ def of_ops(graph: Graph) -> list[Requirement]:
     """
     found = [
         Requirement(
-            op.operands[0].type.elements,
+            op.results[2].type.elements,
             WORD,
             asked_by(op if op.loc is not None else owner, "rows are numbered in 32 bits"),
         )
         for owner in graph.ops
         for op in (owner, *(owner.body.ops if owner.body is not None else ()))
-        if op.kind == "moe.dispatch"
+        if op.kind in ("moe.dispatch", "moe.dispatch_picks")
     ]
     for r in found:
         if prove_at_most(r.value, r.limit, graph.ranges) is False:

@@ -74,7 +74,11 @@ def _perm(op: Op, place: int) -> Role:
 
 
 def _inverse(op: Op, place: int) -> Role:
-    return Role("inverse", rows=op.operands[place].type.elements)
+    return Role("inverse", rows=op.operands[1].type.elements)
+
+
+def _picks(op: Op, place: int) -> Role:
+    return Role("index", op.attrs["tokens"])
 
 
 def _offsets(op: Op, place: int) -> Role:
@@ -100,6 +104,7 @@ _READERS: dict[str, dict[int, Callable[[Op, int], Role]]] = {
     "t.matmul": {1: _weight},
     "moe.dispatch": {0: _experts},
     "moe.limit": {0: _experts},
+    "moe.dispatch_picks": {0: _picks},
     "moe.weight": {1: _chosen},
     "moe.gather": {1: _perm, 2: _inverse},
     "moe.permute": {1: _perm, 2: _inverse},
@@ -230,6 +235,7 @@ class _Maker:
         self.generator = torch.Generator().manual_seed(seed)
         self.choices: dict[int, int] = {}
         self.experts: dict[int, int] = {}
+        self.picking: dict[int, int] = {}  # tokens of dispatches of experts' picks
         self.dispatches: dict[int, tuple[torch.Tensor, ...]] = {}
         for value in (*graph.inputs, *graph.cotangents):
             self.note(value)
@@ -239,6 +245,8 @@ class _Maker:
         role = self.roles.get(value, Role("free"))
         if role.kind == "inverse":
             self.choices[self.size(role.rows)] = self.size(value.type.shape[-1])
+            if self.size(value.type.elements) != self.size(role.rows):
+                self.picking[self.size(role.rows)] = self.size(value.type.shape[0])
         if role.kind == "offsets":
             self.experts[self.size(role.rows)] = self.size(role.bound)
 
@@ -277,6 +285,11 @@ class _Maker:
         """``perm``, ``offsets`` and ``inverse`` of random choices that make so many rows."""
         if rows not in self.dispatches:
             choices, experts = self.choices.get(rows, 1), self.experts.get(rows, _FREE_EXPERTS)
+            if rows in self.picking:
+                tokens = self.picking[rows]
+                picks = self.index((choices, rows // max(choices, 1)), Role("index", tokens))
+                self.dispatches[rows] = routing.dispatch_picks(picks.int(), tokens)
+                return self.dispatches[rows]
             role = Role("index", experts)
             idx = self.index((rows // max(choices, 1), choices), role).int()
             self.dispatches[rows] = routing.dispatch(idx, experts)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 # what the model means
-RAISE = "simplify, cse, dce, dispatch-dense, raise-router, split-low-rank, simplify, cse, dce"
+RAISE = (
+    "simplify, cse, dce, dispatch-dense, dispatch-picks, raise-router, raise-limit, "
+    "split-low-rank, simplify, cse, dce"
+)
 # without the router and its gradients in another form: where eager's own rounding counts
 CLEAN = "simplify, cse, dce, split-low-rank, simplify, cse, dce"
 GRAD = "grad, simplify, cse, dce, adjoint, simplify, cse, dce"  # training only: one joint graph

@@ -5,6 +5,7 @@ from __future__ import annotations
 from moec.ir.graph import Graph, Op, Value
 from moec.ir.opdef import opdef
 from moec.manager import register
+from moec.ops.token_work import is_along
 from moec.passes.clusters import Neighbourhood, constants_of, fuse, grow
 
 
@@ -40,7 +41,7 @@ def _fuse_one(graph: Graph, anchor: Op) -> Graph:
         return graph
     tokens, experts = anchor.result.type.shape
     choices = anchor.operands[1].type.shape[1]
-    shapes = ((), (tokens, 1), (tokens, experts), (tokens, choices))
+    shapes = ((), (tokens,), (tokens, 1), (tokens, experts), (tokens, choices))
 
     def fits(value: Value) -> bool:
         return value.type.shape in shapes
@@ -51,9 +52,8 @@ def _fuse_one(graph: Graph, anchor: Op) -> Graph:
     def joins(op: Op) -> bool:
         if op.kind == "moe.unpermute":
             return op.operands[0].type.rank == 1 and fits(op.result)
-        if op.kind == "t.sum":
-            last = tuple(op.attrs["dims"]) in ((-1,), (1,)) and op.attrs.get("keepdim", False)
-            return bool(last and fits(op.operands[0]) and fits(op.result))
+        if is_along(op):
+            return all(map(fits, (*op.operands, *op.results)))
         if op.kind == "t.gather":
             return op.attrs["dim"] in (-1, 1) and all(map(fits, (*op.operands, op.result)))
         return opdef(op.kind).pointwise and all(map(fits, (*op.operands, *op.results)))

@@ -8,6 +8,7 @@ from typing import Any
 from moec.ir.builder import Builder
 from moec.ir.graph import Graph, Op, Value, users
 from moec.manager import register
+from moec.ops.token_work import reaching_dispatch
 from moec.reasons import chose, decline
 from moec.rewrite import Definitions, fixpoint, transform
 
@@ -33,6 +34,53 @@ def _plain_weight(find: Lookup, value: Value) -> Op | None:
         and op.attrs.get("scale", 1.0) == 1.0
         else None
     )
+
+
+def select_from_argmax(b: Builder, op: Op, find: Lookup) -> Any:
+    """The first place of the largest of a token's scores, as imported, is a selection of one."""
+    scores = _argmax_of(find, op)
+    if scores is None:
+        return None
+    idx = b("moe.select", scores, k=1, mode="first", hint="idx")
+    return b("t.cast", idx, dtype="i64", hint=op.result.hint)
+
+
+def _argmax_of(find: Lookup, op: Op) -> Value | None:
+    """The scores whose largest is at the place that counts what comes before it: running sums of
+    "is the largest, or NaN" that are still 0.
+    """
+    if op.attrs["dims"] not in ((-1,), (1,)) or not op.attrs.get("keepdim"):
+        return None
+    before = _made_by(find, _skip(find, op.operands[0], "t.cast"), "t.eq")
+    if before is None or len(before.operands) != 1 or before.attrs["other"] != 0:
+        return None
+    so_far = _made_by(find, before.operands[0], "t.cumsum")
+    found = so_far and _made_by(find, _skip(find, so_far.operands[0], "t.cast"), "t.logical_or")
+    if so_far is None or not found or not _is_last_axis(so_far):
+        return None
+    largest, odd = (find(v) for v in found.operands)
+    scores = odd.operands[0] if odd is not None and odd.kind == "t.ne" else None
+    if scores is None or odd is None or odd.operands != (scores, scores) or scores.type.rank != 2:
+        return None
+    top = None if largest is None or largest.kind != "t.eq" else largest.operands
+    made = None if top is None or len(top) != 2 else _made_by(find, top[1], "t.amax")
+    if top is None or top[0] is not scores or made is None or made.operands[0] is not scores:
+        return None
+    kept = made.attrs.get("keepdim") and made.attrs["dims"] in ((-1,), (1,))
+    return scores if kept else None
+
+
+def select_from_sort(b: Builder, op: Op, find: Lookup) -> Any:
+    """All of a token's scores, the largest first, are a selection of all experts."""
+    scores = op.operands[0]
+    experts = scores.type.shape[-1]
+    if scores.type.rank != 2 or not isinstance(experts, int) or not _is_last_axis(op):
+        return decline("select-from-sort", op, "it sorts no [tokens, experts] by expert")
+    if not op.attrs.get("descending"):
+        return decline("select-from-sort", op, "the smallest scores come first")
+    idx = b("moe.select", scores, k=experts, mode="first", hint="idx")
+    values = b("moe.weight", scores, idx, hint=op.results[0].hint)
+    return values, b("t.cast", idx, dtype="i64", hint=op.results[1].hint)
 
 
 def select_from_topk(b: Builder, op: Op, find: Lookup) -> Any:
@@ -251,6 +299,8 @@ def _decline_weight(rule: str, op: Op, find: Lookup) -> None:
 _SELECT, _GROUPS, _NORMALISED = "select-from-topk", "limit-groups", "weight-normalised"
 RULES: dict[str, tuple[RouterRule, ...]] = {
     "t.topk": (select_from_topk,),
+    "t.sort": (select_from_sort,),
+    "t.sum": (select_from_argmax,),
     "t.gather": (weight_from_gather,),
     "t.softmax": (weight_from_activation,),
     "t.sigmoid": (weight_from_activation,),
@@ -266,24 +316,16 @@ def raise_router(graph: Graph) -> Graph:
     Only top-k whose indices reach a dispatch take part. What no rule recognises stays tensor ops
     around the dispatch: right, only less fused.
     """
-    routed = _values_reaching_dispatch(graph)
+    routed = reaching_dispatch(graph)
     raised = fixpoint(graph, lambda g: _apply(g, routed), "raise-router")
     return _raise_activation(raised)
-
-
-def _values_reaching_dispatch(graph: Graph) -> frozenset[Value]:
-    reach: set[Value] = {op.operands[0] for op in graph.ops if op.kind == "moe.dispatch"}
-    for op in reversed(graph.ops):
-        if op.kind in ("t.cast", "t.reshape") and op.result in reach:
-            reach.add(op.operands[0])
-    return frozenset(reach)
 
 
 def _apply(graph: Graph, routed: frozenset[Value]) -> Graph:
     definitions = Definitions(graph)
 
     def rule(builder: Builder, op: Op) -> Any:
-        if op.kind == "t.topk" and op.results[1] not in routed:
+        if op.kind in ("t.topk", "t.sort") and op.results[1] not in routed:
             return decline(_SELECT, op, "its indices reach no dispatch")
         for router_rule in RULES.get(op.kind, ()):
             found = router_rule(builder, op, lambda v: definitions.of(builder, v))

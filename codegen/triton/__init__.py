@@ -29,6 +29,8 @@ from moec.codegen.triton.grouped_gemm import PointerGemm
 from moec.codegen.triton.grouped_outer import PointerOuter
 from moec.codegen.triton.hoist import Hoisted, hoist
 from moec.codegen.triton.kernel import Unsupported
+from moec.codegen.triton.picks import LIBRARY as PICKS
+from moec.codegen.triton.picks import ask_picks, emit_picks
 from moec.codegen.triton.pointwise import Pointwise
 from moec.codegen.triton.routing import ONE_PROGRAM, Routing
 from moec.codegen.triton.tail import leak
@@ -65,6 +67,7 @@ class TritonEmitter:
         self.hoisted: dict[Op, Hoisted] = {}
         self.group_sums: dict[Op, Facts] = {}
         self.few_linears: dict[Op, Facts] = {}
+        self.picks: dict[Op, Facts] = {}
         self.ranges = graph.ranges  # as far as is known from what other kernels ask
         self.first: dict[str, Kernel] = {}  # the kernel that others of the same text share
         self._contexts: list[Context] = []
@@ -77,6 +80,8 @@ class TritonEmitter:
             with contextlib.suppress(Unsupported):
                 if op.kind == "moe.group_sum" and op.result.type.rank == 2:
                     self.group_sums[op] = ask(op, self.ranges)
+                if op.kind == "moe.dispatch_picks":
+                    self.picks[op] = ask_picks(op, self.ranges)
                 if self.few and op in graph.ops and is_few_linear(op):
                     self.few_linears[op] = ask_few_linear(op, self.ranges)
 
@@ -89,7 +94,8 @@ class TritonEmitter:
     def requirements(self) -> list[Requirement]:
         """What the kernels ask of sizes."""
         kernels = [k.facts for k in self.kernels.values()]
-        facts = [*kernels, *self.group_sums.values(), *self.few_linears.values()]
+        others = (self.group_sums, self.few_linears, self.picks)
+        facts = [*kernels, *(f for found in others for f in found.values())]
         return [r for f in facts for r in f.required]
 
     def _plan(self, op: Op) -> None:
@@ -156,6 +162,7 @@ class TritonEmitter:
         """Write every kernel, after the library functions that they use."""
         used = {GROUP_SUM} if self.group_sums else set()
         used |= {FEW_LINEAR} if self.few_linears else set()
+        used |= {PICKS} if self.picks else set()
         for kernel in self.kernels.values():
             used |= kernel.library
         if any(_gluon(op) for op in self.kernels):
@@ -186,6 +193,9 @@ class TritonEmitter:
     def _emit_special(self, writer: Writer, op: Op, context: Context) -> bool:
         if op in self.few_linears:
             emit_few_linear(writer, op, context)
+            return True
+        if op in self.picks:
+            emit_picks(writer, op, context, self.picks[op])
             return True
         if op in self.group_sums:
             emit_group_sum(writer, op, context, self.group_sums[op])

@@ -16,7 +16,7 @@ from moec.codegen.triton.kernel import (
     documentation,
     needed_ops,
 )
-from moec.codegen.triton.tiles import power_of_two
+from moec.codegen.triton.tiles import UNROLLED, power_of_two
 from moec.codegen.writer import Writer
 from moec.ir.dims import python_source
 from moec.ir.graph import Op
@@ -77,7 +77,8 @@ class Combine:
         choices = int(inverse.type.shape[1])
         total = t.names.fresh(self.anchor.result.hint)
         t.line(f"{total} = tl.zeros((BH,), {t.dtype})")
-        with t.block(f"for k in tl.static_range({choices}):"):
+        loop = "tl.static_range" if choices <= UNROLLED else "range"
+        with t.block(f"for k in {loop}({choices}):"):
             load = f"tl.load({at} + token * {choices} + k)"
             self.facts.rows(rows.type.shape[0])
             reach = rows.type.shape[0] * self.columns

@@ -40,9 +40,10 @@ def remarks(writer: Writer, texts: Sequence[str]) -> None:
 def only_if(rows: Dim) -> str:
     """The condition that there is any row."""
     names = sorted(symbols(rows))
-    return (
-        names[0] if len(names) == 1 and len(getattr(rows, "args", ())) <= 2 else python_source(rows)
+    is_multiple = not isinstance(rows, int) and (
+        rows.is_Symbol or (rows.is_Mul and all(a.is_Integer or a.is_Symbol for a in rows.args))
     )
+    return names[0] if len(names) == 1 and is_multiple else python_source(rows)
 
 
 @dataclass

@@ -265,9 +265,14 @@ def spread_rows(x, inverse, rows, H: tl.constexpr, K: tl.constexpr, BH: tl.const
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BH + tl.arange(0, BH)
     value = tl.load(x + token * H + column, mask=column < H)
-    for k in tl.static_range(K):
-        row = tl.load(inverse + token * K + k).to(tl.int64)
-        tl.store(rows + row * H + column, value, mask=column < tl.where(row >= 0, H, 0))
+    if K <= 16:
+        for k in tl.static_range(K):
+            row = tl.load(inverse + token * K + k).to(tl.int64)
+            tl.store(rows + row * H + column, value, mask=column < tl.where(row >= 0, H, 0))
+    else:  # a place for each expert, most of them empty
+        for k in range(K):
+            row = tl.load(inverse + token * K + k).to(tl.int64)
+            tl.store(rows + row * H + column, value, mask=column < tl.where(row >= 0, H, 0))
 
 
 @launch.Kernel

@@ -14,7 +14,7 @@ from moec.codegen.requirements import WORD
 from moec.codegen.triton.context import Context, arguments, only_if, remarks, write
 from moec.codegen.triton.facts import Facts
 from moec.codegen.triton.kernel import KernelText, Unsupported, documentation
-from moec.codegen.triton.scores import Scores, tokens_a_program
+from moec.codegen.triton.scores import Scores, groups_of, tokens_a_program
 from moec.codegen.triton.tiles import FEW_ROWS, power_of_two
 from moec.codegen.writer import Writer
 from moec.ir.dims import ceildiv, python_source
@@ -65,15 +65,19 @@ class Routing:
         if self.few:
             self.facts.limit(tokens, int(self.op.attrs["tile"][0]), "tokens of one program")
         self.facts.rows(tokens * choices)
+        limits = [o for o in self.body.ops if o.kind == "moe.limit"]
+        self.limit = limits[0] if limits else None
+        if len(limits) > 1 or (limits and limits[0].result is not self.dispatch.operands[0]):
+            raise Unsupported("a capacity of something else")
         self._try_scores()
         self._ask()
 
     def _try_scores(self) -> None:
-        if len(self.body.ops) == 1:
+        if all(op in (self.dispatch, self.limit) for op in self.body.ops):
             return
         try:
             tile = self.op.attrs.get("tile")
-            self.scores = Scores(self.body, self.dispatch, tile, self.facts, self.few)
+            self.scores = Scores(self.body, self.dispatch, tile, self.facts, self.few, self.limit)
         except Unsupported as error:
             self.reason = str(error)
 
@@ -83,7 +87,9 @@ class Routing:
             return
         pairs, lanes = self.dispatch.operands[0].type.elements, power_of_two(self._block)
         self.facts.word(pairs + lanes, "pairs are numbered in 32 bits")
-        most = power_of_two(self._buckets) * (ceildiv(pairs, self._block) + 1)
+        most = self._lanes * (ceildiv(pairs, self._block) + 1)
+        if self.limit is not None:
+            self.facts.word(self.limit.attrs["capacity"], "a capacity in 32 bits")
         self.facts.limit(most, WORD, "counts by expert and block in 32 bits")
 
     @property
@@ -96,13 +102,23 @@ class Routing:
         """The library functions in use."""
         if self.few:
             return {"place_few_pairs"} if self.scores is None else self.scores.text.used
-        used = {"count_pairs"} if self.scores is None else self.scores.text.used
-        return used | {"scan_counts", "place_pairs"}
+        counting = "count_pairs" if self.limit is None else "count_choices"
+        used = {counting} if self.scores is None else self.scores.text.used
+        return used | {"scan_counts", "place_pairs" if self.limit is None else "place_limited"}
 
     @property
     def _buckets(self) -> int:
-        """One more than experts where a pair may have none."""
-        return self.experts + (1 if self.scores is None else 0)
+        """One more than experts where a pair may have none; one a group under a capacity."""
+        if self.limit is not None:
+            return self.experts * groups_of(self.limit, self.choices)
+        return self.experts + 1 if self.scores is None else self.scores.buckets
+
+    @property
+    def _lanes(self) -> int:
+        """For how many counts a program has lanes."""
+        if self.limit is None:
+            return power_of_two(self._buckets)
+        return power_of_two(self.experts) * power_of_two(groups_of(self.limit, self.choices))
 
     @property
     def _block(self) -> int:
@@ -137,13 +153,26 @@ class Routing:
             writer.line(f"{histogram} = torch.empty({size}, dtype=torch.int32, device=device)")
             self._launch_first(writer, context, made, pairs, blocks)
             writer.line(f"scan_counts[({self._buckets},)]({histogram}, {blocks}, CHUNK=1024)")
-            inner = [made["index"], histogram, *(made[n] for n in _RESULTS), pairs, blocks]
-            sizes = f"E={self.experts}, BUCKETS={self._buckets}, EP={padded}, BLOCK={block}"
-            inner += [sizes, f"PAIRS={power_of_two(block)}"]
-            write(writer, f"place_pairs[({blocks},)]({', '.join(inner)})")
+            inner = [made["index"], histogram, *(made[n] for n in _RESULTS)]
+            if self.limit is not None:
+                self._launch_limited(writer, blocks, [*inner, made["limited"], pairs, blocks])
+            else:
+                sizes = f"E={self.experts}, BUCKETS={self._buckets}, EP={padded}, BLOCK={block}"
+                inner += [pairs, blocks, sizes, f"PAIRS={power_of_two(block)}"]
+                write(writer, f"place_pairs[({blocks},)]({', '.join(inner)})")
             writer.line(f"del {histogram}")
         with writer.block("else:"):
             writer.line(f"{made['offsets']}.zero_()")
+
+    def _launch_limited(self, writer: Writer, blocks: str, inner: list[str]) -> None:
+        """The launch that places what experts take, and says what they do not."""
+        if self.limit is None:
+            return
+        groups, block = groups_of(self.limit, self.choices), self._block
+        sizes = f"E={self.experts}, EP={power_of_two(self.experts)}, G={groups}"
+        sizes += f", GP={power_of_two(groups)}, BLOCK={block}, PAIRS={power_of_two(block)}"
+        inner = [*inner, python_source(self.limit.attrs["capacity"]), sizes]
+        write(writer, f"place_limited[({blocks},)]({', '.join(inner)})")
 
     def _launch_one(self, writer: Writer, context: Context, made: dict[str, str]) -> None:
         """The only launch: routing, dispatch and the list of row tiles."""
@@ -174,6 +203,12 @@ class Routing:
         self, writer: Writer, context: Context, made: dict[str, str], pairs: str, blocks: str
     ) -> None:
         """The launch that counts the pairs of each expert."""
+        if self.scores is None and self.limit is not None:
+            groups = groups_of(self.limit, self.choices)
+            sizes = f"E={self.experts}, EP={power_of_two(self.experts)}, G={groups}, PAIRS={PAIRS}"
+            inner = f"{made['index']}, {made['histogram']}, {pairs}, {blocks}, {sizes}"
+            write(writer, f"count_choices[({blocks},)]({inner})")
+            return
         if self.scores is None:
             sizes = f"BUCKETS={self._buckets}, EP={power_of_two(self._buckets)}, PAIRS={PAIRS}"
             inner = f"{made['index']}, {made['histogram']}, {pairs}, {blocks}, {sizes}"
@@ -189,31 +224,45 @@ class Routing:
             writer.line(f"# not in the kernel: {self.reason}")
         for inner, outer in zip(self.body.inputs, self.op.operands, strict=True):
             context.names.alias(inner, context.names[outer])
+        source = self._placed
         for op in self.body.ops:
-            if op is not self.dispatch:
+            if op is not self.dispatch and (op is not self.limit or self.few):
                 self.emit_inner(writer, op, context)
-        index = context.names[self.dispatch.operands[0]]
-        if self.dispatch.operands[0] in self.body.inputs:
+        index = context.names[source]
+        if source in self.body.inputs:
             return index
         copied = context.names.fresh("index")
         writer.line(f"{copied} = {index}.contiguous()")
         return copied
+
+    @property
+    def _placed(self) -> Value:
+        """The indices that the kernels read: before a capacity, unless it is an expression."""
+        is_kernel = self.limit is not None and not self.few
+        return (self.limit if is_kernel and self.limit else self.dispatch).operands[0]
 
     def _allocate(self, writer: Writer, context: Context, index: str) -> dict[str, str]:
         """Make room for every result, and for what the kernels need besides; their names."""
         outer = dict(zip(self.body.outputs, self.op.results, strict=True))
         made = {"index": index}
         for inner, result in outer.items():
-            if self.scores is None and inner not in self.dispatch.results:
+            if self.scores is None and inner not in self._made_by_kernels:
                 context.names.alias(result, context.names[inner])
             else:
                 context.allocate(writer, result)
         wanted = dict(zip(_RESULTS, self.dispatch.results, strict=True))
         if self.scores is not None:
             wanted["index"] = self.scores.index
+        if self.limit is not None and not self.few:
+            wanted["limited"] = self.limit.result
         for key, value in wanted.items():
             made[key] = self._room(writer, context, outer, value)
         return made
+
+    @property
+    def _made_by_kernels(self) -> tuple[Value, ...]:
+        limited = () if self.limit is None or self.few else self.limit.results
+        return (*self.dispatch.results, *limited)
 
     def _room(
         self, writer: Writer, context: Context, outer: dict[Value, Value], value: Value

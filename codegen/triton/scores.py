@@ -1,10 +1,13 @@
 """The kernel of the scores: activation, selection and weights of a block of tokens.
 
-Values vary along tokens ``t``, experts ``e`` and choices ``k``. Selection is repeated
-maximum-taking over keys that sort as the scores do, NaN first; the lowest index wins ties.
+Values vary along tokens ``t``, experts ``e`` and choices ``k``. What decides which choices count
+(those close to the best, above a threshold, up to a sum of probabilities) is work on a token's own
+numbers like any other; a place that holds no expert has the number of experts.
 """
 
 from __future__ import annotations
+
+import math
 
 import sympy
 
@@ -19,17 +22,23 @@ from moec.codegen.triton.kernel import (
     is_pointwise,
     needed_ops,
 )
-from moec.codegen.triton.tiles import FEW_ROWS, power_of_two
+from moec.codegen.triton.selection import Selection
+from moec.codegen.triton.tiles import FEW_ROWS, UNROLLED, power_of_two
+from moec.codegen.triton.token_values import CHOSEN, SCORES, TOKEN_OPS, TOKENS, filled, softmax
 from moec.codegen.triton.tokens import tokens_of_block
 from moec.ir.graph import Graph, Op, Value
+from moec.ops.token_work import CARRIERS
 
 ORDER = ("t", "e", "k")
-SCORES, CHOSEN = ("t", "e"), ("t", "k")
 PAIRS = 128
+_ALWAYS_AN_EXPERT = ("topk", "first", "group_limited")
 
 
 class Scores:
-    """Writes the kernel; :class:`Unsupported` if the body holds what it cannot express."""
+    """Writes the kernel; :class:`Unsupported` if the body holds what it cannot express.
+
+    ``places``: one program does all of the dispatch, too.
+    """
 
     def __init__(
         self,
@@ -38,15 +47,23 @@ class Scores:
         tile: tuple[int, ...] | None,
         facts: Facts,
         places: bool = False,
+        limit: Op | None = None,
     ) -> None:
-        self.body, self.dispatch, self.places = body, dispatch, places
-        self.select = _only_select(body, dispatch)
-        self.index: Value = self.select.result
+        self.body, self.dispatch, self.places, self.limit = body, dispatch, places, limit
+        self.index: Value = (dispatch if limit is None else limit).operands[0]
+        if places and limit is not None:
+            raise Unsupported("a capacity in one program")
+        self.select = index_select(body, self.index)
         self.experts = int(dispatch.attrs["experts"])
         self.choices = int(self.index.type.shape[1])
+        self.may_have_none = _may_have_none(self.select, self.index)
+        self.buckets = self.experts + (1 if self.may_have_none else 0)
+        self.lanes = power_of_two(self.buckets)
         self.tokens = tile[0] if tile else tokens_a_program(self.choices, self.experts)
         self.dtype = compute_dtype(body)
         self.text = KernelText(self.dtype, facts)
+        if self.select is not None and self.select.attrs["k"] != self.choices:
+            raise Unsupported("indices of some of the choices")
         self.env: dict[Value, Term] = {}
         self.picked: dict[Value, Term] = {}
         self.least = -(2**63) if self.dtype == "tl.float64" else -(2**31)
@@ -55,8 +72,9 @@ class Scores:
     # the kernel
     def _write(self) -> None:
         t = self.text
-        size, padded = power_of_two(self.experts), power_of_two(self.choices)
-        t.constants.update(BT=self.tokens, EP=size, KP=padded)
+        padded = power_of_two(self.choices)
+        t.constants.update(BT=self.tokens, EP=self.lanes, KP=padded)
+        t.names.fresh("count")
         count = t.names.fresh("tokens")
         t.integers += [count] if self.places else [count, t.names.fresh("blocks")]
         t.line("block = tl.program_id(0)")
@@ -64,7 +82,7 @@ class Scores:
         t.line(*assigned("token", tokens_of_block(t.facts, token, rows, t.constants)))
         t.line("expert = tl.arange(0, EP)")
         t.line("slot = tl.arange(0, KP)")
-        experts = f" & (expert < {self.experts})[None, :]" if size != self.experts else ""
+        experts = f" & (expert < {self.experts})[None, :]" if self.lanes != self.experts else ""
         choices = f" & (slot < {self.choices})[None, :]" if padded != self.choices else ""
         t.line(f"inside = (token < {count})[:, None]{experts}")
         t.line(f"chosen = (token < {count})[:, None]{choices}")
@@ -72,14 +90,18 @@ class Scores:
         t.line("# score")
         for op in early:
             self._op(op)
-        self._write_selection()
+        if self.select is not None:
+            self.picked = Selection(self, self.select).write()
         for op in needed_ops(self.body, self.body.outputs, set(self.env)):
-            if op is not self.dispatch and op not in early:
+            if op not in (self.dispatch, self.limit, *early):
                 self._op(op)
+        self._write_counts()
         self._write_stores()
 
     def _early(self) -> list[Op]:
         """The ops that the selection and the weights start from."""
+        if self.select is None:
+            return []
         sources = [*self.select.operands]
         sources += [op.operands[0] for op in self.body.ops if op.kind == "moe.weight"]
         found = needed_ops(self.body, sources, set())
@@ -87,41 +109,119 @@ class Scores:
             raise Unsupported("scores that depend on the selection")
         return found
 
+    def _write_counts(self) -> None:
+        """How many of the block's pairs go to each expert."""
+        t, index = self.text, self.term(self.index)
+        if self.limit is not None:
+            self._write_counts_by_choice(index)
+            return
+        if not self.may_have_none:
+            t.line(f"count = tl.sum(((key == {self.least}) & inside).to(tl.int32), 0)")
+            return
+        if index.axes == SCORES:
+            self._check_marks()
+            t.line(f"hit = inside & ({index.text} == expert[None, :])")
+            t.line("count = tl.sum(hit.to(tl.int32), 0)")
+            pairs = "tl.sum(inside.to(tl.int32), 1)"
+            t.line(f"none = tl.sum({pairs}, 0) - tl.sum(count, 0)")
+            t.line(f"count = tl.where(expert == {self.experts}, none, count)")
+            return
+        odd = f"({index.text} < 0) | ({index.text} > {self.experts})"
+        text = f"tl.where({odd}, {self.experts}, {index.text}).to(tl.int32)"
+        index = t.let("expert_of", text, CHOSEN)
+        t.line("count = tl.zeros((EP,), tl.int32)")
+        loop = "tl.static_range" if self.choices <= UNROLLED else "range"
+        with t.block(f"for k in {loop}({self.choices}):"):
+            t.line(f"best = tl.sum(tl.where((slot == k)[None, :], {index.text}, 0), 1)")
+            live = f"(token < {t.integers[0]})[:, None]"
+            t.line(f"hit = (best[:, None] == expert[None, :]) & {live}")
+            t.line("count += tl.sum(hit.to(tl.int32), 0)")
+
+    def _write_counts_by_choice(self, index: Term) -> None:
+        """How many pairs go to each expert, as first choices, second ones and so on; or in all."""
+        t, groups = self.text, self.groups
+        if index.axes != CHOSEN:
+            raise Unsupported("a capacity for marks")
+        histogram, blocks = t.parameter("histogram"), t.integers[1]
+        t.line("count = tl.zeros((EP,), tl.int32)")
+        loop = "tl.static_range" if self.choices <= UNROLLED else "range"
+        live = f"(token < {t.integers[0]})[:, None]"
+        with t.block(f"for k in {loop}({self.choices}):"):
+            t.line(f"best = tl.sum(tl.where((slot == k)[None, :], {index.text}, 0), 1)")
+            t.line(f"hit = (best[:, None] == expert[None, :]) & {live}")
+            t.line("count += tl.sum(hit.to(tl.int32), 0)")
+            if groups > 1:
+                at = f"{histogram} + (expert * {groups} + k) * ({blocks} + 1) + block"
+                t.line(f"tl.store({at}, count, mask=expert < {self.experts})")
+                t.line("count = tl.zeros((EP,), tl.int32)")
+
+    @property
+    def groups(self) -> int:
+        """In how many groups pairs get their places under a capacity."""
+        return groups_of(self.limit, self.choices)
+
+    def _check_marks(self) -> None:
+        """Refuse indices with a place for each expert that may name another one there."""
+        made = {r: op for op in self.body.ops for r in op.results}
+        op = made.get(_uncast(self.body, self.index))
+        branches = [self.env.get(_uncast(self.body, v)) for v in op.operands[1:]] if op else []
+        texts = {b.text for b in branches if b is not None}
+        if op is None or op.kind != "t.where" or texts != {"expert", str(self.experts)}:
+            raise Unsupported("indices by expert that are no marks")
+
     def _write_stores(self) -> None:
         t = self.text
         t.line("# store")
         for value in self.body.outputs:
-            if value in self.dispatch.results or value is self.index:
+            made_later = (
+                self.dispatch.results
+                if self.limit is None
+                else (*self.dispatch.results, self.limit.result)
+            )
+            if value in made_later or value is self.index:
                 continue
-            out, term = t.parameter(value, f"{value.hint}_out"), self._term(value)
+            out, term = t.parameter(value, f"{value.hint}_out"), self.term(value)
             at, mask = self._place(term.axes)
             t.line(f"tl.store({out} + {at}, {term.text}, mask={mask})")
-        at, mask = self._place(CHOSEN)
-        index = self.index if self.index in self.body.outputs else "index"
-        name = t.parameter(index, f"{self.index.hint}_out")
-        t.line(f"tl.store({name} + {at}, {self.env[self.index].text}, mask={mask})")
+        index = self.env[self.index]
+        at, mask = self._place(index.axes)
+        name = self.index if self.index in self.body.outputs else "index"
+        out = t.parameter(name, f"{self.index.hint}_out")
+        t.line(f"tl.store({out} + {at}, {index.text}, mask={mask})")
         if self.places:
-            self._write_places()
+            self._write_places(index)
             t.sort(self.body)
             return
-        histogram, blocks = t.parameter("histogram"), t.integers[1]
-        at = f"{histogram} + expert * ({blocks} + 1) + block"
-        t.line(f"tl.store({at}, count, mask=expert < {self.experts})")
+        if self.groups == 1:
+            histogram, blocks = t.parameter("histogram"), t.integers[1]
+            at = f"{histogram} + expert * ({blocks} + 1) + block"
+            lanes = self.buckets if self.limit is None else self.experts
+            t.line(f"tl.store({at}, count, mask=expert < {lanes})")
         t.sort(self.body)
 
-    def _write_places(self) -> None:
+    def _write_places(self, index: Term) -> None:
         """Place the pairs: there is one program, so it has seen them all."""
-        t, padded = self.text, power_of_two(self.choices)
+        t = self.text
         t.used.add("place_few")
         t.line("# dispatch")
         names = [t.parameter(n) for n in ("perm", "offsets", "inverse", "tiles")]
-        index = self.env[self.index].text
-        live = f"(chosen & (slot < {padded})[None, :])"
-        t.line(f"pair = (token[:, None] * {self.choices} + slot[None, :]).to(tl.int32)")
-        pairs = "BT * KP"
-        flat = [f"{n}.reshape({pairs})" for n in (index, "pair", live)]
+        place, size, lanes = self.extent(index.axes)
+        mask = "inside" if index.axes == SCORES else "chosen"
+        live = f"({mask} & ({place} < {lanes})[None, :])"
+        t.line(f"pair = (token[:, None] * {size} + {place}[None, :]).to(tl.int32)")
+        pairs = f"BT * {'EP' if index.axes == SCORES else 'KP'}"
+        e = index.text
+        if self.may_have_none:
+            e = t.let("expert_of", f"tl.where({live}, {e}, {self.experts}).to(tl.int32)").text
+        flat = [f"{n}.reshape({pairs})" for n in (e, "pair", live)]
         inner = ", ".join([*flat, "count", *names])
         t.line(f"place_few({inner}, {self.experts}, EP, {pairs}, {FEW_ROWS})")
+
+    def extent(self, axes: tuple[str, ...]) -> tuple[str, int, int]:
+        """The index along a value's second axis, its size, and how many lanes it has."""
+        if axes == SCORES:
+            return "expert", self.experts, self.lanes
+        return "slot", self.choices, power_of_two(self.choices)
 
     def _place(self, axes: tuple[str, ...]) -> tuple[str, str]:
         """Position and mask of a value of a block."""
@@ -129,14 +229,15 @@ class Scores:
             return f"token[:, None] * {self.experts} + expert[None, :]", "inside"
         if axes == CHOSEN:
             return f"token[:, None] * {self.choices} + slot[None, :]", "chosen"
-        if axes == ("t",):
+        if axes == TOKENS:
             return "token", f"token < {self.text.integers[0]}"
         if axes == ("e",):
             return "expert", f"expert < {self.experts}"
         raise Unsupported("a result that is neither of tokens nor of choices")
 
     # ops
-    def _term(self, value: Value) -> Term:
+    def term(self, value: Value) -> Term:
+        """A value: known, or loaded now."""
         if value not in self.env:
             if value not in self.body.inputs:
                 raise Unsupported(f"{value!r} is used before it is made")
@@ -158,7 +259,9 @@ class Scores:
             return ()
         if shape == (self.experts,):
             return ("e",)
-        known = {1: ("t",), self.choices: CHOSEN, self.experts: SCORES}
+        if shape == self.index.type.shape[:1]:
+            return TOKENS
+        known = {1: TOKENS, self.choices: CHOSEN, self.experts: SCORES}
         if len(shape) != 2 or isinstance(shape[1], sympy.Expr) or shape[1] not in known:
             raise Unsupported(f"{value!r} is of no tokens")
         return known[shape[1]]
@@ -170,156 +273,106 @@ class Scores:
             self.env[op.result] = self.text.literal(op)
         elif op.kind == "moe.activate":
             self.env[op.result] = self._activate(op)
+        elif op.kind == "moe.select":
+            self.env[op.result] = self._best(op)
         elif op.kind == "moe.weight":
             self.env[op.result] = self._weight(op)
         elif is_pointwise(op):
             self.env[op.result] = self._pointwise(op)
+        elif op.kind in TOKEN_OPS:
+            self.env.update(zip(op.results, TOKEN_OPS[op.kind](self, op), strict=True))
         else:
             raise Unsupported(f"{op.kind} in a routing kernel")
 
     def _pointwise(self, op: Op) -> Term:
-        terms = [self._term(v) for v in op.operands]
+        terms = [self.term(v) for v in op.operands]
         if {"e", "k"} <= {a for t in terms for a in t.axes}:
             raise Unsupported("experts and choices in one operation")
         return self.text.pointwise(op, terms, ORDER)
 
     def _activate(self, op: Op) -> Term:
-        x, fn = self._term(op.operands[0]), op.attrs["fn"]
+        x, fn = self.term(op.operands[0]), op.attrs["fn"]
         if x.axes != SCORES or op.attrs.get("groups", 1) != 1:
             raise Unsupported("a softmax of groups")
         if fn == "identity":
             return x
         if fn == "softmax":
-            return self._softmax(x, op.result.hint, SCORES)
+            return softmax(self, x, op.result.hint)
         if fn == "sigmoid":
             return self.text.let(op.result.hint, f"tl.sigmoid({x.text})", SCORES)
         soft = f"{self.text.use('log1p')}(tl.exp({x.text}))"
         text = f"tl.sqrt(tl.where({x.text} > 20.0, {x.text}, {soft}))"
         return self.text.let(op.result.hint, text, SCORES)
 
-    def _softmax(self, x: Term, hint: str, axes: tuple[str, ...]) -> Term:
-        t = self.text
-        index, count = ("expert", self.experts) if axes == SCORES else ("slot", self.choices)
-        if count != power_of_two(count):
-            low = f'tl.where(({index} < {count})[None, :], {x.text}, float("-inf"))'
-            x = t.let("shifted", low, axes)
-        power = t.let("power", f"tl.exp({x.text} - tl.max({x.text}, 1)[:, None])", axes).text
-        return t.let(hint, f"{power} / tl.sum({power}, 1)[:, None]", axes)
+    def _best(self, op: Op) -> Term:
+        """The first of the best experts: a selection that only says how good the best is."""
+        x = self.term(op.operands[0])
+        plain = op.attrs["k"] == 1 and op.attrs.get("mode", "topk") in ("topk", "first")
+        if not plain or len(op.operands) > 1 or x.axes != SCORES:
+            raise Unsupported("a second selection")
+        self.text.used |= {"order_of", "first_best"}
+        key = f"order_of({x.text})"
+        if self.lanes != self.experts:
+            key = f"tl.where((expert < {self.experts})[None, :], {key}, {self.least})"
+        return self.text.let(op.result.hint, f"first_best({key}, expert, EP)", TOKENS)
 
     def _weight(self, op: Op) -> Term:
-        t, hint = self.text, op.result.hint
-        source, norm = op.attrs.get("source", "gather"), op.attrs.get("norm", "none")
-        w = self.picked[op.operands[0]]
-        if _uncast(self.body, op.operands[1]) is not self.index:
-            raise Unsupported("weights of another selection")
-        if source == "softmax":
-            w = self._softmax(w, hint, CHOSEN)
-        elif source == "sigmoid":
-            w = t.let(hint, f"tl.sigmoid({w.text})", CHOSEN)
-        eps = number(float(op.attrs.get("eps", 0.0)), self.dtype)
-        if norm != "none":
-            summed = w.text
-            if self.choices != power_of_two(self.choices):
-                summed = f"tl.where((slot < {self.choices})[None, :], {w.text}, 0.0)"
-            total = t.let("total", f"tl.sum({summed}, 1)[:, None]").text
-            if norm == "clamp_min":
-                total = f"tl.where({total} < {eps}, {eps}, {total})"
-            elif op.attrs.get("eps", 0.0):
-                total = f"({total} + {eps})"
-            w = t.let(hint, f"{w.text} / {total}", CHOSEN)
+        chosen = _uncast(self.body, op.operands[1])
+        if self.select is None or chosen is not self.select.result:
+            best = self.env.get(chosen)
+            if best is None or best.axes != TOKENS or set(op.attrs) - {"source"}:
+                raise Unsupported("weights of another selection")
+            source = self.term(op.operands[0])
+            hit = f"expert[None, :] == {best.text}[:, None]"
+            found = f"tl.sum(tl.where({hit}, {source.text}, 0.0), 1)"
+            return self.text.let(op.result.hint, found, TOKENS)
+        none = ""
+        if self.select.attrs.get("mode", "topk") not in _ALWAYS_AN_EXPERT:
+            none = f"{self.env[self.select.result].text} >= {self.experts}"
+        w = self._normalised(op, self._source(op, none))
         scale = float(op.attrs.get("scale", 1.0))
-        return w if scale == 1.0 else t.let(hint, f"{w.text} * {number(scale, self.dtype)}", CHOSEN)
+        if scale != 1.0:
+            scaled = f"{w.text} * {number(scale, self.dtype)}"
+            w = self.text.let(op.result.hint, scaled, CHOSEN)
+        return self._without(w, none, "0.0")  # a sum of nothing gives 0 / 0
 
-    # selection
-    def _write_selection(self) -> None:
-        t, mode = self.text, self.select.attrs.get("mode", "topk")
-        if mode not in ("topk", "group_limited"):
-            raise Unsupported(f"selection by {mode}")
-        t.line("# select, the best first; the lowest index among equal ones")
-        t.used.add("order_of")
-        choice = self._choice()
-        if mode == "group_limited":
-            t.used.add("first_best")
-            choice = self._limit_groups(choice)
-        self._write_rounds(choice)
+    def _source(self, op: Op, none: str) -> Term:
+        """The numbers that weights are made of; ``none`` says where a place holds no expert."""
+        w, source, hint = self.picked[op.operands[0]], op.attrs.get("source"), op.result.hint
+        if source == "softmax":
+            return self._without(softmax(self, self._without(w, none, -math.inf), hint), none, 0.0)
+        if source == "sigmoid":
+            w = self.text.let(hint, f"tl.sigmoid({w.text})", CHOSEN)
+        return self._without(w, none, 0.0)
 
-    def _choice(self) -> Term:
-        terms = [self._term(v) for v in self.select.operands]
-        if terms[0].axes != SCORES:
-            raise Unsupported("a selection of something that is no scores")
-        if len(terms) == 1:
-            return terms[0]
-        return self.text.let("choice", f"{terms[0].text} + {terms[1].on(SCORES)}", SCORES)
+    def _without(self, w: Term, none: str, value: float | str) -> Term:
+        if not none:
+            return w
+        text = value if isinstance(value, str) else number(value, self.dtype)
+        return self.text.let(w.text, f"tl.where({none}, {text}, {w.text})", CHOSEN)
 
-    def _keys(self, choice: Term, index: str, count: int, padded: int) -> str:
-        key = f"order_of({choice.text})"
-        if count != padded:
-            key = f"tl.where(({index} < {count})[None, :], {key}, {self.least})"
-        return key
-
-    def _write_rounds(self, choice: Term) -> None:
-        """K rounds: take the best, note its index and its scores, put it last."""
-        t = self.text
-        t.line(f"key = {self._keys(choice, 'expert', self.experts, power_of_two(self.experts))}")
-        index = t.let(self.index.hint, "tl.zeros((BT, KP), tl.int32)", CHOSEN)
-        t.names.fresh("count")
-        t.names.fresh("top")
-        sources = {op.operands[0]: None for op in self.body.ops if op.kind == "moe.weight"}
-        for value in sources:
-            self.picked[value] = t.let("picked", f"tl.zeros((BT, KP), {self.dtype})", CHOSEN)
-        with t.block(f"for k in tl.static_range({self.choices}):"):
-            t.line("top = tl.max(key, 1)[:, None]")
-            t.line("best = tl.min(tl.where(key == top, expert[None, :], EP), 1)[:, None]")
-            t.line("hit = expert[None, :] == best")
-            t.line(f"key = tl.where(hit, {self.least}, key)")
-            t.line("here = slot[None, :] == k")
-            t.line(f"{index.text} = tl.where(here, best, {index.text})")
-            for value, term in self.picked.items():
-                source = self._term(value).text
-                found = f"tl.sum(tl.where(hit, {source}, 0.0), 1)[:, None]"
-                if source == choice.text:  # the key tells the score
-                    found = f"{t.use('value_of')}(top)"
-                t.line(f"{term.text} = tl.where(here, {found}, {term.text})")
-        t.line(f"count = tl.sum(((key == {self.least}) & inside).to(tl.int32), 0)")
-        self.env[self.index] = index
-
-    def _limit_groups(self, choice: Term) -> Term:
-        """The scores with those of all but the best groups set to the mask value."""
-        t, attrs = self.text, self.select.attrs
-        groups, kept = int(attrs.get("groups", 1)), int(attrs.get("topk_groups", 1))
-        size, padded = self.experts // groups, power_of_two(groups)
-        t.line(f"family = expert // {size}  # only experts of the best groups take part")
-        t.line(f"families = tl.arange(0, {padded})")
-        key = t.let("order", self._keys(choice, "expert", self.experts, power_of_two(self.experts)))
-        rank = t.let("family_score", f"tl.zeros((BT, {padded}), {self.dtype})")
-        with t.block(f"for g in tl.static_range({groups}):"):
-            t.line(f"member = tl.where((family == g)[None, :], {key.text}, {self.least})")
-            value = self._family_score(choice, attrs.get("group_score", "sum_top2"))
-            t.line(f"{rank.text} = tl.where(families[None, :] == g, {value}, {rank.text})")
-        t.line(f"family_key = {self._keys(rank, 'families', groups, padded)}")
-        t.line("allowed = tl.zeros((BT, EP), tl.int1)")
-        with t.block(f"for g in tl.static_range({kept}):"):
-            t.line(f"best = first_best(family_key, families, {padded})[:, None]")
-            t.line(f"family_key = tl.where(families[None, :] == best, {self.least}, family_key)")
-            t.line("allowed = allowed | (family[None, :] == best)")
-        masked = number(float(attrs.get("mask_value", float("-inf"))), self.dtype)
-        return t.let("limited", f"tl.where(allowed, {choice.text}, {masked})", SCORES)
-
-    def _family_score(self, choice: Term, kind: str) -> str:
-        t = self.text
-        pick = f"tl.sum(tl.where(hit, {choice.text}, 0.0), 1)[:, None]"
-        t.line("hit = expert[None, :] == first_best(member, expert, EP)[:, None]")
-        if kind == "max":
-            return pick
-        t.line(f"first = {pick}")
-        t.line(f"member = tl.where(hit, {self.least}, member)")
-        t.line("hit = expert[None, :] == first_best(member, expert, EP)[:, None]")
-        return f"first + {pick}"
+    def _normalised(self, op: Op, w: Term) -> Term:
+        norm, t = op.attrs.get("norm", "none"), self.text
+        if norm == "none":
+            return w
+        eps = number(float(op.attrs.get("eps", 0.0)), self.dtype)
+        total = t.let("total", f"tl.sum({filled(self, w, '0.0')}, 1)[:, None]").text
+        if norm == "clamp_min":
+            total = f"tl.where({total} < {eps}, {eps}, {total})"
+        elif op.attrs.get("eps", 0.0):
+            total = f"({total} + {eps})"
+        return t.let(op.result.hint, f"{w.text} / {total}", CHOSEN)
 
 
 def tokens_a_program(choices: int, experts: int) -> int:
     """Tokens a program: as many as it can rank pairs and hold scores of."""
     return max(1, min(PAIRS // power_of_two(choices), 4096 // power_of_two(experts)))
+
+
+def groups_of(limit: Op | None, choices: int) -> int:
+    """In how many groups the pairs get their places: one a choice, or one."""
+    by_choice = limit is not None and limit.attrs.get("order", "choice_major") == "choice_major"
+    return choices if by_choice else 1
 
 
 def _uncast(body: Graph, value: Value) -> Value:
@@ -329,8 +382,22 @@ def _uncast(body: Graph, value: Value) -> Value:
     return value
 
 
-def _only_select(body: Graph, dispatch: Op) -> Op:
-    selects = [op for op in body.ops if op.kind == "moe.select"]
-    if len(selects) != 1 or dispatch.operands[0] is not selects[0].result:
-        raise Unsupported(f"{len(selects)} selections")
-    return selects[0]
+def index_select(body: Graph, index: Value) -> Op | None:
+    """The selection whose experts the indices name; none where every expert has a mark."""
+    made = {r: op for op in body.ops for r in op.results}
+    pending, found = [index], set[Op]()
+    while pending:
+        op = made.get(pending.pop())
+        if op is not None and op.kind == "moe.select":
+            found.add(op)
+        elif op is not None:
+            pending += [op.operands[place] for place in CARRIERS.get(op.kind, ())]
+    if len(found) > 1:
+        raise Unsupported(f"{len(found)} selections")
+    return next(iter(found), None)
+
+
+def _may_have_none(select: Op | None, index: Value) -> bool:
+    """Whether a place may hold no expert."""
+    plain = select is not None and index is select.result
+    return not plain or select is None or select.attrs.get("mode", "topk") not in _ALWAYS_AN_EXPERT

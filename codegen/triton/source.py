@@ -9,6 +9,7 @@ from pathlib import Path
 
 _FILES = (
     Path(__file__).with_name("library.py"),
+    Path(__file__).with_name("counts_library.py"),
     Path(__file__).parents[1] / "gluon" / "library.py",
 )
 

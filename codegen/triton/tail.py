@@ -20,7 +20,7 @@ _SINKS: dict[str, tuple[int, ...]] = {
 }
 _BY_EXPERT = ("kern.grouped_gemm", "kern.grouped_outer")
 _ROW_BY_ROW = ("t.reshape", "t.split", "t.merge", "moe.row_scale", "moe.row_dot", "kern.pointwise")
-_ALWAYS_AN_EXPERT = ("topk", "group_limited", "topk_per_group")
+_ALWAYS_AN_EXPERT = ("topk", "first", "group_limited", "topk_per_group")
 
 
 def leak(graph: Graph, op: Op) -> str:
@@ -36,22 +36,33 @@ def leak(graph: Graph, op: Op) -> str:
         if value in graph.returned:
             return "the result of the graph"
         for reader in readers.get(value, []):
-            if reader.kind in _ROW_BY_ROW or opdef(reader.kind).pointwise:
-                stack += reader.results
-            elif not _is_sink(reader, value):
+            if _is_sink(reader, value):
+                continue
+            if reader.kind not in _ROW_BY_ROW and not opdef(reader.kind).pointwise:
                 return reader.kind
+            stack += reader.results
     return ""
 
 
 def _is_sink(reader: Op, value: Value) -> bool:
     if reader.kind in _BY_EXPERT:
         return True
+    if reader.kind == "kern.pointwise" and reader.body is not None:
+        return _is_unpermuted(reader, reader.body, value)
     if reader.kind == "kern.combine" and reader.body is not None:
         (anchor,) = (o for o in reader.body.ops if o.kind == "moe.combine")
         inner = dict(zip(reader.operands, reader.body.inputs, strict=True))
         return anchor.operands[0] is inner[value]
     at = [i for i, v in enumerate(reader.operands) if v is value]
     return all(i in _SINKS.get(reader.kind, ()) for i in at)
+
+
+def _is_unpermuted(reader: Op, body: Graph, value: Value) -> bool:
+    """Whether a kernel takes the rows of pairs and no others."""
+    inside = users(body)
+    inputs = [i for i, v in zip(body.inputs, reader.operands, strict=True) if v is value]
+    taken = [(op, i) for i in inputs for op in inside.get(i, [])]
+    return bool(taken) and all(o.kind == "moe.unpermute" and o.operands[0] is i for o, i in taken)
 
 
 def _may_have_none(graph: Graph, op: Op) -> bool:
@@ -64,6 +75,8 @@ def _may_have_none(graph: Graph, op: Op) -> bool:
     source = made.get(outer.get(product.operands[2], product.operands[2]))
     if source is None:
         return True
+    if source.kind == "moe.dispatch_picks":
+        return False
     inside = producers(source.body) if source.body is not None else made
     dispatches = [o for o in (source.body or graph).ops if o.kind == "moe.dispatch"]
     selects = [inside.get(o.operands[0]) for o in dispatches]

@@ -10,6 +10,7 @@ from moec.ir.types import SIZES
 
 SHARED_BYTES = 232448 - 4096  # of a Hopper processor, less what barriers and the like take
 FEW_ROWS = 16  # of a tile where an expert has few
+UNROLLED = 16  # up to so many choices a token, loops over them are written out
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from moec.codegen.triton.kernel import (
     documentation,
     is_pointwise,
 )
-from moec.codegen.triton.tiles import power_of_two
+from moec.codegen.triton.tiles import UNROLLED, power_of_two
+from moec.codegen.triton.token_values import CHOSEN, SCORES, TOKEN_OPS
 from moec.codegen.writer import Writer
 from moec.ir.dims import Dim, python_source
 from moec.ir.graph import Op, Value
 
 ORDER = ("t", "e", "k")
-SCORES, CHOSEN = ("t", "e"), ("t", "k")
 PAIRS, ELEMENTS = 128, 4096  # of choices, and of scores, that a program holds
 
 
@@ -84,7 +84,7 @@ class Tokens:
         for op in self.body.ops:
             self._op(op)
         for value in self.body.outputs:
-            out, term = t.parameter(value, f"{value.hint}_out"), self._term(value)
+            out, term = t.parameter(value, f"{value.hint}_out"), self.term(value)
             at, mask = self._place(term.axes)
             t.line(f"tl.store({out} + {at}, {term.text}, mask={mask})")
         t.sort(self.body)
@@ -99,16 +99,25 @@ class Tokens:
             return "token", "live"
         raise Unsupported("a result that is no token's")
 
+    def extent(self, axes: tuple[str, ...]) -> tuple[str, int, int]:
+        """The index along a value's second axis, its size, and how many lanes it has."""
+        if axes == SCORES:
+            return "expert", int(self.experts), self.padded[0]
+        return "slot", self.choices, self.padded[1]
+
     def _axes(self, value: Value) -> tuple[str, ...]:
         known = {self.experts: SCORES, self.choices: CHOSEN, 1: ("t",)}
         shape = value.type.shape
         if not shape:
             return ()
+        if shape == (self.rows,):
+            return ("t",)
         if len(shape) != 2 or shape[0] != self.rows or shape[1] not in known:
             raise Unsupported(f"{value!r} is no token's")
         return known[shape[1]]
 
-    def _term(self, value: Value) -> Term:
+    def term(self, value: Value) -> Term:
+        """A value: known, or loaded now."""
         if value not in self.env:
             if value not in self.body.inputs:
                 raise Unsupported(f"{value!r} is used before it is made")
@@ -118,11 +127,15 @@ class Tokens:
             self.env[value] = self.text.let(value.hint, self.text.held(value.type, load), axes)
         return self.env[value]
 
+    @property
+    def _loop(self) -> str:
+        """How the choices are gone through."""
+        return "tl.static_range" if self.choices <= UNROLLED else "range"
+
     # ops
     def _op(self, op: Op) -> None:
         handler = {
             "t.full": self._full,
-            "t.sum": self._sum,
             "t.gather": self._gather,
             "t.scatter_add": self._spread,
             "moe.unpermute": self._unpermute,
@@ -133,38 +146,58 @@ class Tokens:
         self.env[op.result] = self.text.literal(op)
 
     def _pointwise(self, op: Op) -> None:
+        if op.kind in TOKEN_OPS:
+            self.env.update(zip(op.results, TOKEN_OPS[op.kind](self, op), strict=True))
+            return
         if not is_pointwise(op):
             raise Unsupported(f"{op.kind} on tokens")
-        terms = [self._term(v) for v in op.operands]
+        terms = [self.term(v) for v in op.operands]
         if {"e", "k"} <= {a for t in terms for a in t.axes}:
             raise Unsupported("experts and choices in one operation")
         self.env[op.result] = self.text.pointwise(op, terms, ORDER)
 
-    def _sum(self, op: Op) -> None:
-        term = self._term(op.operands[0])
-        if term.axes not in (SCORES, CHOSEN):
-            raise Unsupported("a sum of one number")
-        mask = "inside" if term.axes == SCORES else "chosen"
-        text = f"tl.sum(tl.where({mask}, {term.text}, 0.0), 1)"
-        self.env[op.result] = self.text.let(op.result.hint, text, ("t",))
-
     def _gather(self, op: Op) -> None:
-        source, index = op.operands
+        source, index = self._uncast(op.operands[0]), op.operands[1]
         if source not in self.body.inputs or self._axes(source) != SCORES:
-            raise Unsupported("a gather of what the kernel computes")
-        name, at = self.text.parameter(source), self._term(index).text
+            self.env[op.result] = self._picked(op)
+            return
+        name, at = self.text.parameter(source), self.term(index).text
         load = f"tl.load({name} + token[:, None] * {self.experts} + {at}, mask=chosen, other=0)"
         held = self.text.held(source.type, load)
         self.env[op.result] = self.text.let(op.result.hint, held, CHOSEN)
 
+    def _uncast(self, value: Value) -> Value:
+        """What floats were converted from: a kernel holds all floats in one dtype."""
+        made = {r: op for op in self.body.ops for r in op.results}
+        while value in made and made[value].kind == "t.cast" and value.type.is_float:
+            if not made[value].operands[0].type.is_float:
+                break
+            value = made[value].operands[0]
+        return value
+
+    def _picked(self, op: Op) -> Term:
+        """Computed scores at each choice's expert."""
+        source, index = (self.term(v) for v in op.operands)
+        if source.axes != SCORES or index.axes != CHOSEN:
+            raise Unsupported("a gather of something else")
+        t = self.text
+        picked = t.let(op.result.hint, f"tl.zeros((BT, KP), {t.dtype})", CHOSEN)
+        with t.block(f"for k in {self._loop}({self.choices}):"):
+            t.line("here = slot[None, :] == k")
+            t.line(f"best = tl.sum(tl.where(here, {index.text}, 0), 1)[:, None]")
+            found = f"tl.where(expert[None, :] == best, {source.text}, 0.0)"
+            t.line(f"hit = tl.sum({found}, 1)[:, None]")
+            t.line(f"{picked.text} = tl.where(here, hit, {picked.text})")
+        return picked
+
     def _spread(self, op: Op) -> None:
         """Each choice's number at its expert; numbers of one expert are added."""
-        index, values = self._term(op.operands[1]), self._term(op.operands[2])
+        index, values = self.term(op.operands[1]), self.term(op.operands[2])
         if values.axes != CHOSEN or index.axes != CHOSEN:
             raise Unsupported("a scatter of something else")
         t = self.text
         total = t.let(op.result.hint, f"tl.zeros((BT, EP), {t.dtype})", SCORES)
-        with t.block(f"for k in tl.static_range({self.choices}):"):
+        with t.block(f"for k in {self._loop}({self.choices}):"):
             t.line("here = slot[None, :] == k")
             t.line(f"best = tl.sum(tl.where(here, {index.text}, 0), 1)[:, None]")
             t.line(f"hit = tl.sum(tl.where(here, {values.text}, 0.0), 1)[:, None]")
@@ -176,7 +209,7 @@ class Tokens:
         if rows not in self.body.inputs:
             raise Unsupported("rows that the kernel computes")
         self.facts.rows(rows.type.shape[0])
-        name, at = self.text.parameter(rows), self._term(inverse).text
+        name, at = self.text.parameter(rows), self.term(inverse).text
         load = f"tl.load({name} + {at}, mask=chosen & ({at} >= 0), other=0)"
         self.env[op.result] = self.text.let(op.result.hint, self.text.held(rows.type, load), CHOSEN)
 

@@ -11,6 +11,7 @@ from torch import fx
 
 from moec.capture.importer import ExpertSlice, Importer, handles
 from moec.errors import CaptureError
+from moec.ir.dims import Dim, canon, prove_at_most
 from moec.ir.graph import Value
 from moec.ir.types import FLOATS, Type, dtype_name
 
@@ -183,7 +184,15 @@ def _clamp_by_tensors(i: Importer, node: fx.Node, x: Value, bounds: Mapping[str,
 
 
 def _constant(i: Importer, like: Value, value: Any) -> Value:
-    full: Value = i.b.full(Type(like.type.dtype, ()), number(value))
+    return scalar(i, value, like.type.dtype)
+
+
+def scalar(i: Importer, value: Any, dtype: str) -> Value:
+    """A number, or a size, in a tensor without axes."""
+    if isinstance(value, sympy.Expr):
+        size: Value = i.b("t.size", size=value, dtype=dtype)
+        return size
+    full: Value = i.b.full(Type(dtype, ()), number(value))
     return full
 
 
@@ -249,11 +258,8 @@ def where(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
 @handles(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 def masked_fill(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
     x = i.value(args[0])
-    fill = (
-        i.cast(args[2], x.type.dtype)
-        if isinstance(args[2], Value)
-        else i.b.full(Type(x.type.dtype, ()), number(args[2]))
-    )
+    dtype = x.type.dtype
+    fill = i.cast(args[2], dtype) if isinstance(args[2], Value) else scalar(i, args[2], dtype)
     return i.b("t.where", i.value(args[1]), fill, x, hint=i.hint(node))
 
 
@@ -315,13 +321,20 @@ def slice_(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
     size = x.type.shape[axis]
     if _is_start(start, size) and (stop is None or _beyond(stop, size)) and step == 1:
         return args[0]
-    if not isinstance(size, int):
-        raise CaptureError("a slice of a token axis")
-    low, high = (_inside(int(b), size) for b in (start or 0, size if stop is None else stop))
-    made = i.b(
-        "t.slice", x, dim=axis, start=low, stop=max(low, high), step=int(step), hint=i.hint(node)
-    )
+    low, high = _bounds(i, start or 0, size if stop is None else stop, size)
+    made = i.b("t.slice", x, dim=axis, start=low, stop=high, step=int(step), hint=i.hint(node))
     return ExpertSlice(made) if isinstance(args[0], ExpertSlice) else made
+
+
+def _bounds(i: Importer, start: Any, stop: Any, size: Dim) -> tuple[Dim, Dim]:
+    """Where a slice begins and ends; of a token axis, if that is within it at every size."""
+    if isinstance(size, int):
+        low, high = _inside(int(start), size), _inside(int(stop), size)
+        return low, max(low, high)
+    low, high = (canon(b + size) if isinstance(b, int) and b < 0 else b for b in (start, stop))
+    if not all(prove_at_most(a, b, i.b.ranges) for a, b in ((0, low), (low, high), (high, size))):
+        raise CaptureError("a slice of a token axis")
+    return low, high
 
 
 def _is_start(start: Any, size: Any) -> bool:
@@ -378,10 +391,12 @@ def concat(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
 
 @handles(aten.full.default, aten.zeros.default, aten.ones.default, aten.scalar_tensor.default)
 def full(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
+    if node.target is aten.scalar_tensor.default:
+        return scalar(i, args[0], i.dtype(node))
     known: dict[Any, float] = {aten.zeros.default: 0.0, aten.ones.default: 1.0}
     fill = known.get(node.target)
     if fill is None:
-        fill = number(args[0] if node.target is aten.scalar_tensor.default else args[1])
+        fill = number(args[1])
     return i.b("t.full", value=fill, dtype=i.dtype(node), shape=i.shape_of(node), hint=i.hint(node))
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from moec.capture.aten import number
+from moec.capture.aten import number, scalar
 from moec.capture.importer import Importer, handles
 from moec.errors import CaptureError
 from moec.ir.dims import product
 from moec.ir.graph import Value
-from moec.ir.types import FLOATS, Type
+from moec.ir.types import FLOATS
 
 aten = torch.ops.aten
 Args = Sequence[Any]
@@ -94,6 +94,8 @@ def _times(i: Importer, value: Value, size: Any) -> Value:
 def _inside(i: Importer, place: Value, size: Any) -> Value:
     """An index counted from the front; -1 means the last."""
     made = i.b.made_by(place)
+    while made is not None and made.kind in _MOVING:
+        made = i.b.made_by(made.operands[0])
     if made is not None and made.kind in _NEVER_NEGATIVE:
         return place
     negative = i.b("t.lt", place, other=0.0)
@@ -102,6 +104,7 @@ def _inside(i: Importer, place: Value, size: Any) -> Value:
     return found
 
 
+_MOVING = {"t.permute", "t.reshape", "t.expand", "t.slice"}
 _NEVER_NEGATIVE = {"t.topk", "t.sort", "t.arange"}
 
 
@@ -279,8 +282,5 @@ def _log_sum(i: Importer, x: Value, dim: int) -> Value:
 @handles(aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
 def where_number(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
     dtype = i.dtype(node)
-    sides = [
-        i.cast(a, dtype) if isinstance(a, Value) else i.b.full(Type(dtype, ()), number(a))
-        for a in args[1:3]
-    ]
+    sides = [i.cast(a, dtype) if isinstance(a, Value) else scalar(i, a, dtype) for a in args[1:3]]
     return i.b("t.where", i.value(args[0]), *sides, hint=i.hint(node))

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,8 +21,11 @@ from moec.call_form import CallForm, TensorForm, parameters
 from moec.capture.conversions import idle_conversions
 from moec.capture.experts import ExpertsBody
 from moec.capture.importer import Importer
+from moec.capture.open_sizes import open_sizes
 from moec.capture.reading import ExpertGroups
 from moec.capture.requirements import SizeGuard, size_guards
+from moec.capture.size_guards import doubtful_sizes
+from moec.capture.sizes import dim_of_expression
 from moec.capture.wrappers import experts_arguments, forward_replaced
 from moec.errors import CaptureError
 from moec.ir import dims
@@ -91,11 +94,12 @@ def capture_block(
     """
     names = ("B", "S") if data[0].dim() == 3 else ("T",)
     experts = block.get_submodule(experts_path)
-    with opaque_experts(experts), idle_conversions(block):
+    with opaque_experts(experts), idle_conversions(block), open_sizes(block):
         exported, guards = _exported(block, data, form)
     importer = _ExpertsImporter(exported, names, path, body, experts_path, block, form)
     importer.guards = guards
-    return importer.run(block)
+    captured = importer.run(block)
+    return replace(captured, doubtful=doubtful_sizes(guards, importer.symbols, names))
 
 
 def _first_parameter(block: nn.Module) -> str:
@@ -264,13 +268,7 @@ class ExportImporter:
 
     def dim(self, expression: Any) -> Dim:
         """A tracer's expression of sizes as a dim."""
-        unknown = expression.free_symbols - self.symbols.keys()
-        if unknown or any(
-            f.__module__.startswith("torch")
-            for f in (type(a) for a in expression.atoms(*()) | {expression})
-        ):
-            raise CaptureError(f"the size {expression} is no sum of products of token axes")
-        return dims.canon(expression.xreplace(self.symbols))
+        return dim_of_expression(expression, self.symbols)
 
 
 class _ExpertsImporter(ExportImporter):

@@ -5,28 +5,30 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from torch import nn
 
 from moec.errors import CaptureError
 
+Place = tuple[str, int]  # file and line
 _SIZE_METHODS = {"size", "numel", "nelement", "__len__"}
 _CHECKED = (0, 1)  # the comparison with the block itself runs at these sizes
 
 
-def refuse_size_branches(module: nn.Module) -> None:
+def refuse_size_branches(module: nn.Module, symbolic: Collection[Place] | None = None) -> None:
     """Raise :class:`CaptureError` if a method compares a number of tokens with anything but 0 or 1.
 
     Read off the source of the module's classes and of those below it, torch's own aside: ``min``
-    and
-    ``max`` of a size count as comparisons; the size of the last axis, the width, does not.
+    and ``max`` of a size count as comparisons; the size of the last axis, the width, does not.
+    ``symbolic`` are the places where a run with symbols for sizes was seen to compare tensors with
+    them: no branch. (``min`` and ``max`` are none in such a run either.)
     """
     for cls in {type(m) for m in module.modules()}:
         if not cls.__module__.startswith("torch."):
             for function in _methods(cls):
-                _check(function)
+                _check(function, symbolic)
 
 
 def limits_counts(module: nn.Module) -> bool:
@@ -66,21 +68,25 @@ def _methods(cls: type) -> Iterator[Callable[..., object]]:
             yield inspect.unwrap(member)
 
 
-def _check(function: Callable[..., object]) -> None:
+def _check(function: Callable[..., object], symbolic: Collection[Place] | None) -> None:
     try:
         lines, first = inspect.getsourcelines(function)
         tree = ast.parse(textwrap.dedent("".join(lines)))
     except (OSError, SyntaxError, TypeError):
         return  # no source: the comparison with the block itself has to do
-    sizes = _size_names(tree)
+    sizes, path = _size_names(tree), inspect.getsourcefile(function) or "?"
     for node in ast.walk(tree):
-        if _depends_on_size(node, sizes):
-            path = Path(inspect.getsourcefile(function) or "?").name
-            line = first + getattr(node, "lineno", 1) - 1
-            raise CaptureError(
-                f"{path}:{line}: {ast.unparse(node)!r} depends on the number of tokens, "
-                "so the block may take another path at sizes that were not tried"
-            )
+        if not _depends_on_size(node, sizes):
+            continue
+        start, end = (first + getattr(node, n, 1) - 1 for n in ("lineno", "end_lineno"))
+        if symbolic is not None and (
+            isinstance(node, ast.Call) or any((path, n) in symbolic for n in range(start, end + 1))
+        ):
+            continue
+        raise CaptureError(
+            f"{Path(path).name}:{start}: {ast.unparse(node)!r} depends on the number of tokens, "
+            "so the block may take another path at sizes that were not tried"
+        )
 
 
 def _depends_on_size(node: ast.AST, sizes: set[str]) -> bool:

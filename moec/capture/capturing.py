@@ -80,7 +80,8 @@ def _loop_or_block(
     try:
         with unchanged(module, plain=True) as writes:
             captured = _captured(candidate, dtype, rank, trial)
-            found = _checked(_finished(name, module, kind, captured, trial), dtype, rank, trial)
+            finished = _finished(name, module, kind, captured, trial)
+            found = _checked(finished, dtype, rank, trial, captured.doubtful)
         return _with_writes(found, writes, dtype, rank, trial)
     except CaptureError:
         if candidate.experts is not None:
@@ -200,13 +201,19 @@ def _runs(module: nn.Module, trial: Trial, data: list[torch.Tensor]) -> bool:
     return True
 
 
-def _checked(found: FoundRegion, dtype: torch.dtype | None, rank: int, trial: Trial) -> FoundRegion:
+def _checked(
+    found: FoundRegion,
+    dtype: torch.dtype | None,
+    rank: int,
+    trial: Trial,
+    doubtful: Sequence[tuple[int, ...]],
+) -> FoundRegion:
     """The region, if it computes what its module computes."""
     if found.graph is not None:
         parameter = next(found.module.parameters())
         hidden = int(found.graph.inputs[0].type.shape[-1])
         wanted = dtype or parameter.dtype
-        compare(found.module, found.graph, found.weights, hidden, wanted, rank, trial)
+        compare(found.module, found.graph, found.weights, hidden, wanted, rank, trial, doubtful)
     return found
 
 

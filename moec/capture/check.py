@@ -42,9 +42,10 @@ def compare(
     dtype: torch.dtype,
     rank: int,
     trial: Trial = Trial(),  # noqa: B008 (immutable)
+    doubtful: Sequence[tuple[int, ...]] = (),
 ) -> None:
     """Raise :class:`CaptureError` unless interpreting ``graph`` gives what ``module`` gives, at
-    several sizes and scales.
+    several sizes and scales, among them the sizes ``doubtful`` that the tracer left out.
 
     ``module`` runs on random tokens ``[..., hidden]`` without gradients. On the meta device nothing
     can be compared.
@@ -56,7 +57,7 @@ def compare(
     inputs = [tensors[path].detach() for path in weights]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for leading in SIZES[rank]:
+        for leading in (*SIZES[rank], *doubtful):
             for scale in SCALES:
                 x = (torch.randn(*leading, hidden, generator=generator) * scale).to(device, dtype)
                 compare_call(module, graph, trial.data(x, generator), inputs, trial.form)

@@ -9,12 +9,9 @@ every size, else the block is refused.
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import sympy
 import torch
 from torch import fx, nn
 
@@ -29,6 +26,7 @@ from moec.capture.counts import hidden_sizes
 from moec.capture.open_sizes import open_sizes
 from moec.capture.ragged import RaggedImporter
 from moec.capture.requirements import SizeGuard, raised_at
+from moec.capture.size_guards import BoundToSizeError, doubtful_sizes
 from moec.capture.sizes import dim_of_expression
 from moec.errors import CaptureError, NotRunError
 from moec.ir import dims
@@ -37,11 +35,6 @@ from moec.ir.graph import Value
 from moec.ir.types import Type, dtype_name
 from moec.share import trial_copy
 
-# Sizes of token axes at which the tracer's guards are tried; 1 is compared with the module itself.
-_GRID = (2, 3, 4, 5, 7, 16, 33, 64, 129, 1000, 4099, 2**20)
-# So many of the sizes that a guard leaves out are compared with the module.
-_DOUBTFUL = 8
-_SMALL = 64  # tokens
 _EXAMPLE = {"B": 3, "S": 5, "T": 15}
 
 
@@ -67,15 +60,11 @@ def capture_dense(
                 exported, guards = export(called, data, free, module, strict=strict)
             importer = _DenseImporter(exported, guards, axis_names(rank), extras, path)
             return importer.run(called)
-        except _BoundToSizeError as error:
+        except BoundToSizeError as error:
             reason = error  # the other tracer may keep the size open
         except CaptureError as error:
             raise (reason or error) from error
     raise reason if reason is not None else CaptureError("nothing was captured")
-
-
-class _BoundToSizeError(CaptureError):
-    """The tracer fixed a size that depends on the number of tokens."""
 
 
 class _Sized(nn.Module):
@@ -157,7 +146,7 @@ class _DenseImporter(ExportImporter):
         self.importer = importer
         self.bind_inputs(importer, graph)
         self.check_ranges()
-        doubtful = self.check_guards()
+        doubtful = doubtful_sizes(self.guards, self.symbols, self.names)
         importer.run(graph)
         output = next(n for n in graph.nodes if n.op == "output")
         if not all(isinstance(n, fx.Node) for n in output.args[0]):
@@ -187,31 +176,6 @@ class _DenseImporter(ExportImporter):
         if extra.kind == "index" and shape != wanted:
             raise CaptureError(f"an argument of shape {shape} is not of the form {wanted}")
         return Value(Type(dtype_name(value.dtype), shape), node.name)
-
-    def check_guards(self) -> tuple[tuple[int, ...], ...]:
-        """Refuse a graph that the tracer made for some sizes only.
-
-        Conditions that fail at a few sizes (of the form "is not"), or at small ones alone (the
-        layout of small tensors), are no refusal: gives such sizes, to be compared with the module.
-        """
-        left_out: set[tuple[int, ...]] = set()
-        for guard in self.guards:
-            failing = list(self.failing(guard.condition))
-            small = all(math.prod(sizes) <= _SMALL for sizes in failing)
-            if failing and guard.condition.func is not sympy.Ne and not small:
-                raise _BoundToSizeError(guard.text(self.symbols))
-            left_out.update(failing[:_DOUBTFUL])
-        return tuple(sorted(left_out))
-
-    def failing(self, expression: Any) -> Iterator[tuple[int, ...]]:
-        """The tried sizes of the token axes at which a guard does not hold."""
-        known = {str(d): s for s, d in self.symbols.items()}
-        if not expression.free_symbols <= set(known.values()):
-            return  # numbers of rows: the importer explains them, or refuses
-        for values in itertools.product(_GRID, repeat=len(self.names)):
-            at = {known[n]: sympy.Integer(v) for n, v in zip(self.names, values, strict=True)}
-            if expression.xreplace(at) != True:  # noqa: E712  (sympy's own truth)
-                yield values
 
     def dim(self, expression: Any) -> Dim:
         """A tracer's expression as a dim over the names of the token axes, quotients included."""

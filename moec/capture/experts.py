@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from moec.capture.forms import INDICES, Form, as_indices
+from moec.capture.forms import INDICES, Form, planned
 from moec.capture.importer import ExpertSlice, Importer
 from moec.capture.paths import paths_of, pattern_of
 from moec.capture.recorder import ConstantPair, IntegerPair, Recorder, Sizes, merge
+from moec.capture.row_weights import split_weight
 from moec.errors import CaptureError
 from moec.ir.builder import Builder
-from moec.ir.dims import Dim, substitute
+from moec.ir.dims import Dim, product, substitute
 from moec.ir.graph import Value
 from moec.ir.types import Type
 
@@ -65,18 +66,22 @@ class ExpertsBody:
         )
 
     def inline(
-        self, b: Builder, x: Value, idx: Value, w: Value, weight: Callable[[str], Value]
+        self,
+        b: Builder,
+        x: Value,
+        idx: Value,
+        w: Value,
+        weight: Callable[[str], Value],
+        form: Form | None = None,
     ) -> Value:
-        """Append the body for tokens ``x [T, H]``, indices ``idx [T, K]`` and weights ``w [T, K]``;
-        returns ``[T, H]``.
+        """Append the body for tokens ``x [T, H]``, indices ``idx [T, K]`` and weights ``w [T, K]``,
+        or for these in another ``form``; returns ``[T, H]``.
         """
         shape = x.type.shape
-        x = x if x.type.rank == 2 else b("t.reshape", x, shape=(idx.type.shape[0], shape[-1]))
-        idx, w = as_indices(b, self.form, idx, w, self.experts)
-        perm, offsets, inverse = b(
-            "moe.dispatch", idx, experts=self.experts, hint=("perm", "offsets", "inverse")
-        )
-        importer = _BodyImporter(b, self, perm, offsets, inverse, (x, w))
+        tokens = product(shape[:-1])
+        x = x if x.type.rank == 2 else b("t.reshape", x, shape=(tokens, shape[-1]))
+        plan, w = planned(b, form or self.form, idx, w, self.experts, tokens)
+        importer = _BodyImporter(b, self, *plan, (x, w))
         result = self.import_into(importer, weight)
         if result.type.rank == len(shape):
             return result
@@ -200,7 +205,7 @@ class _BodyImporter(Importer):
         if self.added is None:
             raise CaptureError("the loop adds nothing to its result")
         dtype = self.data[0].type.dtype
-        rows, weights = _split_weight(self.b, self.added, dtype)
+        rows, weights = split_weight(self.b, self.added, dtype)
         rows = self.without_dropped(rows) if self.body.shares_weights else rows
         operands = (rows, *self.plan) if weights is None else (rows, *self.plan, self.data[1])
         result: Value = self.b("moe.combine", *operands, dtype=dtype, hint="routed")
@@ -213,38 +218,6 @@ def _is_cut(node: fx.Node) -> bool:
     return all(
         user.target in picks or (user.target in _RESHAPES and _is_cut(user)) for user in node.users
     )
-
-
-def _split_weight(b: Builder, added: Value, dtype: str) -> tuple[Value, Value | None]:
-    """``added`` without a last multiplication by the row weights, if it has one."""
-    value = added
-    op = b.made_by(value)
-    # A float64 model is held to float64's rounding: what its code rounds on the way stays rounded.
-    while op is not None and op.kind == "t.cast" and dtype != "f64":
-        value = op.operands[0]
-        op = b.made_by(value)
-    if op is None or op.kind != "t.mul" or len(op.operands) != 2:
-        return added, None
-    for rows, column in (op.operands, op.operands[::-1]):
-        if _is_weight_column(b, column) and rows.type.rank == 2:
-            return _uncast(b, rows, added), column
-    return added, None
-
-
-def _is_weight_column(b: Builder, value: Value) -> bool:
-    op = b.made_by(value)
-    while op is not None and op.kind in ("t.cast", "t.reshape"):
-        op = b.made_by(op.operands[0])
-    return op is not None and op.kind == "moe.permute"
-
-
-def _uncast(b: Builder, rows: Value, added: Value) -> Value:
-    """Undo a widening before the weighting: the combine sums in float32 in any case."""
-    op = b.made_by(rows)
-    widened = (
-        op is not None and op.kind == "t.cast" and op.operands[0].type.dtype == added.type.dtype
-    )
-    return op.operands[0] if widened and op is not None else rows
 
 
 def _number_of(pair: ConstantPair) -> Any:

@@ -53,6 +53,8 @@ class Form:
 INDICES = Form("TK", "TK")
 # Some loops do not run if each token chooses once only: here each chooses the same expert twice.
 TWICE = Form("TK", "TK", 2)
+# Each expert names its tokens, C of them.
+PICKS, TURNED_PICKS = Form("EC", "EC"), Form("CE", "CE")
 # Every expert on every token: the weights are also the routing.
 ALL = Form("", "TE")
 FORMS = (INDICES, TWICE, Form("TKE", "TK"), Form("TE", "TK"), Form("TE", "TE"))
@@ -66,6 +68,20 @@ def as_routing(form: Form, idx: torch.Tensor, experts: int) -> torch.Tensor:
     return mask if "K" in form.routing else mask.amax(1)
 
 
+def planned(
+    b: Builder, form: Form, routing: Value, w: Value, experts: int, tokens: Dim
+) -> tuple[tuple[Value, Value, Value], Value]:
+    """The order of the rows of a call and its weights ``[T, K]``."""
+    hints = ("perm", "offsets", "inverse")
+    if form != PICKS:
+        idx, w = as_indices(b, form, routing, w, experts)
+        return b("moe.dispatch", idx, experts=experts, hint=hints), w
+    plan = b("moe.dispatch_picks", _narrow(b, routing), tokens=tokens, hint=hints)
+    perm, _, inverse = plan
+    rows = _reshaped(b, w, perm.type.shape)
+    return plan, b("moe.unpermute", rows, perm, inverse, hint=w.hint)
+
+
 def as_indices(
     b: Builder, form: Form, routing: Value, w: Value, experts: int
 ) -> tuple[Value, Value]:
@@ -77,7 +93,9 @@ def as_indices(
     tokens = routing.type.shape[0]
     bound = choices_bound(b, routing)
     idx = _marked(b, routing, bound, experts)
-    if form.weights == "TE":
+    if form.weights == "TE" and bound == experts:
+        pass  # a weight for each place
+    elif form.weights == "TE":
         w = b("t.gather", w, b("t.clamp", idx, max=experts - 1), dim=-1, hint=w.hint)
     elif w.type.shape != idx.type.shape:
         column = b("t.reshape", w, shape=(*w.type.shape, 1)) if idx.type.rank == 3 else w
@@ -117,9 +135,16 @@ def _narrow(b: Builder, idx: Value) -> Value:
 
 
 def _marked(b: Builder, mask: Value, bound: int, experts: int) -> Value:
-    """The marked experts of each row of a mask, at most ``bound``, then "no expert"."""
+    """The marked experts of each row of a mask, at most ``bound``, then "no expert".
+
+    Where all may be marked, each has a place of its own.
+    """
     if mask.type.shape[-1] != experts:
         raise CaptureError(f"a mask of type {mask.type} for {experts} experts")
+    if bound == experts:
+        marked = mask if mask.type.dtype == "bool" else b("t.ne", mask, other=0.0)
+        numbers = b("t.arange", size=experts, dtype="i32")
+        return b("t.where", marked, numbers, b.full(Type("i32", ()), experts), hint="idx")  # type: ignore[no-any-return]
     marks = b("t.cast", b("t.ne", _numbers(b, mask), other=0.0), dtype="f32")
     found, place = b("t.topk", marks, k=bound, hint=("found", "place"))
     none = b("t.eq", found, other=0.0)
@@ -150,6 +175,11 @@ def _bound(b: Builder, value: Value, size: int) -> int:
     bounds = [_bound(b, v, size) for v in inputs if op.kind in _NARROWING | _JOINING]
     if op.kind == "t.one_hot":
         return 1
+    if op.kind == "t.scatter" and op.attrs["dim"] in (-1, value.type.rank - 1):
+        places = op.operands[1].type.shape[-1]
+        return _bound(b, op.operands[0], size) + (places if isinstance(places, int) else size)
+    if op.kind == "t.full" and op.attrs["value"] == 0:
+        return 0
     if op.kind in _NARROWING and bounds:
         return min(bounds)
     if op.kind in _JOINING and len(bounds) == len(op.operands):
@@ -173,4 +203,16 @@ def _bound_of_sum(b: Builder, value: Value, dims: Sequence[int], size: int) -> i
 _NARROWING = {"t.mul", "t.logical_and", "t.cast", "t.neg", "t.abs", "t.reshape", "t.expand"}
 _JOINING = {"t.add", "t.sub", "t.logical_or", "t.maximum"}
 
-__all__ = ["ALL", "FORMS", "INDICES", "TWICE", "Form", "as_indices", "as_routing", "choices_bound"]
+__all__ = [
+    "ALL",
+    "FORMS",
+    "INDICES",
+    "PICKS",
+    "TURNED_PICKS",
+    "TWICE",
+    "Form",
+    "as_indices",
+    "as_routing",
+    "choices_bound",
+    "planned",
+]

@@ -49,9 +49,13 @@ def handler_of(target: Any) -> Handler | None:
     """The table entry of an op."""
     import moec.capture.aten_products  # these register all handlers; they need this module first
     import moec.capture.aten_rows
+    import moec.capture.aten_writes
     import moec.capture.einsum  # noqa: F401
 
     return HANDLERS.get(target)
+
+
+_SIZES = (int, torch.SymInt, torch.SymFloat, torch.SymBool)  # what tracers compute sizes with
 
 
 class Importer:
@@ -90,9 +94,7 @@ class Importer:
         """Import one call."""
         if node.target is operator.getitem:
             return self.env[node.args[0]][node.args[1]]  # type: ignore[index]
-        if isinstance(node.meta.get("val"), torch.SymInt | int) and not isinstance(
-            node.meta.get("val"), bool
-        ):
+        if isinstance(node.meta.get("val"), _SIZES):
             return None
         handler = handler_of(node.target)
         if handler is None:

@@ -9,40 +9,48 @@ the result is compared with the block itself at several sizes before it is used.
 
 from __future__ import annotations
 
-import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, product
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten
 
 from moec.capture.block import _LEAF, MAX_TOKENS, CapturedBlock, block_name, weight_hint
 from moec.capture.branches import refuse_size_branches
 from moec.capture.constants import constant_value
-from moec.capture.counts import hidden_sizes
+from moec.capture.counts import LISTS, hidden_sizes
 from moec.capture.experts import ExpertsBody, integer_buffers, named_weights
 from moec.capture.explained import Match, refuse_unexplained
-from moec.capture.forms import as_indices
 from moec.capture.importer import Importer
 from moec.capture.lists import expert_list
+from moec.capture.loop_runs import Run, expert_call, run_block
+from moec.capture.open_sizes import open_sizes
 from moec.capture.reading import ExpertGroups, read_experts
-from moec.capture.recorder import ConstantPair, IntegerPair, Recorder, Sizes, merge
+from moec.capture.recorder import ConstantPair, IntegerPair, Sizes, merge
 from moec.capture.replace import MATCHED, replace_loop, restore_loop
-from moec.capture.requirements import raised_at
 from moec.capture.routes import Search, Values, called_on, explains
+from moec.capture.size_guards import doubtful_sizes
 from moec.capture.stacks import Part, collapse, cuts, stacked_experts, template
+from moec.capture.traced_sizes import SizeTrace, computed_dims
 from moec.errors import CaptureError, NotRunError
 from moec.ir.builder import Builder
+from moec.ir.dims import dim
 from moec.ir.graph import Value
 from moec.ir.types import Type, dtype_name
 
 aten = torch.ops.aten
 _MOST_TRIES = 200
+_RUNS = ((3, 7, 5, 11), (5, 9, 3, 13), (7, 11, 3, 19), (11, 5, 7, 13), (13, 9, 11, 15))
 _SIZES = {3: {"B": (3, 5), "S": (7, 11)}, 2: {"T": (23, 29)}}
+# With symbols for sizes, numbers of tokens must not be mistaken for others: the first that cannot.
+_TRACED_SIZES = {
+    3: [{"B": (b, c), "S": (s, r)} for b, s, c, r in _RUNS],
+    2: [{"T": (b * s, c * r)} for b, s, c, r in _RUNS],
+}
 
 
 class _Loop(nn.Module):
@@ -65,169 +73,130 @@ class _Loop(nn.Module):
         return x.new_zeros(x.shape) if out is None else out
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One recording of the block: its trace, its result, and the values of its nodes."""
-
-    recorder: Recorder
-    out: Any
-    tokens: int
-
-    def nodes(self, floating: bool, width: int | None = None) -> Iterator[fx.Node]:
-        """Recorded values with one row a token: ``[.., width]``."""
-        for node in self.recorder.graph.nodes:
-            value = node.meta.get("val")
-            if (
-                not isinstance(value, torch.Tensor)
-                or value.is_floating_point() != floating
-                or value.dtype == torch.bool
-            ):
-                continue
-            columns = value.shape[-1] if value.dim() > 1 else 1
-            if (
-                value.numel() == self.tokens * columns
-                and value.dim() >= 1
-                and width in (None, columns)
-            ):
-                yield node
-
-
 def capture_loop(
     module: nn.Module, path: str, dtype: torch.dtype | None, rank: int
 ) -> CapturedBlock:
     """The IR of a block with its own loop over a list of experts; :class:`CaptureError` says why if
     there is none.
+
+    What cannot be read with plain sizes is tried again with symbols for them: a capacity keeps the
+    expression that it was computed by.
     """
-    refuse_size_branches(module)
-    sizes = Sizes(_SIZES[rank])
-    leading = [tuple(pair[i] for pair in sizes.pairs.values()) for i in (0, 1)]
-    found = expert_list(module)
-    if found is None:
-        return _capture_stacked(module, path, dtype, leading, sizes)
-    name, members = found
-    registry = module.get_submodule(name)
-    body = read_experts(_Loop(members, registry), f"{path}.{name}" if path else name)
-    runs = [_run(module, name, members, body.hidden, dtype, sizes_) for sizes_ in leading]
-    return _captured(module, name, path, runs, members, body, sizes)
-
-
-def _captured(
-    module: nn.Module,
-    name: str,
-    path: str,
-    runs: Sequence[_Run],
-    members: Sequence[nn.Module],
-    body: ExpertsBody | ExpertGroups,
-    sizes: Sizes,
-) -> CapturedBlock:
-    graph = _merged(module, runs, members, sizes)
-    tree = tree_flatten(runs[0].out)[1]
-    return _LoopImporter(module, name, body, sizes, path).run(graph, runs[0], tree)
-
-
-def _capture_stacked(
-    module: nn.Module,
-    path: str,
-    dtype: torch.dtype | None,
-    leading: Sequence[tuple[int, ...]],
-    sizes: Sizes,
-) -> CapturedBlock:
-    """A block that loops over stacked weights of its own."""
-    experts = stacked_experts(module)
-    if experts is None:
-        raise CaptureError(f"{type(module).__name__} holds no list of equal experts")
-    hidden = _width(module, dtype, leading[0])
-    runs = [_run(module, None, (), hidden, dtype, sizes_) for sizes_ in leading]
-    parts = [cuts(run.recorder, experts) for run in runs]
-    known = {size for p in module.parameters() for size in p.shape}
-    one = template([*parts[0], *parts[1]], known)
-    members = [Part(module, one, expert) for expert in range(experts)]
-    body = read_experts(_Loop(members, module), path)
-    for run, found in zip(runs, parts, strict=True):
-        for cut in found:
-            collapse(run.recorder, cut, _expert_call)
-    return _captured(module, "", path, runs, members, body, sizes)
-
-
-def _width(module: nn.Module, dtype: torch.dtype | None, leading: tuple[int, ...]) -> int:
-    """The width of tokens with which a block runs."""
-    reasons = []
-    for hidden in hidden_sizes(module):
-        try:
-            _run(module, None, (), hidden, dtype, leading)
-        except NotRunError as error:
-            reasons.append(str(error))
-        else:
-            return hidden
-    raise NotRunError("; ".join(reasons[:1]) or f"{type(module).__name__} has no weights")
-
-
-def _run(
-    module: nn.Module,
-    name: str | None,
-    members: Sequence[nn.Module],
-    hidden: int,
-    dtype: torch.dtype | None,
-    leading: tuple[int, ...],
-) -> _Run:
-    parameter = next(module.parameters())
-    generator = torch.Generator().manual_seed(sum(leading))
-    x = torch.randn(*leading, hidden, generator=generator).to(
-        parameter.device, dtype or parameter.dtype
-    )
-    recorder = Recorder(creations=True)
-    recorder.mark("x", x)
-    for weight, tensor in (*named_weights(module), *integer_buffers(module)):
-        if name is None or not weight.startswith(f"{name}."):
-            recorder.mark(weight, tensor)
-    state = torch.get_rng_state()
     try:
-        seen = _opaque_members(members, recorder)
-        with torch.no_grad(), seen, recorder, recorder.watching():
-            out = module(x)
-    except CaptureError:
+        refuse_size_branches(module)
+        return _Capture(module, path, dtype, Sizes(_SIZES[rank]), traced=False).run()
+    except NotRunError:
         raise
-    except (
-        Exception
-    ) as error:  # the user's code may raise anything on inputs that it was not written for
-        raise NotRunError(
-            f"{type(module).__name__} did not run on tokens of shape {tuple(x.shape)}: "
-            f"{raised_at(error)}"
-        ) from error
-    finally:
-        torch.set_rng_state(state)
-    return _Run(recorder, out, x[..., 0].numel())
+    except CaptureError as error:
+        sizes = Sizes(_tellable_sizes(module, rank))
+        try:
+            with open_sizes(module):
+                return _Capture(module, path, dtype, sizes, traced=True).run()
+        except NotRunError:
+            raise error from None
 
 
-def _expert_call(x: torch.Tensor, expert: int) -> torch.Tensor:
-    """Stands for a call of an expert in a recording; never run."""
-    raise NotImplementedError
+def _tellable_sizes(module: nn.Module, rank: int) -> dict[str, tuple[int, int]]:
+    """Sizes for the two runs whose products are no other number of the block."""
+    numbers = {int(s) for t in (*module.parameters(), *module.buffers()) for s in t.shape}
+    numbers |= {v for m in module.modules() for v in vars(m).values() if isinstance(v, int)}
+    numbers |= {len(m) for m in module.modules() if isinstance(m, LISTS)}
+    for pairs in _TRACED_SIZES[rank]:
+        if not numbers & {n for run in zip(*pairs.values(), strict=True) for n in _products(run)}:
+            return pairs
+    raise CaptureError("its sizes are like numbers of tokens: no run tells them apart")
 
 
-@contextlib.contextmanager
-def _opaque_members(members: Sequence[nn.Module], recorder: Recorder) -> Iterator[None]:
-    """Within the context each expert is one recorded call."""
+def _products(sizes: Sequence[int]) -> set[int]:
+    return {*sizes, math.prod(sizes)}
 
-    def replacement(number: int, expert: nn.Module) -> Any:
-        def forward(rows: torch.Tensor) -> torch.Tensor:
-            with _disable_current_modes(), torch.no_grad():
-                out = type(expert).forward(expert, rows)
-            out = out.clone() if out is rows else out  # an expert may give the token itself
-            return recorder.opaque(_expert_call, (rows, number), out)
 
-        return forward
+@dataclass(frozen=True)
+class _Capture:
+    """One attempt to read a block; ``traced``: its sizes are symbols in the runs."""
 
-    for number, expert in enumerate(members):
-        expert.__dict__["forward"] = replacement(number, expert)
-    try:
-        yield
-    finally:
-        for expert in members:
-            del expert.__dict__["forward"]
+    module: nn.Module
+    path: str
+    dtype: torch.dtype | None
+    sizes: Sizes
+    traced: bool
+
+    def run(self) -> CapturedBlock:
+        """The captured block."""
+        found = expert_list(self.module)
+        if found is None:
+            return self._stacked()
+        name, members = found
+        registry = self.module.get_submodule(name)
+        inner = f"{self.path}.{name}" if self.path else name
+        body = read_experts(_Loop(members, registry), inner)
+        runs = [self._run(name, members, body.hidden, i) for i in (0, 1)]
+        return self._captured(name, runs, members, body)
+
+    def _stacked(self) -> CapturedBlock:
+        """A block that loops over stacked weights of its own."""
+        experts = stacked_experts(self.module)
+        if experts is None:
+            raise CaptureError(f"{type(self.module).__name__} holds no list of equal experts")
+        hidden = self._width()
+        runs = [self._run(None, (), hidden, i) for i in (0, 1)]
+        parts = [cuts(run.recorder, experts) for run in runs]
+        known = {size for p in self.module.parameters() for size in p.shape}
+        one = template([*parts[0], *parts[1]], known)
+        members = [Part(self.module, one, expert) for expert in range(experts)]
+        body = read_experts(_Loop(members, self.module), self.path)
+        for run, found in zip(runs, parts, strict=True):
+            for cut in found:
+                collapse(run.recorder, cut, expert_call)
+        return self._captured("", runs, members, body)
+
+    def _width(self) -> int:
+        """The width of tokens with which a block runs."""
+        reasons = []
+        for hidden in hidden_sizes(self.module):
+            try:
+                self._run(None, (), hidden, 0)
+            except NotRunError as error:
+                reasons.append(str(error))
+            else:
+                return hidden
+        raise NotRunError("; ".join(reasons[:1]) or f"{type(self.module).__name__} has no weights")
+
+    def _run(self, name: str | None, members: Sequence[nn.Module], hidden: int, which: int) -> Run:
+        sizes = {axis: pair[which] for axis, pair in self.sizes.pairs.items()}
+        trace = SizeTrace(sizes) if self.traced else None
+        return run_block(
+            self.module, name, members, hidden, self.dtype, tuple(sizes.values()), trace
+        )
+
+    def _captured(
+        self,
+        name: str,
+        runs: Sequence[Run],
+        members: Sequence[nn.Module],
+        body: ExpertsBody | ExpertGroups,
+    ) -> CapturedBlock:
+        sizes, doubtful = self._sizes_of(runs)
+        graph = _merged(self.module, runs, members, sizes)
+        tree = tree_flatten(runs[0].out)[1]
+        importer = _LoopImporter(self.module, name, body, sizes, self.path)
+        return replace(importer.run(graph, runs[0], tree), doubtful=doubtful)
+
+    def _sizes_of(self, runs: Sequence[Run]) -> tuple[Sizes, tuple[tuple[int, ...], ...]]:
+        """The sizes with what the block computed of them; and sizes to be compared with it."""
+        first, second = (run.trace for run in runs)
+        if first is None or second is None:
+            return self.sizes, ()
+        refuse_size_branches(self.module, first.places & second.places)
+        computed, doubts = computed_dims(first, second)
+        names = list(self.sizes.pairs)
+        guards = [*first.guards, *second.guards]
+        doubtful = doubtful_sizes(guards, {dim(n): dim(n) for n in names}, names)
+        return replace(self.sizes, computed=computed, doubts=tuple(doubts)), doubtful
 
 
 def _merged(
-    module: nn.Module, runs: Sequence[_Run], members: Sequence[nn.Module], sizes: Sizes
+    module: nn.Module, runs: Sequence[Run], members: Sequence[nn.Module], sizes: Sizes
 ) -> fx.Graph:
     """The block's graph with the loop as one opaque op, from the first matches that agree."""
     reasons = ["no tokens, indices and weights of the block explain what its loop computes"]
@@ -262,7 +231,7 @@ def _dropout_reason(module: nn.Module) -> str:
 
 
 def _explained(
-    module: nn.Module, run: _Run, members: Sequence[nn.Module], reasons: list[str]
+    module: nn.Module, run: Run, members: Sequence[nn.Module], reasons: list[str]
 ) -> list[Match]:
     """The matches of one recording that hold for all tokens; adds the reasons why others do not."""
     found: list[Match] = []
@@ -286,12 +255,12 @@ def _kinds(match: Match) -> tuple[Any, ...]:
     return match.form, *(str(node.target) for node in match.sources)
 
 
-def _matches(run: _Run, members: Sequence[nn.Module]) -> Iterator[Match]:
+def _matches(run: Run, members: Sequence[nn.Module]) -> Iterator[Match]:
     """Every choice of tokens and routing whose weighted sum of expert outputs is a recorded
     value.
     """
     nodes = list(run.recorder.graph.nodes)
-    calls = [n for n in nodes if n.target is _expert_call]
+    calls = [n for n in nodes if n.target is expert_call]
     behind = _calls_behind(nodes, calls)
     values = Values([n for n in nodes if not behind[n]], run.tokens)
     for x in run.nodes(True):
@@ -306,7 +275,7 @@ def _matches(run: _Run, members: Sequence[nn.Module]) -> Iterator[Match]:
                 yield from Search(values, x, node, outputs, chosen).matches()
 
 
-def _results(run: _Run, behind: Mapping[fx.Node, int], width: int) -> Iterator[fx.Node]:
+def _results(run: Run, behind: Mapping[fx.Node, int], width: int) -> Iterator[fx.Node]:
     """Values that every expert's call had a part in, the last first: of a tensor that grows in
     place only the last one counts.
     """
@@ -387,7 +356,7 @@ class _LoopImporter(Importer):
     def run_calls(self, graph: fx.Graph) -> None:
         super().run(graph)
 
-    def run(self, graph: fx.Graph, first: _Run, tree: Any) -> CapturedBlock:  # type: ignore[override]
+    def run(self, graph: fx.Graph, first: Run, tree: Any) -> CapturedBlock:  # type: ignore[override]
         """The captured block of a merged recording."""
         leading = tuple(self.sizes.dim(*pair) for pair in self.sizes.pairs.values())
         tokens = next(n.meta["val"] for n in first.recorder.graph.nodes if n.op == "placeholder")
@@ -407,7 +376,7 @@ class _LoopImporter(Importer):
         return self.weights[path]
 
     def call(self, node: fx.Node) -> Any:
-        if node.target is _expert_call:
+        if node.target is expert_call:
             raise CaptureError(
                 "the block uses an expert's output in a way that is no weighted sum over choices"
             )
@@ -415,14 +384,11 @@ class _LoopImporter(Importer):
             return super().call(node)
         x, routing, w = (self.value(self.env[a]) for a in node.args[:3])  # type: ignore[index]
         form = MATCHED[int(node.args[3])]  # type: ignore[arg-type]
-        idx, w = as_indices(self.b, form, routing, w, self.body.experts)
-        return self.body.inline(
-            self.b,
-            x,
-            idx,
-            w,
-            lambda p: self.weight(p.replace("experts", self.list_name, 1).lstrip(".")),
-        )
+
+        def weight(path: str) -> Value:
+            return self.weight(path.replace("experts", self.list_name, 1).lstrip("."))
+
+        return self.body.inline(self.b, x, routing, w, weight, form)
 
 
 __all__ = ["capture_loop"]

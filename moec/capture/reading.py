@@ -18,7 +18,7 @@ from moec import share
 from moec.capture.counts import expert_counts, expert_keys, hidden_sizes
 from moec.capture.experts import ExpertsBody, Span, read_span, record
 from moec.capture.explained import with_ancestors
-from moec.capture.forms import FORMS, INDICES, Form, as_indices
+from moec.capture.forms import FORMS, INDICES, PICKS, Form, as_indices
 from moec.capture.wrappers import core_of, plain_forward
 from moec.errors import CaptureError
 from moec.ir.builder import Builder
@@ -40,15 +40,38 @@ class ExpertGroups:
     form: Form
 
     def inline(
-        self, b: Builder, x: Value, idx: Value, w: Value, weight: Callable[[str], Value]
+        self,
+        b: Builder,
+        x: Value,
+        idx: Value,
+        w: Value,
+        weight: Callable[[str], Value],
+        form: Form | None = None,
     ) -> Value:
         """As :meth:`ExpertsBody.inline`: the sum over the groups, each with its own choices."""
-        idx, w = as_indices(b, self.form, idx, w, self.experts)
-        parts = [self._part(b, body, x, idx, w, weight) for body in self.bodies]
+        if form == PICKS:
+            parts = [self._picking(b, body, x, idx, w, weight) for body in self.bodies]
+        else:
+            idx, w = as_indices(b, form or self.form, idx, w, self.experts)
+            parts = [self._part(b, body, x, idx, w, weight) for body in self.bodies]
         total = parts[0]
         for part in parts[1:]:
             total = b("t.add", total, part, hint="routed")
         return total
+
+    def _picking(
+        self,
+        b: Builder,
+        body: ExpertsBody,
+        x: Value,
+        picks: Value,
+        w: Value,
+        weight: Callable[[str], Value],
+    ) -> Value:
+        """The part of a group's experts, which pick their tokens."""
+        stop = body.first + body.experts
+        own, weights = (b("t.slice", v, dim=0, start=body.first, stop=stop) for v in (picks, w))
+        return body.inline(b, x, own, weights, weight, PICKS)
 
     def _part(
         self,

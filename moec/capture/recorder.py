@@ -11,7 +11,7 @@ import inspect
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ _OUT_OF_PLACE = {
     "silu_": "silu",
     "index_add_": "index_add",
     "index_put_": "index_put",
+    "fill_": "fill",
     "masked_fill_": "masked_fill",
     "scatter_": "scatter",
     "scatter_add_": "scatter_add",
@@ -253,21 +254,29 @@ def note_place(node: fx.Node) -> None:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of the symbols in the two recordings: name to a pair."""
+    """The sizes of the symbols in the two recordings: name to a pair.
+
+    ``computed`` are dims that the recorded code made of them, by the pair of their numbers;
+    ``doubts`` say why other numbers that it computed are no dims.
+    """
 
     pairs: Mapping[str, tuple[int, int]]
+    computed: Mapping[tuple[int, int], Sequence[Dim]] = field(default_factory=dict)
+    doubts: Sequence[str] = ()
 
     def dim(self, first: int, second: int) -> Dim:
-        """The dim that has these two values: a constant, or a multiple of a product of up to two
-        symbols.
+        """The dim that has these two values: a constant, a multiple of a product of up to two
+        symbols, or one that was computed.
         """
         if first == second:
             return first
         found = [m for m in self._monomials(first, second) if m is not None]
+        found += [d for d in self.computed.get((first, second), ()) if d not in found]
         if len(found) != 1:
+            reason = "; ".join(dict.fromkeys(self.doubts))
             raise CaptureError(
                 f"a size was {first} and {second} in two recordings: no multiple of "
-                f"{', '.join(self.pairs)}"
+                f"{', '.join(self.pairs)}" + (f"; {reason}" if reason else "")
             )
         return found[0]
 

@@ -9,7 +9,7 @@ from torch import fx
 
 from moec.capture.block import _LEAF
 from moec.capture.explained import Match
-from moec.capture.forms import ALL, INDICES, Form
+from moec.capture.forms import ALL, INDICES, PICKS, TURNED_PICKS, Form
 from moec.capture.recorder import Recorder
 
 aten = torch.ops.aten
@@ -18,6 +18,7 @@ MATCHED = (
     Form("TKE", "TK"),
     Form("TE", "TE"),
     ALL,
+    PICKS,
 )  # the op's last argument is one's number
 
 
@@ -26,7 +27,8 @@ def replace_loop(recorder: Recorder, match: Match, tokens: int, experts: int) ->
     graph = recorder.graph
     with graph.inserting_after(list(graph.nodes)[-1]):
         operands = _operands(graph, match, tokens, experts)
-    leaf = graph.call_function(_LEAF, (*operands, MATCHED.index(match.form)))
+    form = PICKS if match.form == TURNED_PICKS else match.form
+    leaf = graph.call_function(_LEAF, (*operands, MATCHED.index(form)))
     value = match.result.meta["val"]
     leaf.meta.update(val=value.reshape(tokens, -1), location=match.result.meta.get("location"))
     result = leaf if value.dim() == 2 else _view(graph, leaf, value)
@@ -48,19 +50,50 @@ def restore_loop(recorder: Recorder, match: Match) -> None:
 
 def _operands(graph: fx.Graph, match: Match, tokens: int, experts: int) -> list[fx.Node]:
     """The tokens, the routing and the weights of a match in the shapes that their form has."""
+    if match.form in (PICKS, TURNED_PICKS):
+        return [_in_form(graph, match.x, tokens, "TH"), *_picked(graph, match)]
     routing = _in_form(graph, match.routing, tokens, match.form.routing)
     if match.w is None:
-        w = _ones(graph, routing, match.x.meta["val"])
+        value = routing.meta["val"]
+        value = value if value.dim() == 2 else value[..., 0]
+        w = _ones(graph, routing, match.x.meta["val"], value.shape)
     else:
         w = _in_form(graph, match.w, tokens, match.form.weights)
     if match.keep is not None:
-        keep = _in_form(graph, match.keep, tokens, "TK")
+        keep = _of_all_choices(graph, _in_form(graph, match.keep, tokens, "TK"), routing)
         routing = _without(graph, routing, aten.eq.Scalar, keep, 0, experts)
     if match.form == INDICES and int(match.routing.meta["val"].min()) < 0:
         routing = _without(graph, routing, aten.lt.Scalar, routing, 0, experts)
     if match.form == INDICES and int(match.routing.meta["val"].max()) > experts:
         routing = _without(graph, routing, aten.ge.Scalar, routing, experts, experts)
     return [_in_form(graph, match.x, tokens, "TH"), routing, w]
+
+
+def _picked(graph: fx.Graph, match: Match) -> list[fx.Node]:
+    """The picks and the weights of a match as ``[E, C]``."""
+    picks, w = match.routing, match.w
+    if w is None:
+        w = _ones(graph, picks, match.x.meta["val"], picks.meta["val"].shape)
+    return [picks, w] if match.form == PICKS else [_turned(graph, picks), _turned(graph, w)]
+
+
+def _turned(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    turned = graph.call_function(aten.t.default, (node,))
+    turned.meta.update(val=node.meta["val"].t(), location=node.meta.get("location"))
+    return turned
+
+
+def _of_all_choices(graph: fx.Graph, keep: fx.Node, routing: fx.Node) -> fx.Node:
+    """A mask with a column a choice; of one column, it is about the choices after the first."""
+    mask, choices = keep.meta["val"], routing.meta["val"].shape[1]
+    if mask.shape[1] == choices:
+        return keep
+    first = _ones(graph, routing, mask.long(), (mask.shape[0], 1))
+    wide = graph.call_function(aten.expand.default, (keep, [mask.shape[0], choices - 1]))
+    wide.meta.update(val=mask.expand(-1, choices - 1))
+    joined = graph.call_function(aten.cat.default, ([first, wide], 1))
+    joined.meta.update(val=torch.cat([first.meta["val"], wide.meta["val"]], 1))
+    return joined
 
 
 def _in_form(graph: fx.Graph, node: fx.Node, tokens: int, axes: str) -> fx.Node:
@@ -71,13 +104,11 @@ def _in_form(graph: fx.Graph, node: fx.Node, tokens: int, axes: str) -> fx.Node:
     return _view(graph, node, value.reshape(tokens, *columns))
 
 
-def _ones(graph: fx.Graph, routing: fx.Node, x: torch.Tensor) -> fx.Node:
-    """Weights of one: ``[T, K]`` in the dtype of the tokens."""
-    value = routing.meta["val"]
-    value = value if value.dim() == 2 else value[..., 0]
-    like = torch.ones(value.shape, dtype=x.dtype, device=x.device)
-    ones = graph.call_function(aten.ones.default, (list(like.shape),))
-    ones.meta.update(val=like, location=routing.meta.get("location"))
+def _ones(graph: fx.Graph, routing: fx.Node, like: torch.Tensor, shape: tuple[int, ...]) -> fx.Node:
+    """Ones in a shape, in the dtype of ``like``."""
+    value = torch.ones(shape, dtype=like.dtype, device=like.device)
+    ones = graph.call_function(aten.ones.default, (list(value.shape),))
+    ones.meta.update(val=value, location=routing.meta.get("location"))
     return ones
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,9 +37,13 @@ def size_guards(exported: Any) -> tuple[SizeGuard, ...]:
     for node in nodes:
         mode = getattr(node.meta.get("val"), "fake_mode", None)
         if mode is not None and mode.shape_env is not None:
-            guards = mode.shape_env.guards
-            return tuple(SizeGuard(g.expr, _asked_at(g, nodes)) for g in guards)
+            return guards_of(mode.shape_env, nodes)
     return ()
+
+
+def guards_of(environment: Any, nodes: Sequence[fx.Node] = ()) -> tuple[SizeGuard, ...]:
+    """The conditions that a tracer's environment of sizes relied on."""
+    return tuple(SizeGuard(g.expr, _asked_at(g, nodes)) for g in environment.guards)
 
 
 def _asked_at(guard: Any, nodes: Iterable[fx.Node]) -> str:
@@ -76,4 +80,4 @@ def raised_at(error: BaseException) -> str:
     return f"{os.path.basename(own[-1].filename)}:{own[-1].lineno}: {said[0]}" if own else said[0]
 
 
-__all__ = ["SizeGuard", "raised_at", "size_guards"]
+__all__ = ["SizeGuard", "guards_of", "raised_at", "size_guards"]

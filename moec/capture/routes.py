@@ -16,7 +16,8 @@ import torch
 from torch import fx
 
 from moec.capture.explained import Match
-from moec.capture.forms import ALL, INDICES, Form
+from moec.capture.forms import ALL, INDICES, PICKS, Form
+from moec.capture.picks import distinct_picks
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -85,6 +86,7 @@ class Search:
     def matches(self) -> Iterator[Match]:
         """Every choice of recorded values that makes up the gates, those of few numbers first."""
         yield from self._indices()
+        yield from self._picks()
         yield from self._masks()
         yield from self._gates()
 
@@ -109,22 +111,32 @@ class Search:
         for idx, places in self.values.matrices(_is_integer):
             if places.shape[1] > self.experts or not _are_distinct(places, self.experts):
                 continue
-            for w, weights in self._weights(places.shape[1]):
+            covered = bool(self._named(places)[self.chosen].all())
+            for w, weights in self._weights(places.shape[1]) if covered else ():
+                # a mask that the loop reads may decide at other tokens, if at none of these
+                yield from self._dropping(idx, places, w, weights)
                 if self._close(self._dense(places, weights)):
                     yield self._match(idx, w, INDICES)
-                else:
-                    yield from self._dropping(idx, places, w, weights)
+
+    def _named(self, places: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+        """Which experts the indices name that count, ``bool[T, E]``."""
+        ones = torch.ones_like(places, dtype=torch.float64)
+        return self._dense(places, ones if keep is None else ones * keep) > 0
 
     def _dropping(
         self, idx: fx.Node, places: torch.Tensor, w: fx.Node | None, weights: torch.Tensor
     ) -> Iterator[Match]:
-        """Matches in which a mask says which of the indices count."""
-        covered = self._dense(places, torch.ones_like(places, dtype=torch.float64)) > 0
-        if not bool(covered[self.chosen].all()):
-            return
+        """Matches in which a mask says which of the indices count: exactly those computed."""
+        choices = places.shape[1]
+        read = _read_between(self.result, {self.x, idx, w})
         for keep, mask in self.values.matrices(_is_mask):
-            if mask.shape[1] == places.shape[1]:
-                if self._close(self._dense(places, weights * (mask != 0))):
+            if mask.shape[1] not in (1, choices) or keep not in read or keep is idx:
+                continue
+            kept = (mask != 0).to(weights.device)
+            if mask.shape[1] < choices:  # the first choice counts in any case
+                kept = torch.cat([torch.ones_like(kept), kept.expand(-1, choices - 1)], 1)
+            if torch.equal(self._named(places, kept.to(places.device)), self.chosen):
+                if self._close(self._dense(places, weights * kept)):
                     yield self._match(idx, w, INDICES, keep)
 
     def _weights(self, columns: int) -> Iterator[tuple[fx.Node | None, torch.Tensor]]:
@@ -142,6 +154,32 @@ class Search:
         tolerance = _TOLERANCE.get(value.dtype, 1e-4)
         scale = found.norm().clamp(min=1e-30)
         return bool((found - value.double()).norm() <= tolerance * scale)
+
+    def _picks(self) -> Iterator[Match]:
+        """Matches in which experts name their tokens."""
+        for node, form in distinct_picks(self.values.nodes, self.experts):
+            picks = node.meta["val"] if form == PICKS else node.meta["val"].t()
+            if not torch.equal(self._of_picks(picks, torch.ones(picks.shape)) > 0, self.chosen):
+                continue
+            for w in (*self.values.nodes, None):
+                weights = self._weights_of_picks(node, w)
+                if weights is None:
+                    continue
+                weights = weights if form == PICKS else weights.t()
+                if self._close(self._of_picks(picks, weights)):
+                    yield self._match(node, w, form)
+
+    def _weights_of_picks(self, picks: fx.Node, w: fx.Node | None) -> torch.Tensor | None:
+        if w is None:
+            return torch.ones(picks.meta["val"].shape)
+        value: Any = w.meta.get("val")
+        floats = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value if floats and value.shape == picks.meta["val"].shape else None
+
+    def _of_picks(self, picks: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """The gates that experts' picks ``[E, C]`` and their weights make."""
+        gates = torch.zeros(self.chosen.shape[::-1], dtype=torch.float64)
+        return gates.scatter_add(1, picks.long().cpu(), w.double().cpu()).t()
 
     def _masks(self) -> Iterator[Match]:
         for node, mask in self._marks():
@@ -176,6 +214,18 @@ class Search:
                 yield self._match(node, node, ALL)
             elif torch.equal((value != 0).cpu(), self.chosen):
                 yield self._match(node, node, Form("TE", "TE"))
+
+
+def _read_between(result: fx.Node, sources: set[fx.Node | None]) -> set[fx.Node]:
+    """What a result is computed from, going no further back than to the sources."""
+    found: set[fx.Node] = set()
+    pending = [result]
+    while pending:
+        node = pending.pop()
+        if node not in found and node not in sources:
+            found.add(node)
+            pending += node.all_input_nodes
+    return found
 
 
 def _is_integer(value: torch.Tensor) -> bool:

@@ -106,7 +106,11 @@ def _add(*parts: Any) -> Any:
 
 
 def _multiply(*parts: Any) -> Any:
-    return sympy.Mul(*parts)
+    made = sympy.Mul(*parts)
+    quotient = -made
+    if quotient.func is floordiv:  # -(-a // b) is how Python code rounds up
+        return ceildiv(-quotient.args[0], quotient.args[1])
+    return made
 
 
 _WHOLE: dict[Any, Callable[..., Any]] = {

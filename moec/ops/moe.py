@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moec.ir.dims import Dim, canon
+from moec.ir.dims import Dim, canon, divisible
 from moec.ir.graph import Op, Value
 from moec.ir.opdef import defop
 from moec.ir.types import DTYPES, Type
@@ -182,10 +182,16 @@ class Dispatch:
 
 def _row_types(perm: Type, inverse: Type) -> Dim:
     require(
-        perm.rank == 1 and inverse.rank == 2 and perm.elements == inverse.elements,
+        perm.rank == 1 and inverse.rank == 2 and _match(perm.elements, inverse),
         f"perm {perm} and inverse {inverse} do not match",
     )
     return perm.shape[0]
+
+
+def _match(rows: Dim, inverse: Type) -> bool:
+    """Whether there is a row a pair, or as many rows for each expert (of experts' picks)."""
+    experts = inverse.shape[1]
+    return rows == inverse.elements or (isinstance(experts, int) and divisible(rows, experts))
 
 
 @defop("moe.gather")

@@ -26,7 +26,7 @@ def all_routed(b: Any, inverse: Value) -> bool:
         op = b.made_by(op.operands[0])
     if op is None:
         return False
-    whole = ("topk", "group_limited", "topk_per_group")
+    whole = ("topk", "first", "group_limited", "topk_per_group")
     return op.kind == "t.topk" or (
         op.kind == "moe.select" and op.attrs.get("mode", "topk") in whole
     )

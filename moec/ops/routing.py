@@ -15,7 +15,7 @@ from moec.ir.types import Type
 
 ACTIVATIONS = ("softmax", "sigmoid", "sqrtsoftplus", "identity")
 _SOFTPLUS_THRESHOLD = 20.0  # PyTorch's default: softplus(x) is x above it
-MODES = ("topk", "group_limited", "topk_per_group", "margin", "threshold")
+MODES = ("topk", "first", "group_limited", "topk_per_group", "margin", "threshold")
 
 
 def accurate(x: torch.Tensor) -> torch.Tensor:
@@ -73,6 +73,10 @@ def select(choice: torch.Tensor, k: int, mode: str, options: Mapping[str, Any]) 
         return groups.argmax(-1) + torch.arange(k, device=choice.device) * groups.shape[-1]
     if mode == "group_limited":
         choice = limit_groups(choice, options)
+    if mode == "first":
+        if k == 1:
+            return choice.argmax(-1, keepdim=True)
+        return torch.sort(choice, dim=-1, descending=True, stable=True).indices[:, :k]
     values, idx = torch.topk(choice, k, dim=-1)
     if mode == "margin":
         idx = idx.masked_fill(values[:, :1] - values > options.get("theta", 0.0), experts)
@@ -214,6 +218,19 @@ def dispatch(idx: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tenso
     )
     inverse = inverse.masked_fill(flat >= experts, -1)
     return perm.int(), offsets, inverse.int().reshape(idx.shape)
+
+
+def dispatch_picks(
+    picks: torch.Tensor, tokens: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``perm``, ``offsets`` and ``inverse`` of experts' picks ``[E, C]``."""
+    experts, count = picks.shape
+    expert = torch.arange(experts, dtype=torch.int32, device=picks.device)
+    perm = (picks * experts + expert.unsqueeze(-1)).reshape(-1)
+    offsets = torch.arange(experts + 1, dtype=torch.int32, device=picks.device) * count
+    inverse = torch.full((tokens * experts,), -1, dtype=torch.int32, device=picks.device)
+    rows = torch.arange(perm.shape[0], dtype=torch.int32, device=picks.device)
+    return perm, offsets, inverse.scatter_(0, perm.long(), rows).view(tokens, experts)
 
 
 def rows_of_pairs(rows: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:

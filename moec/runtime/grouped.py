@@ -17,6 +17,7 @@ from moec.ops import routing
 from moec.ops.backward import backward as _backward
 from moec.ops.routing import combine as _combine
 from moec.ops.routing import dispatch as _dispatch
+from moec.ops.routing import dispatch_picks as _dispatch_picks
 
 # Up to so many rows, products are rounded before they are added, as in eager's loop over experts;
 # beyond, the fused sum saves an intermediate as large as all rows.
@@ -72,6 +73,13 @@ def dispatch(idx: torch.Tensor, *, experts: int) -> tuple[torch.Tensor, torch.Te
     return _dispatch(idx, experts)
 
 
+def dispatch_picks(
+    picks: torch.Tensor, *, tokens: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See ``moe.dispatch_picks``."""
+    return _dispatch_picks(picks, tokens)
+
+
 def gather(x: torch.Tensor, perm: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     """See ``moe.gather``."""
     return x.index_select(0, perm // max(inverse.shape[1], 1))
@@ -99,6 +107,8 @@ def combine(
     if rows.device.type != "cpu" or not rows.shape[0]:
         return _combine(rows, inverse, w, dtype or rows.dtype)
     if rows.dtype in (torch.bfloat16, torch.float16):
+        return _combine_in_turn(rows, perm, inverse, w, dtype or rows.dtype)
+    if inverse.numel() > rows.shape[0]:  # experts' picks: most places are empty
         return _combine_in_turn(rows, perm, inverse, w, dtype or rows.dtype)
     if rows.shape[0] <= FEW_ROWS:
         return _combine(rows, inverse, w, dtype or rows.dtype)

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from moec.ir import Builder, Graph, Type, Value, dim
+from moec.ir.dims import ceildiv, evaluate
 from moec.manager import PassManager
+from moec.ops import routing
 
 from .emitted import built, run
 
@@ -126,19 +128,74 @@ def test_groups(
     assert torch.equal(index.long(), limited.topk(2, -1).indices)
 
 
-@pytest.mark.parametrize(
-    "select",
-    [
-        {"mode": "margin", "theta": 0.1},
-        {"mode": "threshold", "theta": 0.2},
-        {"mode": "topk_per_group"},
-    ],
-    ids=["margin", "threshold", "topk_per_group"],
-)
-def test_other_selections_are_expressions(select: dict[str, Any], tmp_path: Path) -> None:
-    module = built(router_graph(6, 2, "softmax", **select), tmp_path)
+def test_one_choice_in_each_group_is_an_expression(tmp_path: Path) -> None:
+    module = built(router_graph(6, 2, "softmax", mode="topk_per_group"), tmp_path)
     assert "not in the kernel: selection by" in module.path.read_text()
     logits = torch.randn(50, 6)
     _, index, weights, *order = run(module, [logits])
     assert weights.isfinite().all()
     check_order(index, 6, order)
+
+
+@pytest.mark.parametrize("mode, theta", [("margin", 0.1), ("threshold", 0.15), ("first", 0.0)])
+@pytest.mark.parametrize("experts, choices", [(8, 2), (5, 3), (4, 4)])
+def test_as_many_experts_as_are_good_enough(
+    mode: str, theta: float, experts: int, choices: int, tmp_path: Path
+) -> None:
+    module = built(router_graph(experts, choices, mode=mode, theta=theta), tmp_path)
+    assert "not in the kernel" not in module.path.read_text()
+    for tokens in (0, 1, 41, 130):
+        logits = torch.randn(tokens, experts)
+        _, index, weights, *order = run(module, [logits])
+        scores = logits.double().softmax(-1)
+        top = torch.sort(scores, dim=-1, descending=True, stable=True)
+        values, wanted = top.values[:, :choices], top.indices[:, :choices]
+        far = {"margin": values[:, :1] - values > theta, "threshold": values <= theta}
+        none = far.get(mode, torch.zeros_like(values, dtype=torch.bool))
+        assert torch.equal(index.long(), wanted.masked_fill(none, experts))
+        kept = values.masked_fill(none, 0)
+        shares = (kept / kept.sum(-1, keepdim=True)).nan_to_num()
+        torch.testing.assert_close(weights.double(), shares, rtol=1e-3, atol=1e-4)
+        check_order(index, experts, order)
+
+
+def test_no_expert_is_good_enough(tmp_path: Path) -> None:
+    module = built(router_graph(4, 2, mode="threshold", theta=0.9), tmp_path)
+    _, index, weights, perm, offsets, inverse = run(module, [torch.zeros(70, 4)])
+    assert (index == 4).all() and not weights.any() and not offsets.any() and (inverse == -1).all()
+    assert torch.equal(perm, torch.arange(140, dtype=torch.int32))
+
+
+def limited_graph(experts: int, choices: int, capacity: Any, order: str, scores: bool) -> Graph:
+    """Logits or indices in; what each expert takes, and the order of rows, out."""
+    b = Builder()
+    type_ = Type("f32", (T, experts)) if scores else Type("i32", (T, choices))
+    given = Value(type_, "logits" if scores else "index")
+    index = b("moe.select", given, k=choices, hint="index") if scores else given
+    limits = {"experts": experts, "capacity": capacity, "order": order}
+    limited = b("moe.limit", index, hint="limited", **limits)
+    outputs = b("moe.dispatch", limited, experts=experts, hint=("perm", "offsets", "inverse"))
+    return fused(
+        b.graph("limited", [given], [index, limited, *outputs] if scores else [limited, *outputs])
+    )
+
+
+@pytest.mark.parametrize("order", ["token_major", "choice_major"])
+@pytest.mark.parametrize(
+    "experts, choices, capacity", [(4, 1, 9), (3, 2, ceildiv(5 * T, 8)), (8, 5, 7)]
+)
+@pytest.mark.parametrize("scores", [True, False], ids=["scores", "indices"])
+def test_capacity(
+    order: str, experts: int, choices: int, capacity: Any, scores: bool, tmp_path: Path
+) -> None:
+    module = built(limited_graph(experts, choices, capacity, order, scores), tmp_path)
+    assert "not in the kernel" not in module.path.read_text()
+    for tokens in (0, 1, 33, 150):
+        logits = torch.randn(tokens, experts) + 2 * torch.eye(experts)[0]
+        given = torch.randint(-1, experts + 1, (tokens, choices), dtype=torch.int32)
+        results = run(module, [logits if scores else given])
+        index, limited, *order_ = results if scores else [given, *results]
+        index = index.masked_fill(index < 0, experts)
+        slots = evaluate(capacity, {"T": tokens})
+        assert torch.equal(limited, routing.limit(index, experts, slots, order))
+        check_order(limited, experts, order_)
