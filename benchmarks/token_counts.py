@@ -7,11 +7,12 @@ Run from the project's root:
 
 The counts are powers of two and their neighbours, edges of tiles and theirs, primes, and numbers
 drawn at random. The tiny models of tests/models.py run in inference, and forward and backward in
-training, on the CPU in float32, in three ways:
+training, on the CPU in float32, in four ways:
 
     model    the compiled model as it is
     block    its first MoE block under torch.compile, with unbacked sizes: one graph for all counts
     graph    the whole compiled model under torch.compile, in the same way
+    dynamic  the same under torch.compile(dynamic=True) without marks, batches and lengths from 2 on
 
 Each is compared with eager at every count. All calls but the first of each mode run under
 torch.compiler.set_stance("fail_on_recompile"), and moec must not compile anything then either.
@@ -53,7 +54,7 @@ PRIMES = (
     *(11, 101, 211, 401, 1_009, 3_001, 7_919, 10_007, 20_011, 50_021, 104_729),
 )
 SHORT = (0, 1, 2, 7, 31, 33, 64, 127, 129, 1021, 4096, 8193)
-WAYS = ("model", "block", "graph")
+WAYS = ("model", "block", "graph", "dynamic")
 HEADER = (
     "family, way",
     "calls",
@@ -157,7 +158,8 @@ class Subject:
         if self.way == "model":
             return self.compiled  # type: ignore[no-any-return]
         part = self.compiled.get_submodule(self.block) if self.way == "block" else self.compiled
-        return torch.compile(part, fullgraph=True, backend=backend)
+        free = True if self.way == "dynamic" else None
+        return torch.compile(part, fullgraph=True, dynamic=free, backend=backend)
 
     def given(self, count: int, training: bool) -> dict[str, Any]:
         """The arguments of a call with so many tokens."""
@@ -169,6 +171,11 @@ class Subject:
         mask = {"attention_mask": self._marked(torch.ones_like(ids))} if self.way == "graph" else {}
         return {"input_ids": ids, "use_cache": False, **mask}
 
+    def takes(self, count: int) -> bool:
+        """Whether there are calls of so many tokens in this way."""
+        least = {"graph": 1, "dynamic": 2}.get(self.way, 0)
+        return min(split(count)) >= least
+
     def is_block(self, count: int) -> bool:
         """Whether so many tokens go to a block alone."""
         return self.way == "block" or not count
@@ -178,7 +185,7 @@ class Subject:
         return whole.get_submodule(self.block) if self.is_block(count) else whole
 
     def _marked(self, tensor: Tensor) -> Tensor:
-        if self.way != "model":
+        if self.way in ("block", "graph"):
             for axis, name in enumerate("BS"):
                 mark_unbacked(tensor, axis, shape_id=name)
         return tensor
@@ -236,7 +243,7 @@ def _at_all_counts(
     outcome.compiled[mode] = compiled_so_far(subject.compiled)
     with torch.compiler.set_stance("fail_on_recompile"):
         for count in counts:
-            if subject.way == "graph" and not count:
+            if not subject.takes(count):
                 continue
             _compare(subject, outcome, call, count, training)
             now = compiled_so_far(subject.compiled)

@@ -76,13 +76,11 @@ class CheckInputs:
         low, high = bounds(axis.size, {**self.declared.ranges, **known})
         if low <= size and (high is None or size <= high):
             return
-        text = show_dim(axis.size)
-        must = f"{text} = {low}" if low == high else show_range(text, (low, high))
         ranges = {**self.declared.ranges, **known}
         here = ", ".join(_shown(name, ranges[name]) for name in sorted(symbols(axis.size)))
         raise CallError(
-            f"{self.declared.name}: {axis} has size {size}, but it is declared as {must}"
-            + (f" where {here}" if here else "")
+            f"{self.declared.name}: {axis} has size {size}, but it is declared as "
+            + (f"{_shown(show_dim(axis.size), (low, high))} where {here}" if here else f"{low}")
         )
 
     def _tensor(
@@ -111,7 +109,9 @@ class CheckInputs:
                 self.ranks[axis.input] = tensor.dim() - int(tensor.is_floating_point())
 
     def tell_tracer(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """The same to a tracer, which relies on it and checks it before the compiled code runs."""
+        """The same of names and numbers to a tracer, which relies on it and checks it before the
+        compiled code runs.
+        """
         sizes: dict[str, Any] = {}
         for name, input, place, axis, low, high, text in _rows(self):
             tensor = args[place] if place is not None and place < len(args) else kwargs.get(input)
@@ -129,19 +129,17 @@ class CheckInputs:
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def _rows(checker: CheckInputs) -> tuple[tuple[Any, ...], ...]:
     """What is declared, as constants: a tracer may vary the numbers that it finds in attributes."""
-    declared = checker.declared
-    return tuple(
-        (
-            name,
-            axis.input,
-            axis.place,
-            axis.axis,
-            *declared.ranges[name],
-            f"{declared.name}: {axis} must be {show_range(name, declared.ranges[name])}, the same "
-            f"wherever {name} is declared",
-        )
-        for axis, name in checker._named
-    )
+    declared, rows = checker.declared, []
+    for axis, name in checker._named:
+        range_ = declared.ranges[name]
+        must = f"{show_range(name, range_)}, the same wherever {name} is declared"
+        rows.append((name, axis.input, axis.place, axis.axis, *range_, must))
+    for axis in checker._derived:
+        if isinstance(axis.size, int):
+            size = axis.size
+            rows.append((str(size), axis.input, axis.place, axis.axis, size, size, str(size)))
+    said = f"{declared.name}: {{}} axis {{}} must be {{}}"
+    return tuple((*row[:-1], said.format(row[1], row[3], row[-1])) for row in rows)
 
 
 class CheckedModel:
