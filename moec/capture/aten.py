@@ -11,8 +11,9 @@ from torch import fx
 
 from moec.capture.importer import ExpertSlice, Importer, handles
 from moec.errors import CaptureError
-from moec.ir.dims import Dim, canon, prove_at_most
+from moec.ir.dims import Dim, canon
 from moec.ir.graph import Value
+from moec.ir.prove import prove_at_most
 from moec.ir.types import FLOATS, Type, dtype_name
 
 aten = torch.ops.aten
@@ -165,8 +166,10 @@ def clamp(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
         bounds = {"min": -1.0, "max": 1.0}
     if any(isinstance(v, Value) for v in bounds.values()):
         return _clamp_by_tensors(i, node, i.value(args[0]), bounds)
-    numbers: dict[str, Any] = {k: number(v) for k, v in bounds.items() if v is not None}
-    return i.b("t.clamp", i.value(args[0]), hint=i.hint(node), **numbers)
+    x = i.cast(i.value(args[0]), i.dtype(node))
+    kind = float if x.type.is_float else int
+    numbers: dict[str, Any] = {k: kind(number(v)) for k, v in bounds.items() if v is not None}
+    return i.b("t.clamp", x, hint=i.hint(node), **numbers)
 
 
 def _clamp_by_tensors(i: Importer, node: fx.Node, x: Value, bounds: Mapping[str, Any]) -> Value:

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from moec.ir.dims import Dim, canon, divisible
+from moec.ir.dims import Dim, canon
 from moec.ir.graph import Op, Value
 from moec.ir.opdef import defop
+from moec.ir.prove import divisible
 from moec.ir.types import DTYPES, Type
 from moec.ops import routing
 from moec.ops.routed import all_routed, of_routed
@@ -191,7 +192,8 @@ def _row_types(perm: Type, inverse: Type) -> Dim:
 def _match(rows: Dim, inverse: Type) -> bool:
     """Whether there is a row a pair, or as many rows for each expert (of experts' picks)."""
     experts = inverse.shape[1]
-    return rows == inverse.elements or (isinstance(experts, int) and divisible(rows, experts))
+    same = rows == inverse.elements
+    return bool(same or (isinstance(experts, int) and divisible(rows, experts)))
 
 
 @defop("moe.gather")
