@@ -199,13 +199,15 @@ def _learn_pointwise(cone: _Cone, op: Op) -> Iterator[tuple[Value, _Known]]:
     if not any(v in cone.known for v in op.operands):
         return
     wide = [v for v in op.operands if v.type.rank]
-    operands = [cone.of(v) for v in wide]
+    vectors = [v for v in wide if v not in cone.known and _is_vector(cone, v, op.result)]
+    operands = [cone.of(v) for v in wide if v not in vectors]
     known = [k for k in operands if k is not None]
     if len(known) < len(operands) or len({k.order for k in known}) != 1:
         return
-    if not all(_fits(cone, v, op.result) for v in wide):
+    if not all(_fits(cone, v, op.result) for v in wide if v not in vectors):
         return
-    numbers = [None if v.type.rank == 0 else cone.known[v].rest for v in op.operands]
+    unknown = [v for v in op.operands if v.type.rank == 0 or v in vectors]
+    numbers = [None if v in unknown else cone.known[v].rest for v in op.operands]
     score = all(k.score for k in known) and len(op.operands) == 1
     yield op.result, _Known(known[0].order, _rest(op, numbers), score=score)
 
@@ -216,6 +218,18 @@ def _fits(cone: _Cone, value: Value, result: Value) -> bool:
         return True
     same = value.type.shape[:-1] == result.type.shape[:-1] and value.type.shape[-1] == 1
     return same and cone.frame.features(value) == 1 and cone.frame.features(result) is not None
+
+
+def _is_vector(cone: _Cone, value: Value, result: Value) -> bool:
+    """Whether a weight is one vector an expert, ``[E, 1, N]``, beside rows ``[E, T, N]``."""
+    size = (cone.frame.experts, cone.frame.tokens)
+    return (
+        result.type.rank == 3
+        and result.type.shape[:2] == size
+        and value.type.shape == (cone.frame.experts, 1, result.type.shape[2])
+        and value not in cone.known
+        and _is_weight(cone, value)
+    )
 
 
 def _rest(op: Op, numbers: list[float | None]) -> float | None:
@@ -341,7 +355,19 @@ class _Rows:
                 "moe.grouped_mm", self.of(x), w, self.offsets, transposed=True, hint=hints
             )
         else:
-            operands = [v if v.type.rank == 0 else self.of(v) for v in op.operands]
+            operands = [self.operand(v) for v in op.operands]
             made = self.b(op.kind, *operands, hint=hints, **op.attrs)
             results = (made,) if isinstance(made, Value) else made
             self.rows.update(zip(op.results, results, strict=True))
+
+    def operand(self, value: Value) -> Value:
+        """An operand of pointwise work: a number, rows, or each row's vector of its expert."""
+        if value.type.rank == 0:
+            return value
+        if value in self.cone.known:
+            return self.of(value)
+        table = (value.type.shape[0], value.type.shape[2])
+        vectors = self.b("t.reshape", value, shape=table, hint=value.hint)
+        rows = self.perm.type.shape[0]
+        spread: Value = self.b("moe.expert_rows", vectors, self.offsets, rows=rows)
+        return spread

@@ -23,6 +23,7 @@ from moec.ir.types import Type
 _LOCALS = frozenset(
     "m n k token row column columns wide depth inside expert matrix start end size tiles left "
     "right acc live live_wide left_at work last at here block slot key best hit "
+    "chosen count top none pair first member allowed family families family_key "
     "BM BN BK BC BH BT KP EP BLOCK".split()
 )
 _FIRST = ("rows", "left_rows", "right_rows", "part 0", "part 1")

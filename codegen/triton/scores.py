@@ -74,7 +74,6 @@ class Scores:
         t = self.text
         padded = power_of_two(self.choices)
         t.constants.update(BT=self.tokens, EP=self.lanes, KP=padded)
-        t.names.fresh("count")
         count = t.names.fresh("tokens")
         t.integers += [count] if self.places else [count, t.names.fresh("blocks")]
         t.line("block = tl.program_id(0)")

@@ -72,7 +72,6 @@ class Selection:
         t.line(f"key = {self._keys(choice, 'expert', self.scores.experts, self.scores.lanes)}")
         zeros = f"tl.zeros((BT, KP), {self.scores.dtype})"
         index = t.let(self.select.result.hint, "tl.zeros((BT, KP), tl.int32)", CHOSEN)
-        t.names.fresh("top")
         sources = {op.operands[0]: None for op in self.scores.body.ops if op.kind == "moe.weight"}
         picked = {value: t.let("picked", zeros, CHOSEN) for value in sources}
         best = t.let("compared", zeros, CHOSEN) if with_best else None

@@ -166,8 +166,10 @@ def clamp(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
         bounds = {"min": -1.0, "max": 1.0}
     if any(isinstance(v, Value) for v in bounds.values()):
         return _clamp_by_tensors(i, node, i.value(args[0]), bounds)
-    numbers: dict[str, Any] = {k: number(v) for k, v in bounds.items() if v is not None}
-    return i.b("t.clamp", i.value(args[0]), hint=i.hint(node), **numbers)
+    x = i.cast(i.value(args[0]), i.dtype(node))
+    kind = float if x.type.is_float else int
+    numbers: dict[str, Any] = {k: kind(number(v)) for k, v in bounds.items() if v is not None}
+    return i.b("t.clamp", x, hint=i.hint(node), **numbers)
 
 
 def _clamp_by_tensors(i: Importer, node: fx.Node, x: Value, bounds: Mapping[str, Any]) -> Value:

@@ -26,6 +26,7 @@ class Match:
     """Nodes of one recording: what the loop reads and the value that it computes.
 
     ``routing`` and ``w`` (none: ones) have a form; ``keep`` marks the indices that count.
+    ``by_expert``: beside indices, the weights have a column for each expert.
     """
 
     x: fx.Node
@@ -34,6 +35,7 @@ class Match:
     result: fx.Node
     form: Form = INDICES
     keep: fx.Node | None = None
+    by_expert: bool = False
 
     @property
     def sources(self) -> tuple[fx.Node, ...]:

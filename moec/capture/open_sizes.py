@@ -1,4 +1,4 @@
-"""Sizes that stay symbols while a block is traced: ``int``, ``max``, ``min`` and ``one_hot``.
+"""Sizes that stay symbols while a block is traced: ``int``, ``len``, ``max``, ``min``, ``one_hot``.
 
 Python's own turn a symbol into the number that it has in the example. While a block is traced, the
 files of its classes see forms of these names that do not.
@@ -70,8 +70,15 @@ def _extreme(plain: Callable[..., Any], symbolic: Callable[..., Any]) -> Callabl
     return call
 
 
+def _length(value: Any) -> Any:
+    """``len`` that keeps symbols."""
+    rows = isinstance(value, torch.Tensor) and value.dim() > 0
+    return value.shape[0] if rows else builtins.len(value)
+
+
 _OPEN: dict[str, Any] = {
     "int": _Int,
+    "len": _length,
     "max": _extreme(builtins.max, torch.sym_max),
     "min": _extreme(builtins.min, torch.sym_min),
 }

@@ -59,6 +59,7 @@ def _operands(graph: fx.Graph, match: Match, tokens: int, experts: int) -> list[
         w = _ones(graph, routing, match.x.meta["val"], value.shape)
     else:
         w = _in_form(graph, match.w, tokens, match.form.weights)
+        w = _taken(graph, w, routing, experts) if match.by_expert else w
     if match.keep is not None:
         keep = _of_all_choices(graph, _in_form(graph, match.keep, tokens, "TK"), routing)
         routing = _without(graph, routing, aten.eq.Scalar, keep, 0, experts)
@@ -67,6 +68,16 @@ def _operands(graph: fx.Graph, match: Match, tokens: int, experts: int) -> list[
     if match.form == INDICES and int(match.routing.meta["val"].max()) > experts:
         routing = _without(graph, routing, aten.ge.Scalar, routing, experts, experts)
     return [_in_form(graph, match.x, tokens, "TH"), routing, w]
+
+
+def _taken(graph: fx.Graph, w: fx.Node, routing: fx.Node, experts: int) -> fx.Node:
+    """The weights of the chosen experts, from a column for each."""
+    index, value = routing.meta["val"], w.meta["val"]
+    inside = graph.call_function(aten.clamp.default, (routing, 0, experts - 1))
+    inside.meta.update(val=index.clamp(0, experts - 1))
+    taken = graph.call_function(aten.gather.default, (w, 1, inside))
+    taken.meta.update(val=value.gather(1, inside.meta["val"]), location=w.meta.get("location"))
+    return taken
 
 
 def _picked(graph: fx.Graph, match: Match) -> list[fx.Node]:

@@ -96,9 +96,14 @@ class Search:
         return int(self.chosen.shape[1])
 
     def _match(
-        self, routing: fx.Node, w: fx.Node | None, form: Form, keep: fx.Node | None = None
+        self,
+        routing: fx.Node,
+        w: fx.Node | None,
+        form: Form,
+        keep: fx.Node | None = None,
+        by_expert: bool = False,
     ) -> Match:
-        return Match(self.x, routing, w, self.result, form, keep)
+        return Match(self.x, routing, w, self.result, form, keep, by_expert)
 
     def _dense(self, idx: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         """The gates that indices and weights make."""
@@ -111,12 +116,25 @@ class Search:
         for idx, places in self.values.matrices(_is_integer):
             if places.shape[1] > self.experts or not _are_distinct(places, self.experts):
                 continue
-            covered = bool(self._named(places)[self.chosen].all())
-            for w, weights in self._weights(places.shape[1]) if covered else ():
+            named = self._named(places)
+            covered, exact = bool(named[self.chosen].all()), torch.equal(named, self.chosen)
+            for w, weights, by_expert in self._weights_at(places) if covered else ():
                 # a mask that the loop reads may decide at other tokens, if at none of these
-                yield from self._dropping(idx, places, w, weights)
-                if self._close(self._dense(places, weights)):
-                    yield self._match(idx, w, INDICES)
+                for keep in self._dropping(idx, places, w, weights):
+                    yield self._match(idx, w, INDICES, keep, by_expert)
+                if (exact or not by_expert) and self._close(self._dense(places, weights)):
+                    yield self._match(idx, w, INDICES, None, by_expert)
+
+    def _weights_at(
+        self, places: torch.Tensor
+    ) -> Iterator[tuple[fx.Node | None, torch.Tensor, bool]]:
+        """Weights of the choices; then columns for all experts, taken at the chosen ones."""
+        for w, value in self._weights(places.shape[1]):
+            yield w, value, False
+        inside = places.long().clamp(0, self.experts - 1)
+        for node, value in self.values.matrices(torch.is_floating_point):
+            if value.shape[1] == self.experts > 1:
+                yield node, value.gather(1, inside.to(value.device)), True
 
     def _named(self, places: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
         """Which experts the indices name that count, ``bool[T, E]``."""
@@ -125,8 +143,8 @@ class Search:
 
     def _dropping(
         self, idx: fx.Node, places: torch.Tensor, w: fx.Node | None, weights: torch.Tensor
-    ) -> Iterator[Match]:
-        """Matches in which a mask says which of the indices count: exactly those computed."""
+    ) -> Iterator[fx.Node]:
+        """Masks that say which of the indices count: exactly those computed."""
         choices = places.shape[1]
         read = _read_between(self.result, {self.x, idx, w})
         for keep, mask in self.values.matrices(_is_mask):
@@ -137,7 +155,7 @@ class Search:
                 kept = torch.cat([torch.ones_like(kept), kept.expand(-1, choices - 1)], 1)
             if torch.equal(self._named(places, kept.to(places.device)), self.chosen):
                 if self._close(self._dense(places, weights * kept)):
-                    yield self._match(idx, w, INDICES, keep)
+                    yield keep
 
     def _weights(self, columns: int) -> Iterator[tuple[fx.Node | None, torch.Tensor]]:
         """Recorded weights of so many columns; then none at all, which counts as one."""

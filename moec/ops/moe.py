@@ -192,9 +192,8 @@ def _row_types(perm: Type, inverse: Type) -> Dim:
 def _match(rows: Dim, inverse: Type) -> bool:
     """Whether there is a row a pair, or as many rows for each expert (of experts' picks)."""
     experts = inverse.shape[1]
-    return rows == inverse.elements or (
-        isinstance(experts, int) and divisible(rows, experts) is True
-    )
+    same = rows == inverse.elements
+    return bool(same or (isinstance(experts, int) and divisible(rows, experts)))
 
 
 @defop("moe.gather")
