@@ -11,8 +11,9 @@ from torch import fx
 
 from moec.capture.importer import ExpertSlice, Importer, handles
 from moec.errors import CaptureError
-from moec.ir.dims import Dim, canon, prove_at_most
+from moec.ir.dims import Dim, canon
 from moec.ir.graph import Value
+from moec.ir.prove import prove_at_most
 from moec.ir.types import FLOATS, Type, dtype_name
 
 aten = torch.ops.aten

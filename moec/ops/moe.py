@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from moec.ir.dims import Dim, canon, divisible
+from moec.ir.dims import Dim, canon
 from moec.ir.graph import Op, Value
 from moec.ir.opdef import defop
+from moec.ir.prove import divisible
 from moec.ir.types import DTYPES, Type
 from moec.ops import routing
 from moec.ops.routed import all_routed, of_routed
