@@ -61,7 +61,7 @@ def of_ops(graph: Graph) -> list[Requirement]:
         Requirement(
             op.results[2].type.elements,
             WORD,
-            asked_by(op if op.loc is not None else owner, "rows are numbered in 32 bits"),
+            asked_by(op if op.loc is not None else owner, "pairs are numbered in 32 bits"),
         )
         for owner in graph.ops
         for op in (owner, *(owner.body.ops if owner.body is not None else ()))

@@ -86,7 +86,7 @@ def test_what_the_range_proves_is_not_checked_again() -> None:
 def test_what_no_size_meets_names_the_op_of_the_model(target: str) -> None:
     graph = lowered(ranged(block_of(OLMOE).graph, 2**30, MAX_TOKENS), target)
     reason = (
-        r"@block: moe\.dispatch at model\.py:20 \(layers\.3\.experts\): rows are numbered in"
+        r"@block: moe\.dispatch at model\.py:20 \(layers\.3\.experts\): pairs are numbered in"
         r" 32 bits, so 2\*T <= 2\^31 - 1, but it is at least 2147483648"
     )
     with pytest.raises(CodegenError, match=reason):

@@ -7,6 +7,7 @@ import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import z3
@@ -16,7 +17,9 @@ from moec.capture.block import MAX_TOKENS
 from moec.codegen.module import emit_module
 from moec.codegen.triton import source
 from moec.codegen.triton.routing import most_few_tokens
-from moec.ir import Graph, parse
+from moec.fuzz.blocks import Options
+from moec.ir import Builder, Graph, Type, Value, dim, parse
+from moec.ir.dims import ceildiv
 from moec.manager import PassManager
 from moec.pipeline import pipeline
 from moec.runtime.launch import row_tile_bound
@@ -63,6 +66,40 @@ def test_nothing_overflows_with_biases_groups_and_shared_experts(name: str, temp
     text, graph = emitted(build(options).graph, MAX_TOKENS, template)
     host = Host(text, graph).run()
     assert not host.faults, "\n".join(map(str, host.faults))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"mode": "margin"}, {"mode": "threshold", "capacity": 0.5}, {"capacity": 1.25}],
+    ids=str,
+)
+def test_nothing_overflows_where_pairs_have_no_expert(changes: dict[str, Any]) -> None:
+    options = Options(hidden=2048, inner=1024, experts=64, choices=8, dtype="bf16", **changes)
+    text, graph = emitted(build(options).graph, MAX_TOKENS, "tma")
+    host = Host(text, graph).run()
+    assert not host.faults, "\n".join(map(str, host.faults))
+
+
+def expert_choice(experts: int) -> Graph:
+    """A block whose experts pick a quarter of the tokens each."""
+    tokens, b = dim("T"), Builder()
+    x = Value(Type("bf16", (tokens, 256)), "x")
+    picks = Value(Type("i32", (experts, ceildiv(tokens, 4))), "picks")
+    w = Value(Type("bf16", (experts, 256, 256)), "w")
+    perm, offsets, inverse = b("moe.dispatch_picks", picks, tokens=tokens, hint=("p", "o", "i"))
+    rows = b("moe.gather", x, perm, inverse, hint="rows")
+    made = b("moe.grouped_mm", rows, w, offsets, hint="made")
+    y = b("moe.combine", made, perm, inverse, dtype="bf16", hint="y")
+    return b.graph("picked", [x, picks, w], [y])
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_nothing_overflows_where_experts_choose(template: str) -> None:
+    text, graph = emitted(expert_choice(128), MAX_TOKENS, template)
+    host = Host(text, graph).run()
+    assert not host.faults, "\n".join(map(str, host.faults))
+    assert 128 * host.sizes["T"].span.high < 2**31
+    assert Host(re.sub(r"guards\.at_most\(.*", "", text), graph).run().faults
 
 
 @pytest.mark.parametrize("name", BLOCKS)

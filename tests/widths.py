@@ -258,7 +258,7 @@ def summed(value: Int, axis: int) -> Int:
     low, high = min(low * size, low), max(high * size, high)
     if value.total is not None:
         high = min(high, value.total)
-    return Int(max(value.bits, 32), Span(low, max(low, high)), rest)
+    return Int(max(value.bits, 32), Span(low, max(low, high)), rest, value.total)
 
 
 def chosen(where: Abstract, a: Abstract, b: Abstract) -> Abstract:

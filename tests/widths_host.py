@@ -18,6 +18,7 @@ from moec.runtime.guards import MOST_PROCESSORS
 from tests.widths import Int, Other, Pointer, Span, Tensor, combine, number, one
 from tests.widths_kernel import Fault, Kernels
 
+INTEGERS = {"index", "picks"}
 UNCHECKED = 2**40  # tokens that nothing refuses
 
 
@@ -126,6 +127,12 @@ class Torch(Stub):
 
     zeros = empty
 
+    def full(
+        self, shape: tuple[Any, ...], value: Any, dtype: Any = None, device: Any = None
+    ) -> Any:
+        """An array of one number."""
+        return self.empty(shape, dtype)
+
 
 class Launch:
     """``moec.runtime.launch`` on intervals."""
@@ -206,7 +213,7 @@ class Host:
         inputs = [self.array(v) for v in self.graph.inputs]
         self.execute("forward", inputs)
         self.launches, self.given = [], []
-        self.sizes = {n: Size(0, self._most(n)) for n in names}
+        self.sizes = {n: Size(1, max(1, self._most(n))) for n in names}  # none: nothing to launch
         inputs = [self.array(v) for v in self.graph.inputs]
         _, saved = self.execute("forward", inputs)
         if "backward" in self.host:
@@ -235,7 +242,8 @@ class Host:
             function = self.kernels.functions.get(f"{name}_{part}")
             loops = [n for n in ast.walk(function) if isinstance(n, ast.For)] if function else []
             if len(loops) == 2 and ast.unparse(loops[1].iter) == "range(0, size, BK)":
-                most = self._stages(loops[0], given["offsets"].tensor)
+                arrays = [a.tensor for a in given.values() if isinstance(a, Array)]
+                most = self._stages(loops[0], next(a for a in arrays if a.ascending))
                 self.kernels.trusted[f"{name}_{part}", counter] = most
 
     def _stages(self, work: ast.For, offsets: Tensor) -> int:
@@ -324,6 +332,10 @@ class _Kernel:
     def launch(self, grid: tuple[Any, ...], args: tuple[Any, ...], named: dict[str, Any]) -> None:
         parameters = [a.arg for a in self.host.kernels.functions[self.name].args.args]
         given = dict(zip(parameters, args, strict=False))
+        for name in INTEGERS & given.keys():  # made by PyTorch: anything that 32 bits hold
+            if not isinstance(given[name], Array):
+                given[name] = Array(Tensor((), 32))
+        args = tuple(given.values())
         note_contents(parameters, given)
         options = ("num_warps", "num_stages", "maxnreg")
         constants = {k: number(v) for k, v in named.items() if k not in options}
@@ -344,16 +356,19 @@ def argument(value: Any) -> Any:
 def note_contents(names: list[str], given: Mapping[str, Any]) -> None:
     """What the tensors hold that counting and placing pairs make and read."""
     if {"perm", "offsets", "inverse"} <= set(names) and "offsets" in given:
-        pairs, experts = span(given["perm"].shape[0]).high, span(given["offsets"].shape[0]).high - 1
-        given["perm"].tensor.contents = everywhere(0, pairs - 1)
-        given["inverse"].tensor.contents = everywhere(-1, pairs - 1)
-        given["offsets"].tensor.contents = everywhere(0, pairs)
+        rows, experts = span(given["perm"].shape[0]).high, span(given["offsets"].shape[0]).high - 1
+        tokens, choices = map(span, given["inverse"].shape)
+        given["perm"].tensor.contents = everywhere(0, tokens.high * choices.high - 1)
+        given["inverse"].tensor.contents = everywhere(-1, rows - 1)
+        given["offsets"].tensor.contents = everywhere(0, rows)
         given["offsets"].tensor.ascending = True
+        if "picks" in given:
+            given["picks"].tensor.contents = everywhere(0, tokens.high - 1)
         if "index" in given:
             given["index"].tensor.contents = everywhere(-1, experts)
         if "histogram" in given:
             histogram = given["histogram"].tensor
-            histogram.contents, histogram.total = everywhere(0, pairs), pairs
+            histogram.contents, histogram.total = everywhere(0, rows), rows
 
 
 def everywhere(low: int, high: int) -> Callable[[Span], Span]:

@@ -414,7 +414,7 @@ def _reduced(
     if name == "sum":
         return k.checked(node, summed(a[0], axis))
     if name == "cumsum":
-        return k.checked(node, replace(summed(a[0], axis), shape=a[0].shape))
+        return k.checked(node, replace(summed(a[0], axis), shape=a[0].shape, total=None))
     return Int(a[0].bits, a[0].span, shape)
 
 
@@ -424,7 +424,10 @@ def _extreme(
     name, shape = _called(node).rpartition(".")[2], broadcast(*map(shape_of, a[:2]))
     if not all(isinstance(x, Int) for x in a[:2]):
         return Other(shape)
-    return Int(max(a[0].bits, a[1].bits), combine(name[:3], a[0].span, a[1].span), shape)
+    span, bits = combine(name[:3], a[0].span, a[1].span), max(a[0].bits, a[1].bits)
+    totals = [x.total for x in a[:2] if x.total is not None and x.shape == shape]
+    smaller = name == "minimum" and span.low >= 0
+    return Int(bits, span, shape, min(totals) if totals and smaller else None)
 
 
 def _program(

@@ -90,10 +90,16 @@ class Loop:
         for _ in range(2):
             found = self.round(state)
             state = {n: join(state[n], found[n]) for n in env}
-        grown = self.round(state)
-        moving = [n for n in env if join(state[n], grown[n]) != state[n]]
-        for name in moving:
-            state[name] = self.kernels.limited(name, self.widened(state, name))
+        moving = list[str]()
+        while True:
+            grown = self.round(state)
+            new = [n for n in env if join(state[n], grown[n]) != state[n] and n not in self.growths]
+            for name in new:
+                again = name in moving
+                state[name] = self.kernels.limited(name, self.widened(state, grown, name, again))
+            moving += new
+            if not new:
+                break
         counted = [n for n in moving if n in self.growths]
         for _ in range(2):  # what the loop's condition cuts off
             found = self.round(state)
@@ -103,16 +109,21 @@ class Loop:
                 state[name] = replace(env[name], span=Span(-FULL, FULL))
         return state
 
-    def widened(self, state: Env, name: str) -> Abstract:
-        """A counter by its growth and the number of rounds; anything else without limit."""
+    def widened(self, state: Env, grown: Env, name: str, again: bool) -> Abstract:
+        """A counter by its growth and the number of rounds; anything else without limit where it
+        moves.
+        """
         value = self.env[name]
         if not isinstance(value, Int):
             return join(value, state[name])
         if self.is_stepped(name):
             return self.induced(name, value)
+        old, new = state[name].span, grown[name].span
+        low = -FULL if new.low < old.low or again else old.low
+        high = FULL if new.high > old.high or again else old.high
         wide = replace(value, bits=max(value.bits, 32))
         if not self.is_counter(name):
-            return replace(wide, span=Span(-FULL, FULL))
+            return replace(wide, span=Span(low, high))
         growth, rounds = self.growth(state, name, 0), self.rounds(state)
         if growth != self.growth(state, name, 1000) or rounds is None:
             return replace(wide, span=Span(-FULL, FULL))

@@ -24,7 +24,8 @@ def ask_picks(op: Op, ranges: Mapping[str, Range]) -> Facts:
     facts, (perm, _, inverse) = Facts(op, ranges), op.results
     facts.rows(perm.type.shape[0])
     facts.word(perm.type.shape[0] + BLOCK, "rows of picks are numbered in 32 bits")
-    facts.word(inverse.type.elements, "pairs are numbered in 32 bits")
+    most = inverse.type.elements + perm.type.shape[0] + BLOCK  # in lanes past the last row, too
+    facts.word(most, "pairs are numbered in 32 bits")
     return facts
 
 

@@ -118,7 +118,7 @@ class Routing:
         """For how many counts a program has lanes."""
         if self.limit is None:
             return power_of_two(self._buckets)
-        return power_of_two(self.experts) * power_of_two(groups_of(self.limit, self.choices))
+        return power_of_two(self.experts + 1) * power_of_two(groups_of(self.limit, self.choices))
 
     @property
     def _block(self) -> int:
