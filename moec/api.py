@@ -164,7 +164,7 @@ def _check_arguments(
             f"moec.compile takes an nn.Module, got {type(model).__name__}; "
             "for a function use torch.compile(backend='moec')"
         )
-    if any(region_of(m) or model_scope_of(m) for m in model.modules()):
+    if any("_moec_region" in vars(m) for m in model.modules()):
         raise CompileError(
             "this model is compiled already; compile the original again, or use the compiled one"
         )

@@ -304,6 +304,15 @@ def test_experts_whose_arguments_have_other_numbers_of_tokens() -> None:
 # What surrounds a model.
 
 
+def test_a_model_without_a_block_is_checked_too_and_compiled_once() -> None:
+    with pytest.warns(UserWarning, match="found no MoE block"):
+        compiled = moec.compile(nn.Linear(4, 4), dynamic={"input": {0: B}})
+    with pytest.raises(CallError, match="Linear: input axis 0 has size 9"):
+        compiled(torch.ones(9, 4))
+    with pytest.raises(CompileError, match="compiled already"):
+        moec.compile(compiled)
+
+
 @pytest.mark.parametrize("scope", ["region", "model"])
 def test_libraries_see_the_inputs_of_the_model(scope: str) -> None:
     net = Net()
