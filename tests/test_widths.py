@@ -23,7 +23,7 @@ from moec.ir.dims import ceildiv
 from moec.manager import PassManager
 from moec.pipeline import pipeline
 from moec.runtime.launch import row_tile_bound
-from tests.graphs import MODELS, OLMOE, build
+from tests.graphs import MODELS, OLMOE, build, random_block
 from tests.widths_host import Host
 
 TEMPLATES = {"pointer": (False, False), "tma": (True, False), "gluon": (True, True)}
@@ -78,6 +78,14 @@ def test_nothing_overflows_where_pairs_have_no_expert(changes: dict[str, Any]) -
     text, graph = emitted(build(options).graph, MAX_TOKENS, "tma")
     host = Host(text, graph).run()
     assert not host.faults, "\n".join(map(str, host.faults))
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_nothing_overflows_in_random_blocks(seed: int) -> None:
+    for high, template, training in ((MAX_TOKENS, "pointer", True), (20_000, "tma", False)):
+        text, graph = emitted(random_block(seed).graph, high, template, training)
+        host = Host(text, graph).run()
+        assert not host.faults, "\n".join(map(str, host.faults))
 
 
 def expert_choice(experts: int) -> Graph:

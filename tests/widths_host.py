@@ -7,6 +7,7 @@ number of tokens is any that the emitted checks let through, and nothing else is
 from __future__ import annotations
 
 import ast
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -291,10 +292,10 @@ class Host:
 
     def execute(self, name: str, arguments: list[Any]) -> Any:
         """Run a function of the host."""
-        module = ast.Module([self.host[name]], [])
+        module = _Unpacking().visit(ast.Module([copy.deepcopy(self.host[name])], []))
         space: dict[str, Any] = {
             "torch": Torch(), "F": Stub(), "moe": Stub(), "launch": Launch(),
-            "triton": _Triton(), "guards": _Guards(self), "min": smallest,
+            "triton": _Triton(), "guards": _Guards(self), "min": smallest, "unpack": unpack,
         }  # fmt: skip
         for kernel in self.kernels.functions:
             space[kernel] = _Kernel(self, kernel)
@@ -304,6 +305,21 @@ class Host:
 
 def _symbols(d: Any) -> set[Any]:
     return set() if isinstance(d, int) else d.free_symbols
+
+
+class _Unpacking(ast.NodeTransformer):
+    """``a, b = f()`` as ``a, b = unpack(f(), 2)``: a stand-in does not know how many it is."""
+
+    def visit_Assign(self, node: ast.Assign) -> ast.Assign:
+        if isinstance(node.targets[0], ast.Tuple):
+            count = ast.Constant(len(node.targets[0].elts))
+            node.value = ast.Call(ast.Name("unpack", ast.Load()), [node.value, count], [])
+        return node
+
+
+def unpack(value: Any, count: int) -> Any:
+    """So many stand-ins."""
+    return [Stub() for _ in range(count)] if isinstance(value, Stub) else value
 
 
 class _Triton:

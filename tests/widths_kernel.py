@@ -276,7 +276,7 @@ class Kernels:
         if type(op) not in _SIGNS:
             return Int(bits, Span(*LIMITS[bits or 64]), shape)
         for x in (a, b):
-            low, high = LIMITS[bits or 64]
+            low, high = LIMITS.get(bits, (x.span.low, x.span.high))
             if not x.bits and not low <= x.span.low <= x.span.high <= high:
                 self.fault(node, f"a number that {bits} bits cannot hold")
         if isinstance(op, ast.FloorDiv | ast.Mod) and b.span.low <= 0 <= b.span.high:
