@@ -167,7 +167,7 @@ def test_it_is_used_by_keyboard(page: Page) -> None:
     tab(page, "Overview")
     page.keyboard.press("ArrowRight")
     expect(page.get_by_role("tab", name="Graph")).to_be_focused()
-    for _ in range(5):
+    for _ in range(6):
         page.keyboard.press("ArrowDown")
     expect(page.locator("#stages [aria-current=true]")).to_contain_text("raise-router")
     expect(page.locator("#stages [aria-current=true]")).to_be_focused()

@@ -104,7 +104,7 @@ class Broken(Block):
 def test_a_block_whose_own_code_fails_is_reported_not_raised() -> None:
     found = moec.explain(Broken()).regions[0]
     assert found.status == "experts only"
-    assert "too long for this block" in found.reason or "works for sizes" in found.reason
+    assert "too long for this block" in found.reason or "works only where" in found.reason
 
 
 def test_a_model_that_stays_in_float64_equals_one_that_went_there() -> None:

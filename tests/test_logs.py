@@ -58,7 +58,7 @@ def test_each_log_has_its_lines() -> None:
     lines = {name: [t for t in text.splitlines() if f"[moec.{name}]" in t] for name in logs.NAMES}
     assert any("layers.0 (Block): captured as block, " in t for t in lines["regions"])
     assert any("layers.1 (Block): shares the capture" in t for t in lines["regions"])
-    assert any("layers.0 (inference): 05 raise-router: " in t for t in lines["passes"])
+    assert any("layers.0 (inference): 06 raise-router: " in t for t in lines["passes"])
     assert any("layers.0: training, aten, compiled in " in t for t in lines["kernels"])
     assert any("compiled again: with gradients" in t for t in lines["recompiles"])
     assert any(
@@ -95,9 +95,9 @@ def test_what_is_new_about_a_mode_is_named() -> None:
 @pytest.mark.parametrize(
     ("variables", "wanted", "missing"),
     [
-        ({"TORCH_LOGS": "moec"}, "@block: 05 raise-router: ", "graph @block"),
+        ({"TORCH_LOGS": "moec"}, "@block: 06 raise-router: ", "graph @block"),
         ({"TORCH_LOGS": "+moec"}, "graph @block", ""),
-        ({"MOEC_LOGS": "passes"}, "[moec.passes] @block: 05 raise-router: ", "graph @block"),
+        ({"MOEC_LOGS": "passes"}, "[moec.passes] @block: 06 raise-router: ", "graph @block"),
     ],
 )
 def test_the_environment_turns_logs_on(
@@ -117,6 +117,6 @@ def test_the_environment_turns_logs_on(
     assert not missing or missing not in found.stderr
     (file,) = (tmp_path / "trace").iterdir()
     entries = file.read_text()
-    for name in ("moec_block_00_input", "moec_block_05_raise_router"):
+    for name in ("moec_block_00_input", "moec_block_06_raise_router"):
         assert f'"artifact": {{"name": "{name}", "encoding": "string"}}' in entries
     assert "moe.select" in entries

@@ -150,6 +150,8 @@ class Search:
         for keep, mask in self.values.matrices(_is_mask):
             if mask.shape[1] not in (1, choices) or keep not in read or keep is idx:
                 continue
+            if _lists_rows(keep):  # of an expert that all tokens chose: as long as a mask
+                continue
             kept = (mask != 0).to(weights.device)
             if mask.shape[1] < choices:  # the first choice counts in any case
                 kept = torch.cat([torch.ones_like(kept), kept.expand(-1, choices - 1)], 1)
@@ -252,6 +254,18 @@ def _is_integer(value: torch.Tensor) -> bool:
 
 def _is_mask(value: torch.Tensor) -> bool:
     return not value.is_floating_point()
+
+
+def _lists_rows(node: fx.Node) -> bool:
+    """Whether a value is taken from a list of places that hold something."""
+    pending, seen = [node], set[fx.Node]()
+    while pending:
+        at = pending.pop()
+        if at.target in (torch.ops.aten.nonzero.default, torch.ops.aten.where.default):
+            return True
+        pending += [n for n in at.all_input_nodes if n not in seen]
+        seen.update(at.all_input_nodes)
+    return False
 
 
 def _are_distinct(places: torch.Tensor, experts: int) -> bool:
