@@ -219,7 +219,19 @@ def matmul(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
         return _grouped(i, node, i.value(x), y, None, transposed=True)
     if isinstance(x, ExpertSlice):
         raise CaptureError("an expert's weight as the left factor of a product")
+    weights = _turned(i, i.value(y))
+    if weights is not None:
+        return i.b("t.linear", x, weights, hint=i.hint(node))
     return i.b("t.matmul", x, y, hint=i.hint(node))
+
+
+def _turned(i: Importer, value: Value) -> Value | None:
+    """The matrix of which a value is the transpose: PyTorch multiplies by it without a copy, which
+    rounds otherwise than a product with a copy.
+    """
+    op = i.b.made_by(value)
+    turned = op is not None and op.kind == "t.permute" and op.attrs["dims"] == (1, 0)
+    return op.operands[0] if op is not None and turned else None
 
 
 @handles(aten.baddbmm.default)
@@ -239,5 +251,7 @@ def addmm(i: Importer, node: fx.Node, args: Args, kwargs: Kwargs) -> Value:
     bias, x, w = args[:3]
     if isinstance(w, ExpertSlice):
         return _grouped(i, node, i.value(x), w, bias, transposed=True)
-    product = i.b("t.matmul", i.value(x), i.value(w))
-    return i.b("t.add", product, i.value(bias), hint=i.hint(node))
+    weights, x, bias = _turned(i, i.value(w)), i.value(x), i.value(bias)
+    if weights is not None and bias.type.shape == weights.type.shape[:1]:
+        return i.b("t.linear", x, weights, bias, hint=i.hint(node))
+    return i.b("t.add", i.b("t.matmul", x, i.value(w)), bias, hint=i.hint(node))
