@@ -2,13 +2,37 @@
 
 import heapq
 import random
+from collections.abc import Iterator
+from dataclasses import replace
 
 from moec.plan import Node, Problem, make_problem
 
 
 def random_graph(seed: int, most: int = 8) -> Problem:
     """A small graph without structure: zero sizes, equal durations, pinned and kept nodes too."""
-    draw = random.Random(seed)
+    return _random_graph(random.Random(seed), f"random{seed}", most)
+
+
+def random_outputs(seed: int, most: int = 7) -> Problem:
+    """The same with up to three outputs for each node, read and kept one by one."""
+    draw = random.Random(f"outputs {seed}")
+    plain = _random_graph(draw, f"outputs{seed}", most)
+    nodes = []
+    for node in plain.nodes:
+        sizes = [draw.choice((0, 1, 2, 3, 5)) for _ in range(draw.choice((0, 1, 1, 2, 2, 3)))]
+        kept = [draw.random() < 0.15 for _ in sizes]
+        nodes.append(replace(node, outputs=tuple(sizes), keep=tuple(kept)))
+    edges = [
+        ((source, output), user)
+        for user, sources in enumerate(plain.inputs)
+        for source in sources
+        for output in range(len(nodes[source].outputs))
+        if draw.random() < 0.6
+    ]
+    return make_problem(plain.name, nodes, edges, plain.order)
+
+
+def _random_graph(draw: random.Random, name: str, most: int) -> Problem:
     count = draw.randint(1, most)
     nodes = [
         Node(
@@ -23,7 +47,7 @@ def random_graph(seed: int, most: int = 8) -> Problem:
     ]
     edges = [(u, v) for v in range(count) for u in range(v) if draw.random() < 0.4]
     order = _shuffled(count, edges, draw)
-    return make_problem(f"random{seed}", nodes, edges, order)
+    return make_problem(name, nodes, edges, order)
 
 
 def layered(width: int, depth: int, seed: int = 0) -> Problem:
@@ -81,8 +105,8 @@ def _shuffled(count: int, edges: list[tuple[int, int]], draw: random.Random) -> 
 def least_time(problem: Problem, budget: int) -> float | None:
     """The optimum over all orders and repetitions; None if nothing fits.
 
-    Goes through sets (held, ran). A step runs a node with any of the held outputs kept from
-    before, so that freeing is no step of its own.
+    Goes through sets (held outputs, nodes that ran). A step runs a node with any of the held
+    outputs kept from before, so that freeing is no step of its own.
     """
     count = len(problem.nodes)
     queue: list[tuple[float, tuple[int, ...], tuple[int, ...]]] = [(0, (), ())]
@@ -92,18 +116,23 @@ def least_time(problem: Problem, budget: int) -> float | None:
         if (held, ran) in seen:
             continue
         seen.add((held, ran))
-        if len(ran) == count and all(v in held for v in range(count) if problem.nodes[v].keep):
+        if len(ran) == count and set(problem.kept) <= set(held):
             return spent
         for v in range(count):
             node = problem.nodes[v]
-            if not set(problem.inputs[v]) <= set(held) or (v in ran and not node.rematable):
+            if not set(problem.reads[v]) <= set(held) or (v in ran and not node.rematable):
                 continue
-            for mask in range(1 << len(held)):
-                kept = {u for k, u in enumerate(held) if mask >> k & 1 and u != v}
-                if not kept >= set(problem.inputs[v]):
+            made = set(problem.made[v])
+            for kept in _subsets(set(held) - made):
+                total = sum(problem.sizes[u] for u in kept) + node.size + node.workspace
+                if not kept >= set(problem.reads[v]) or total + problem.resident > budget:
                     continue
-                total = sum(problem.nodes[u].size for u in kept) + node.size + node.workspace
-                if total + problem.resident <= budget:
-                    after = tuple(sorted(kept | {v})), tuple(sorted({*ran, v}))
-                    heapq.heappush(queue, (spent + node.duration, *after))
+                after = tuple(sorted(kept | made)), tuple(sorted({*ran, v}))
+                heapq.heappush(queue, (spent + node.duration, *after))
     return None
+
+
+def _subsets(items: set[int]) -> Iterator[set[int]]:
+    ordered = sorted(items)
+    for mask in range(1 << len(ordered)):
+        yield {item for k, item in enumerate(ordered) if mask >> k & 1}

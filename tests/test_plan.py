@@ -4,7 +4,9 @@ import math
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from moec.errors import BudgetError, PlanError
@@ -12,10 +14,26 @@ from moec.plan import Node, Problem, Progress, make_problem, replay, solve
 from moec.plan.bounds import Relaxation
 from moec.plan.exact import cheapest_sequence
 from moec.plan.least import is_excluded
+from moec.plan.problem import Source
 from moec.plan.retention import prove
 from moec.plan.rounding import rounded
 from moec.plan.search import Candidate, search
-from tests.plan_graphs import layered, least_time, random_graph, training
+from moec.plan.sequence import (
+    LENGTH,
+    MOST_RUNS,
+    OVER,
+    Arrays,
+    State,
+    arrays_of,
+    build,
+    empty_state,
+    insert,
+    move,
+    nodes_of,
+    remove,
+)
+from moec.plan.shifts import window
+from tests.plan_graphs import layered, least_time, random_graph, random_outputs, training
 
 
 def peak_of(problem: Problem) -> int:
@@ -46,6 +64,67 @@ def test_small_graphs_are_planned_as_brute_force_does(first: int) -> None:
         assert replay(problem, plan.sequence).peak <= budget
 
 
+@pytest.mark.parametrize("first", range(0, 120, 20))
+def test_operations_with_several_outputs_are_planned_as_brute_force_does(first: int) -> None:
+    for seed in range(first, first + 20):
+        problem = random_outputs(seed)
+        if len(problem.sizes) > 11:
+            continue  # Brute force would take too long.
+        budget = int(peak_of(problem) * random.Random(seed).choice((0.6, 0.7, 0.8, 0.9)))
+        optimum = least_time(problem, budget)
+        found = cheapest_sequence(problem, budget)
+        assert (found is None) == (optimum is None)
+        if optimum is not None and found is not None:
+            assert replay(problem, found, budget).time == optimum
+            assert Relaxation(problem, budget).solve(5) <= optimum * (1 + 1e-9)
+            assert not is_excluded(problem, budget)
+
+
+@pytest.mark.parametrize("first", range(0, 60, 20))
+def test_the_search_finds_the_optimum_with_several_outputs(first: int) -> None:
+    for seed in range(first, first + 20):
+        problem = random_outputs(seed)
+        budget = int(peak_of(problem) * 0.8)
+        optimum = cheapest_sequence(problem, budget)
+        if optimum is None:
+            continue
+        candidate = found_by_search(problem, budget)
+        assert (candidate.over, candidate.time) == (0, problem.time_of(optimum))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_search_counts_bytes_as_the_replay_does(seed: int) -> None:
+    problem = random_outputs(seed)
+    draw = random.Random(seed)
+    sequence = list(problem.order)
+    state = empty_state(arrays := arrays_of(problem), 100, 5)
+    build(arrays, state, np.array(sequence, np.int32))
+    for _ in range(60):
+        change_at_random(problem, arrays, state, draw)
+        found = replay(problem, tuple(map(int, nodes_of(state))))
+        length = state.totals[LENGTH] - 1
+        assert found.held == tuple(state.memory[:length])
+        assert found.time == state.time[0]
+        held = state.memory[: length + 1]
+        assert state.totals[OVER] == np.maximum(held - 5, 0).sum()
+
+
+def change_at_random(problem: Problem, graph: Arrays, state: State, draw: random.Random) -> None:
+    """Insert, remove or move an execution where that is allowed."""
+    place = draw.randrange(int(state.totals[LENGTH]) - 1)
+    run = state.at[place]
+    node = int(state.node[run])
+    kind = draw.choice(("insert", "remove", "move"))
+    if kind == "insert" and problem.nodes[node].rematable and state.count[node] < MOST_RUNS:
+        insert(graph, state, node, draw.randrange(place + 1, int(state.totals[LENGTH])))
+    elif kind == "remove" and run != state.runs[node, 0]:
+        remove(graph, state, run)
+    elif kind == "move":
+        first, final = window(graph, state, run)
+        if first <= final:
+            move(graph, state, run, draw.randint(first, final))
+
+
 @pytest.mark.parametrize("first", range(0, 60, 20))
 def test_the_relaxation_is_a_lower_bound_and_the_search_finds_the_optimum(first: int) -> None:
     for seed in range(first, first + 20):
@@ -60,9 +139,10 @@ def test_the_relaxation_is_a_lower_bound_and_the_search_finds_the_optimum(first:
         assert (candidate.over, candidate.time) == (0, optimum)
 
 
-def test_constraint_programming_proves_the_optimum() -> None:
+@pytest.mark.parametrize("make", (random_graph, random_outputs))
+def test_constraint_programming_proves_the_optimum(make: Callable[[int, int], Problem]) -> None:
     for seed in range(12):
-        problem = random_graph(seed, most=6)
+        problem = make(seed, 6)
         budget = int(peak_of(problem) * 0.8)
         optimum = cheapest_sequence(problem, budget)
         runs = max(Counter(optimum or problem.order).values())
@@ -85,15 +165,16 @@ def test_the_rounded_relaxation_is_a_valid_sequence() -> None:
     problem = training(6)
     relaxation = Relaxation(problem, int(0.6 * peak_of(problem)))
     relaxation.solve(5)
-    sequence = rounded(problem, relaxation.chains(), relaxation.solution, 0.5)
+    sequence = rounded(problem, relaxation.chains, relaxation.solution, 0.5)
     assert len(sequence) > len(problem.nodes)
     assert replay(problem, sequence).peak < peak_of(problem)
 
 
-def test_a_budget_is_excluded_only_if_nothing_fits() -> None:
+@pytest.mark.parametrize("make", (random_graph, random_outputs))
+def test_a_budget_is_excluded_only_if_nothing_fits(make: Callable[[int, int], Problem]) -> None:
     excluded = 0
     for seed in range(60):
-        problem = random_graph(seed, most=7)
+        problem = make(seed, 7)
         budget = int(peak_of(problem) * 0.7)
         if is_excluded(problem, budget):
             assert cheapest_sequence(problem, budget) is None
@@ -190,6 +271,17 @@ def test_the_replay_refuses(sequence: tuple[int, ...], message: str) -> None:
     problem = make_problem("chain", nodes, [(0, 1), (0, 2)])
     with pytest.raises(PlanError, match=message):
         replay(problem, sequence)
+
+
+def test_outputs_have_lifetimes_of_their_own() -> None:
+    nodes = [Node("both", (4, 2), 1), Node("first", 1, 1), Node("sink", (), 1), Node("last", 1, 1)]
+    edges: list[tuple[Source, int]] = [((0, 0), 1), ((1, 0), 2), ((0, 1), 3), (1, 3)]
+    problem = make_problem("outputs", nodes, edges)
+    assert replay(problem, (0, 1, 2, 3)).held == (6, 7, 3, 4)
+    # The second output of the first run is of no use beside that of the second.
+    assert replay(problem, (0, 1, 2, 0, 3)).held == (6, 5, 1, 7, 4)
+    with pytest.raises(PlanError, match=r"needs both \(output 0\)"):
+        replay(problem, (1, 0, 2, 3))
 
 
 def test_the_replay_refuses_what_exceeds_the_budget() -> None:

@@ -39,6 +39,18 @@ def test_sizes_are_polynomials_in_the_tokens_rounded_up() -> None:
         read_problem(text, "g")
 
 
+def test_a_node_may_have_several_outputs_or_none() -> None:
+    nodes = [
+        {"id": 0, "size": [4, {"T": [0, 2]}, 1], "time": 1, "keep": [0, 2]},
+        {"id": 1, "size": [], "time": 1},
+    ]
+    data = graph(nodes=nodes, edges=[[[0, 1], 1], [0, 1]])
+    problem = read_problem(json.dumps(data), "g", tokens=8)
+    assert problem.nodes[0].outputs == (4, 16, 1)
+    assert (problem.kept, problem.reads) == ((0, 2), ((), (1, 0)))
+    assert replay(problem, (0, 1)).held == (21, 21)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -50,6 +62,10 @@ def test_sizes_are_polynomials_in_the_tokens_rounded_up() -> None:
         (node(keep=1), r"nodes\[0\].keep: expected true or false"),
         (node(id=7), r"nodes\[0\].id"),
         (graph(edges=[[0, 9]]), r"edges\[0\] names node 9"),
+        (node(size=[1, -1]), r"nodes\[0\].size\[1\]: expected a size"),
+        (node(size=[1], keep=[1]), r"nodes\[0\].keep: expected numbers of outputs"),
+        (graph(edges=[[[0, 1], 1]]), r"edges\[0\] names output 1 of node 0, which has 1"),
+        (graph(edges=[[[0], 1]]), r"edges\[0\]\[0\]: expected a node, or \[node, output\]"),
         (graph(edges=[[0]]), r"edges\[0\]: expected an edge"),
         (graph(edges=[[0, 1], [1, 2], [2, 0]]), "cycle: n0 -> n1 -> n2 -> n0"),
         (graph(edges=[[1, 1]]), "cycle: n1 -> n1"),

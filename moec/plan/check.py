@@ -1,7 +1,9 @@
 """Replay of a plan by code that shares nothing with the planner.
 
 The replay is a machine with a memory: it executes the steps one by one, refuses a step whose
-inputs are not held, and counts bytes as they come and go.
+inputs are not held, and counts bytes as they come and go. An execution makes all outputs of its
+node anew, in the place of copies that are still held; those that nothing reads before the next
+execution of the node are freed right after it.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ class Replay:
 
 
 def replay(problem: Problem, sequence: Sequence[int], budget: int | None = None) -> Replay:
-    """Execute ``sequence``, each output being freed right after its last use.
+    """Execute ``sequence``, each output of an execution being freed right after its last use.
 
     Raises:
         PlanError: a step names no node, its inputs are not held, it repeats a node that may run
@@ -41,7 +43,7 @@ def replay(problem: Problem, sequence: Sequence[int], budget: int | None = None)
     for step, node in enumerate(sequence):
         _check_step(problem, step, node, held, runs[node])
         runs[node] += 1
-        held[node] = problem.nodes[node].size
+        held |= {value: problem.sizes[value] for value in problem.made[node]}
         bytes_at.append(problem.resident + sum(held.values()) + problem.nodes[node].workspace)
         if budget is not None and bytes_at[-1] > budget:
             raise PlanError(
@@ -59,10 +61,10 @@ def replay(problem: Problem, sequence: Sequence[int], budget: int | None = None)
 
 def _check_step(problem: Problem, step: int, node: int, held: dict[int, int], runs: int) -> None:
     about = problem.nodes[node]
-    missing = [source for source in problem.inputs[node] if source not in held]
+    missing = [value for value in problem.reads[node] if value not in held]
     if missing:
         raise PlanError(
-            f"step {step} ({about.name}) needs {problem.nodes[missing[0]].name}, which is not held"
+            f"step {step} ({about.name}) needs {problem.value_name(missing[0])}, which is not held"
         )
     if runs and not about.rematable:
         raise PlanError(f"step {step} repeats {about.name}, which may run only once")
@@ -73,18 +75,15 @@ def _releases(problem: Problem, sequence: Sequence[int]) -> list[list[int]]:
     the last one.
     """
     releases: list[list[int]] = [[] for _ in sequence]
-    needed = {v for v, node in enumerate(problem.nodes) if node.keep}
+    needed = set(problem.kept)
     for step in range(len(sequence) - 1, -1, -1):
         node = sequence[step]
         if not 0 <= node < len(problem.nodes):
             raise PlanError(f"step {step} names node {node}; there are {len(problem.nodes)}")
-        if node not in needed:
-            releases[step].append(node)
-        needed.discard(node)
-        for source in problem.inputs[node]:
-            if source not in needed:
-                releases[step].append(source)
-                needed.add(source)
+        releases[step] += [value for value in problem.made[node] if value not in needed]
+        needed -= set(problem.made[node])
+        releases[step] += [value for value in problem.reads[node] if value not in needed]
+        needed |= set(problem.reads[node])
     return releases
 
 
@@ -92,5 +91,6 @@ def _check_end(problem: Problem, runs: Sequence[int], held: dict[int, int]) -> N
     for v, node in enumerate(problem.nodes):
         if not runs[v]:
             raise PlanError(f"{node.name} never runs")
-        if node.keep and v not in held:
-            raise PlanError(f"{node.name} must be held at the end and is not")
+    for value in problem.kept:
+        if value not in held:
+            raise PlanError(f"{problem.value_name(value)} must be held at the end and is not")

@@ -11,8 +11,14 @@ import heapq
 
 from moec.plan.problem import Problem
 
-# More nodes than this have too many states.
+# More nodes and outputs than this have too many states.
 MOST_NODES = 9
+MOST_VALUES = 12
+
+
+def is_small(problem: Problem) -> bool:
+    """Whether all states can be gone through."""
+    return len(problem.nodes) <= MOST_NODES and len(problem.sizes) <= MOST_VALUES
 
 
 def cheapest_sequence(problem: Problem, budget: int, fixed: bool = False) -> list[int] | None:
@@ -23,7 +29,7 @@ def cheapest_sequence(problem: Problem, budget: int, fixed: bool = False) -> lis
     """
     nodes = range(len(problem.nodes))
     everything = (1 << len(nodes)) - 1
-    kept = sum(1 << v for v in nodes if problem.nodes[v].keep)
+    kept = sum(1 << value for value in problem.kept)
     start = (0, 0)
     costs = {start: 0.0}
     came: dict[tuple[int, int], tuple[tuple[int, int], int | None]] = {}
@@ -61,24 +67,25 @@ def _steps(
 ) -> list[tuple[tuple[int, int], int | None, float]]:
     """The states after running a node (given) or freeing an output (None), with the costs."""
     found: list[tuple[tuple[int, int], int | None, float]] = []
-    bytes_held = problem.resident + _bytes(problem, held)
+    for value in range(len(problem.sizes)):
+        if held >> value & 1:
+            found.append(((held & ~(1 << value), done), None, 0.0))
     for v, node in enumerate(problem.nodes):
-        bit = 1 << v
-        if held & bit:
-            found.append(((held & ~bit, done), None, 0.0))
+        made = sum(1 << value for value in problem.made[v])
+        first = not done >> v & 1
+        if not first and (not node.rematable or held & made == made):
             continue
-        if done & bit and not node.rematable:
+        if fixed and first and v != problem.order[done.bit_count()]:
             continue
-        if fixed and not done & bit and v != problem.order[done.bit_count()]:
-            continue
-        inputs = all(held >> source & 1 for source in problem.inputs[v])
-        if inputs and bytes_held + node.size + node.workspace <= budget:
-            found.append(((held | bit, done | bit), v, node.duration))
+        inputs = all(held >> value & 1 for value in problem.reads[v])
+        needed = problem.resident + _bytes(problem, held | made) + node.workspace
+        if inputs and needed <= budget:
+            found.append(((held | made, done | 1 << v), v, node.duration))
     return found
 
 
 def _bytes(problem: Problem, held: int) -> int:
-    return sum(node.size for v, node in enumerate(problem.nodes) if held >> v & 1)
+    return sum(size for value, size in enumerate(problem.sizes) if held >> value & 1)
 
 
 def _path(

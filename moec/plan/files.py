@@ -66,6 +66,10 @@ class _Field:
             self.fail("a list")
         return [_Field(f"{self.path}[{i}]", item) for i, item in enumerate(self.value)]
 
+    def items_or_one(self) -> list[_Field]:
+        """The items of a list; what is no list, alone."""
+        return self.items() if isinstance(self.value, list) else [self]
+
     def get(self, *names: str, default: Any = ...) -> _Field:
         """The first of these keys that is present."""
         mapping = self.mapping()
@@ -144,21 +148,36 @@ def _native(data: _Field, tokens: int | None) -> Problem:
 def _native_node(field: _Field, place: int, tokens: int | None) -> Node:
     if field.get("id").integer() != place:
         field.get("id").fail(f"the node's place in the list, {place}")
+    sizes = field.get("size").items_or_one()
+    outputs = [size.bytes(tokens) for size in sizes]
     return Node(
         str(field.get("name", default=place).value),
-        field.get("size").bytes(tokens),
+        outputs,
         field.get("time").duration(tokens),
         field.get("workspace", default=0).bytes(tokens),
-        field.get("keep", default=False).flag(),
+        _keep(field.get("keep", default=False), len(outputs)),
         field.get("rematable", default=True).flag(),
     )
 
 
-def _edge(field: _Field) -> tuple[int, int]:
+def _keep(field: _Field, outputs: int) -> list[bool]:
+    if not isinstance(field.value, list):
+        return [field.flag()] * outputs
+    kept = [output.integer() for output in field.items()]
+    if not all(0 <= output < outputs for output in kept):
+        field.fail(f"numbers of outputs, of which there are {outputs}")
+    return [output in kept for output in range(outputs)]
+
+
+def _edge(field: _Field) -> tuple[tuple[int, int], int]:
     ends = field.items()
     if len(ends) != 2:
-        field.fail("an edge: [source, user]")
-    return ends[0].integer(), ends[1].integer()
+        field.fail("an edge: [source, user] or [[source, output], user]")
+    source = ends[0].items_or_one()
+    if len(source) > 2 or (len(source) != 2 and source != ends[:1]):
+        ends[0].fail("a node, or [node, output]")
+    output = source[1].integer() if len(source) == 2 else 0
+    return (source[0].integer(), output), ends[1].integer()
 
 
 def _node_link(data: _Field, tokens: int | None) -> Problem:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 
 from moec.plan.problem import Problem
 
@@ -44,12 +45,15 @@ def raised(problem: Problem, low: int, high: int, deadline: float) -> int:
 class _Backwards:
     def __init__(self, problem: Problem, room: int) -> None:
         self.room = room
-        self.nodes = problem.nodes
-        self.inputs = [sum(1 << source for source in inputs) for inputs in problem.inputs]
+        self.problem = problem
+        self.made = [sum(1 << value for value in made) for made in problem.made]
+        self.read = [sum(1 << value for value in read) for read in problem.reads]
 
     def excludes(self, node: int) -> bool:
-        """Whether the output of a node cannot be made."""
-        start = 1 << node
+        """Whether a node cannot run."""
+        start = self.read[node]
+        if not self.has_room(node, start):
+            return True
         seen, waiting = {start}, [start]
         while waiting:
             if len(seen) > MOST_SETS:
@@ -65,22 +69,23 @@ class _Backwards:
 
     def origins(self, held: int) -> list[int]:
         """The sets that can have been held just before one of these outputs was made last."""
+        owners = {self.problem.owners[value]: None for value in _members(held)}
         found = []
-        rest = held
-        while rest:
-            bit = rest & -rest
-            rest ^= bit
-            node = bit.bit_length() - 1
-            before = (held ^ bit) | self.inputs[node]
-            if self.bytes(before | bit) + self.nodes[node].workspace <= self.room:
+        for node in owners:
+            before = held & ~self.made[node] | self.read[node]
+            if self.has_room(node, before):
                 found.append(before)
         return found
 
-    def bytes(self, held: int) -> int:
-        """What a set of outputs takes."""
-        total = 0
-        while held:
-            bit = held & -held
-            held ^= bit
-            total += self.nodes[bit.bit_length() - 1].size
-        return total
+    def has_room(self, node: int, held: int) -> bool:
+        """Whether a node can run while these outputs are held."""
+        sizes = self.problem.sizes
+        total = sum(sizes[value] for value in _members(held | self.made[node]))
+        return total + self.problem.nodes[node].workspace <= self.room
+
+
+def _members(held: int) -> Iterator[int]:
+    while held:
+        bit = held & -held
+        held ^= bit
+        yield bit.bit_length() - 1

@@ -20,8 +20,9 @@ from moec.plan.sequence import (
     OVER,
     Arrays,
     State,
+    held_until,
     last_use,
-    next_use,
+    next_read,
     run_before,
 )
 
@@ -72,23 +73,50 @@ def crowded_place(state: State, search: Search) -> int:
 
 
 @njit
+def gain_of(graph: Arrays, state: State, run: int, value: int, before: int, after: int) -> int:
+    """By how much a repetition at ``after`` lowers what is above the limit: ``value``, an output of
+    ``run``, is not read between ``before`` and there; other outputs may be idle, too.
+    """
+    found = relief(state, before + 1, after - 1, graph.size[value])
+    first = graph.made_start[state.node[run]]
+    for other in range(first, graph.made_start[state.node[run] + 1]):
+        if other != value and state.place[state.last[run, other - first]] >= after:
+            idle = state.place[last_use(graph, state, run, other, after)] + 1
+            found += relief(state, idle, after - 1, graph.size[other])
+    return found
+
+
+@njit
 def idle_at(graph: Arrays, state: State, search: Search, place: int) -> tuple[int, int, int, float]:
-    """A random run whose output is held at a place without being read there: its node, the last
-    use before, the next use, what its repetition costs at best; -1 for the node if few tries find
-    none.
+    """A random run of which an output is held at a place without being read there: its node, the
+    last use before, the next use, what its repetition costs at best; -1 for the node if few tries
+    find none.
     """
     for _ in range(TRIES if place > 0 else 0):
         run = state.at[draw_below(search, place)]
         node = state.node[run]
-        if state.place[state.last[run]] <= place or graph.once[node]:
+        value = random_output(graph, search, node)
+        if value < 0 or graph.once[node]:
             continue
-        before = state.place[last_use(graph, state, run, place + 1)]
+        if state.place[state.last[run, value - graph.made_start[node]]] <= place:
+            continue
+        before = state.place[last_use(graph, state, run, value, place + 1)]
         if before == place:
             continue
-        after = next_use(graph, state, node, place)
-        gain = search.price[0] * relief(state, before + 1, after - 1, graph.size[node])
+        after = next_read(graph, state, value, place)
+        gain = search.price[0] * gain_of(graph, state, run, value, before, after)
         return node, before, after, graph.duration[node] - gain
     return -1, 0, 0, np.inf
+
+
+@njit
+def random_output(graph: Arrays, search: Search, node: int) -> int:
+    """A value that a node makes; -1 if there is none."""
+    first = graph.made_start[node]
+    count = graph.made_start[node + 1] - first
+    if count > 1:
+        return first + draw_below(search, count)
+    return first if count == 1 else -1
 
 
 @njit
@@ -99,10 +127,11 @@ def random_gap(graph: Arrays, state: State, search: Search) -> tuple[int, int, i
     inputs = graph.input_start[reader + 1] - graph.input_start[reader]
     if inputs == 0:
         return -1, 0, 0, np.inf
-    node = graph.input_node[graph.input_start[reader] + draw_below(search, inputs)]
+    k = graph.input_start[reader] + draw_below(search, inputs)
+    node, value = graph.input_node[k], graph.input_value[k]
     run = run_before(state, node, after)
-    before = state.place[last_use(graph, state, run, after)]
-    gain = search.price[0] * relief(state, before + 1, after - 1, graph.size[node])
+    before = state.place[last_use(graph, state, run, value, after)]
+    gain = search.price[0] * gain_of(graph, state, run, value, before, after)
     return node, before, after, graph.duration[node] - gain
 
 
@@ -141,12 +170,13 @@ def repeat_at(graph: Arrays, state: State, search: Search, node: int, place: int
                 continue
             at = state.place[run]
             made = run_before(state, source, at)
-            if state.last[made] != run:
+            if state.last[made, graph.input_output[k]] != run:
                 continue
-            before = state.place[last_use(graph, state, made, at)]
+            value = graph.input_value[k]
+            before = state.place[last_use(graph, state, made, value, at)]
             if before >= at - 2:
                 continue
-            gain = search.price[0] * relief(state, before + 1, at - 1, graph.size[source])
+            gain = search.price[0] * gain_of(graph, state, made, value, before, at)
             chance = CHAINED if gain > graph.duration[source] else CHAINED_ANYWAY
             if draw(search) < chance:
                 waiting[count] = do_insert(graph, state, search, source, at)
@@ -169,17 +199,30 @@ def drop(graph: Arrays, state: State, search: Search, slack: float) -> bool:
     run = random_repetition(graph, state, search)
     if run < 0:
         return False
-    place, node = state.place[run], state.node[run]
-    saved = graph.duration[node]
-    if state.last[run] != run:
-        earlier = run_before(state, node, place)
-        first = state.place[state.last[earlier]] + 1
-        cost = search.price[0] * burden(state, first, place - 1, graph.size[node])
+    saved = graph.duration[state.node[run]]
+    if held_until(graph, state, run) > state.place[run]:
+        cost = search.price[0] * cost_without(graph, state, run)
         # Its inputs may go too, which may make room for much of that.
         if cost - 4 * saved > 3 * slack + 10 * saved and draw(search) < 0.9:
             return False
     drop_run(graph, state, search, run)
     return True
+
+
+@njit
+def cost_without(graph: Arrays, state: State, run: int) -> int:
+    """By how much taking out a run raises what is above the limit: its outputs that are read are
+    held since the run before, of the same node.
+    """
+    place, node = state.place[run], state.node[run]
+    earlier = run_before(state, node, place)
+    found = 0
+    start = graph.made_start[node]
+    for value in range(start, graph.made_start[node + 1]):
+        if state.last[run, value - start] != run:
+            first = state.place[state.last[earlier, value - start]] + 1
+            found += burden(state, first, place - 1, graph.size[value])
+    return found
 
 
 @njit
@@ -196,7 +239,7 @@ def drop_run(graph: Arrays, state: State, search: Search, run: int) -> None:
             source = graph.input_node[k]
             for j in range(state.count[source] - 1, int(search.fixed) - 1, -1):
                 made = state.runs[source, j]
-                if state.last[made] != made or state.count[source] == 1:
+                if state.count[source] == 1 or held_until(graph, state, made) > state.place[made]:
                     continue
                 if search.totals[0] < len(search.log) - 2 and count < len(waiting):
                     do_remove(graph, state, search, made)

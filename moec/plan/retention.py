@@ -1,9 +1,10 @@
 """Exact plans by constraint programming: retention intervals (Moccasin, Bartan et al., ICML 2023).
 
-Each node has up to ``copies`` optional intervals: it runs at the start, its output is held until
-the end. With a fixed order, first runs are at given events, and between the first runs of two
-neighbours any earlier node may run again once, in the given order, as in the paper. Without, every
-run has an event of its own, and all are different. Solved with CP-SAT, from a hint.
+Each node has up to ``copies`` optional intervals: it runs at the start, an output is held until
+the end; one interval for each output, with one start. With a fixed order, first runs are at given
+events, and between the first runs of two neighbours any earlier node may run again once, in the
+given order, as in the paper. Without, every run has an event of its own, and all are different.
+Solved with CP-SAT, from a hint.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ _LARGEST = 10**7
 
 @dataclass(frozen=True)
 class _Run:
-    """One interval: when it starts, the last event at which it is held, whether it is there."""
+    """When a node runs, the last event at which each output is held, whether it runs at all."""
 
     start: Any
-    end: Any
+    ends: tuple[Any, ...]
     active: Any
 
 
@@ -76,10 +77,10 @@ class _Model:
         self.runs = [[self._run(v, copy) for copy in range(most[v])] for v in range(count)]
         self._order_copies()
         self._limit_memory(budget)
-        for node, inputs in enumerate(problem.inputs):
-            for source in inputs:
+        for node, read in enumerate(problem.reads):
+            for value in read:
                 for run in self.runs[node]:
-                    self._need(source, run)
+                    self._need(value, run)
         if not fixed:
             self.model.add_all_different([run.start for runs in self.runs for run in runs])
         self.scale = self._minimise()
@@ -87,10 +88,12 @@ class _Model:
     def _run(self, node: int, copy: int) -> _Run:
         model, name = self.model, f"{node}.{copy}"
         start = model.new_int_var_from_domain(self._starts(node, copy), f"start{name}")
-        end = model.new_int_var(0, self.events, f"end{name}")
-        model.add(end >= start)
+        outputs = range(len(self.problem.nodes[node].outputs))
+        ends = tuple(model.new_int_var(0, self.events, f"end{name}.{k}") for k in outputs)
+        for end in ends:
+            model.add(end >= start)
         active = model.new_constant(1) if copy == 0 else model.new_bool_var(f"active{name}")
-        return _Run(start, end, active)
+        return _Run(start, ends, active)
 
     def _starts(self, node: int, copy: int) -> Any:
         if not self.fixed:
@@ -105,20 +108,17 @@ class _Model:
         for runs in self.runs:
             for one, other in itertools.pairwise(runs):
                 self.model.add_implication(other.active, one.active)
-                self.model.add(one.end < other.start).only_enforce_if(other.active)
+                self.model.add(one.start < other.start).only_enforce_if(other.active)
+                for end in one.ends:
+                    self.model.add(end < other.start).only_enforce_if(other.active)
 
     def _limit_memory(self, budget: int) -> None:
-        intervals, sizes = [], []
+        intervals: list[Any] = []
+        sizes: list[int] = []
         for v, node in enumerate(self.problem.nodes):
             for k, run in enumerate(self.runs[v]):
-                length = self.model.new_int_var(1, self.events + 1, f"length{v}.{k}")
-                end = self.model.new_int_var(1, self.events + 1, f"stop{v}.{k}")
-                self.model.add(end == run.end + 1)
-                name = f"held{v}.{k}"
-                intervals.append(
-                    self.model.new_optional_interval_var(run.start, length, end, run.active, name)
-                )
-                sizes.append(node.size)
+                intervals += [self._interval(run, end, f"{v}.{k}") for end in run.ends]
+                sizes += node.outputs
                 if node.workspace:
                     intervals.append(
                         self.model.new_optional_fixed_size_interval_var(
@@ -126,24 +126,40 @@ class _Model:
                         )
                     )
                     sizes.append(node.workspace)
-            if node.keep:
-                self._keep(self.runs[v])
+        for value in self.problem.kept:
+            self._keep(value)
         self.model.add_cumulative(intervals, sizes, budget - self.problem.resident)
 
-    def _keep(self, runs: list[_Run]) -> None:
-        held = [self.model.new_bool_var("") for _ in runs]
-        self.model.add_exactly_one(held)
-        for run, chosen in zip(runs, held, strict=True):
-            self.model.add_implication(chosen, run.active)
-            self.model.add(run.end == self.events).only_enforce_if(chosen)
+    def _interval(self, run: _Run, end: Any, name: str) -> Any:
+        """The time in which an output of a run is held."""
+        length = self.model.new_int_var(1, self.events + 1, f"length{name}")
+        stop = self.model.new_int_var(1, self.events + 1, f"stop{name}")
+        self.model.add(stop == end + 1)
+        return self.model.new_optional_interval_var(
+            run.start, length, stop, run.active, f"held{name}"
+        )
 
-    def _need(self, source: int, run: _Run) -> None:
+    def _copies(self, value: int) -> list[tuple[_Run, Any]]:
+        """The runs that make a value, with the last event at which it is held."""
+        owner = self.problem.owners[value]
+        output = value - self.problem.made[owner].start
+        return [(run, run.ends[output]) for run in self.runs[owner]]
+
+    def _keep(self, value: int) -> None:
+        copies = self._copies(value)
+        held = [self.model.new_bool_var("") for _ in copies]
+        self.model.add_exactly_one(held)
+        for (run, end), chosen in zip(copies, held, strict=True):
+            self.model.add_implication(chosen, run.active)
+            self.model.add(end == self.events).only_enforce_if(chosen)
+
+    def _need(self, value: int, run: _Run) -> None:
         served = []
-        for other in self.runs[source]:
+        for other, end in self._copies(value):
             serves = self.model.new_bool_var("")
             self.model.add_implication(serves, other.active)
             self.model.add(other.start + 1 <= run.start).only_enforce_if(serves)
-            self.model.add(run.start <= other.end).only_enforce_if(serves)
+            self.model.add(run.start <= end).only_enforce_if(serves)
             served.append(serves)
         self.model.add_bool_or([*served, run.active.negated()])
 
@@ -167,7 +183,9 @@ class _Model:
         seen: Counter[int] = Counter()
         for k, node in enumerate(sequence):
             run = self.runs[node][seen[node]]
-            self._hint_run(run, events[k], events[last[k]])
+            self.model.add_hint(run.start, events[k])
+            for end, use in zip(run.ends, last[k], strict=True):
+                self.model.add_hint(end, events[use])
             # The first run is always there: a constant, which takes no hint.
             if seen[node]:
                 self.model.add_hint(run.active, 1)
@@ -175,10 +193,6 @@ class _Model:
         for node, runs in enumerate(self.runs):
             for run in runs[seen[node] :]:
                 self.model.add_hint(run.active, 0)
-
-    def _hint_run(self, run: _Run, start: int, end: int) -> None:
-        self.model.add_hint(run.start, start)
-        self.model.add_hint(run.end, end)
 
     def _events_of(self, sequence: Sequence[int]) -> list[int]:
         if not self.fixed:
@@ -193,12 +207,14 @@ class _Model:
             _event(k, self.place[node]) for k, node in zip(reversed(stages), sequence, strict=True)
         ]
 
-    def _last_uses(self, sequence: Sequence[int]) -> list[int]:
+    def _last_uses(self, sequence: Sequence[int]) -> list[list[int]]:
+        """Of each execution: for each output, the last one that reads it."""
         latest: dict[int, int] = {}
-        last = list(range(len(sequence)))
+        last = [[k] * len(self.problem.nodes[v].outputs) for k, v in enumerate(sequence)]
         for k, node in enumerate(sequence):
-            for source in self.problem.inputs[node]:
-                last[latest[source]] = k
+            for value in self.problem.reads[node]:
+                owner = self.problem.owners[value]
+                last[latest[owner]][value - self.problem.made[owner].start] = k
             latest[node] = k
         return last
 

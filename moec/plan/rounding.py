@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Sequence
 
 from moec.plan.problem import Problem
@@ -16,16 +18,19 @@ def rounded(
     """A sequence in the given order in which a node runs again where the relaxation runs it again
     to at least the threshold; inputs that are not held then are repeated too.
 
-    ``chains[u]``: the users of u that divide its gaps; ``again[u][i]``: how often u runs again in
-    gap i. The sequence is valid; whether it fits is not looked at.
+    ``chains[u]``: the users of u that divide its gaps, the end among them; ``again[u][i]``: how
+    often u runs again in gap i. The sequence is valid; whether it fits is not looked at.
     """
-    builder = _Builder(problem, chains, again, threshold)
-    for node in problem.order:
+    builder = _Builder(problem.ended, chains, again, threshold)
+    for node in problem.ended.order:
         builder.run(node)
-    return builder.sequence
+    # Without the end
+    return builder.sequence[:-1]
 
 
 class _Builder:
+    """Builds a sequence; ``held`` are the values that are there without running anything again."""
+
     def __init__(
         self,
         problem: Problem,
@@ -34,10 +39,11 @@ class _Builder:
         threshold: float,
     ) -> None:
         self.problem = problem
-        self.gap_ends = [{user: k + 1 for k, user in enumerate(chain)} for chain in chains]
-        self.again = again
+        self.place = {node: k for k, node in enumerate(problem.order)}
+        self.chains = [[self.place[user] for user in chain] for chain in chains]
+        self.sums = [list(itertools.accumulate(one, initial=0.0)) for one in again]
         self.threshold = threshold
-        self.waiting = [len(users) for users in problem.users]
+        self.reads = [sorted(self.place[v] for v in readers) for readers in problem.readers]
         self.held: set[int] = set()
         self.sequence: list[int] = []
 
@@ -45,29 +51,36 @@ class _Builder:
         """Run a node for the first time."""
         self.provide(node)
         self.sequence.append(node)
-        self.held.add(node)
-        self.leave(node, 0)
-        for source in self.problem.inputs[node]:
-            self.waiting[source] -= 1
-            self.leave(source, self.gap_ends[source].get(node, -1))
+        self.held.update(self.problem.made[node])
+        for value in (*self.problem.made[node], *self.problem.reads[node]):
+            self.leave(value, self.place[node])
 
     def provide(self, node: int) -> None:
-        """Repeat the inputs that are not held, and what they take."""
-        waiting = [(node, iter(self.problem.inputs[node]))]
+        """Repeat what makes the inputs that are not held, and what that takes."""
+        waiting = [(node, iter(self.problem.reads[node]))]
         while waiting:
             top, inputs = waiting[-1]
-            source = next((s for s in inputs if s not in self.held), None)
-            if source is not None:
-                waiting.append((source, iter(self.problem.inputs[source])))
+            value = next((w for w in inputs if w not in self.held), None)
+            if value is not None:
+                owner = self.problem.owners[value]
+                waiting.append((owner, iter(self.problem.reads[owner])))
                 continue
             waiting.pop()
             if top != node:
                 self.sequence.append(top)
-                self.held.add(top)
+                self.held.update(self.problem.made[top])
 
-    def leave(self, node: int, gap: int) -> None:
-        """At the start of a gap: hold the output over it, or not."""
-        over = self.waiting[node] == 0
-        pinned = not self.problem.nodes[node].rematable or self.problem.nodes[node].keep
-        if not pinned and (over or (gap >= 0 and self.again[node][gap] >= self.threshold)):
-            self.held.discard(node)
+    def leave(self, value: int, place: int) -> None:
+        """After a use: hold the value until the next, or not."""
+        owner = self.problem.owners[value]
+        if not self.problem.nodes[owner].rematable:
+            return
+        later = bisect.bisect_right(self.reads[value], place)
+        if later == len(self.reads[value]):
+            self.held.discard(value)
+            return
+        first = bisect.bisect_right(self.chains[owner], place)
+        final = bisect.bisect_left(self.chains[owner], self.reads[value][later])
+        again = self.sums[owner][final + 1] - self.sums[owner][first]
+        if again >= self.threshold:
+            self.held.discard(value)

@@ -126,7 +126,7 @@ class _Searcher:
 
     def _state(self, sequence: Sequence[int]) -> State:
         capacity = max(8 * self.count, 2 * len(sequence)) + 64
-        state = empty_state(self.count + 1, capacity, self.budget)
+        state = empty_state(self.arrays, capacity, self.budget)
         build(self.arrays, state, np.array(sequence, np.int32))
         return state
 

@@ -1,14 +1,15 @@
 """A sequence of executions and its memory, changed in place by one insertion, removal or move.
 
-A plan is a sequence of nodes, each at least once; an output is read from its latest run and freed
-after its last use. So any insertion of a node whose inputs ran before is valid: only memory can
-fail. The state below is a function of the sequence alone; each change updates it in time
+A plan is a sequence of nodes, each at least once; an output is read from the latest run that made
+it and freed after its last use. So any insertion of a node whose inputs ran before is valid: only
+memory can fail. The state below is a function of the sequence alone; each change updates it in time
 proportional to the intervals that it touches, which is what makes a local search of millions of
 changes possible. Compiled with numba.
 
 A *run* is one execution, a number that stays while the sequence changes. ``place[run]`` is its
-place, ``last[run]`` the last run that reads it (itself if none). ``memory[place]`` is what is held
-during that execution. The last run is of an extra node without cost that reads what must be kept.
+place, ``last[run, k]`` the last run that reads its k-th output (itself if none). ``memory[place]``
+is what is held during that execution. The last run is of an extra node without cost or output that
+reads what must be kept. *Values* are numbered as in the problem.
 """
 
 from __future__ import annotations
@@ -29,16 +30,27 @@ MOST_RUNS = 24
 
 
 class Arrays(NamedTuple):
-    """A problem for compiled code; one node more than the problem has, the end."""
+    """A problem for compiled code; one node more than the problem has, the end.
 
-    size: Any
+    ``total``: bytes of all outputs of each node; ``made_start``: its first value; ``size``: of each
+    value. Of each input of a node: ``input_value``, the node that makes it and as which output.
+    ``user_node``: the users of each node; ``reader_node``: the readers of each value.
+    """
+
+    total: Any
     workspace: Any
     duration: Any
     once: Any
+    made_start: Any
+    size: Any
     input_start: Any
+    input_value: Any
     input_node: Any
+    input_output: Any
     user_start: Any
     user_node: Any
+    reader_start: Any
+    reader_node: Any
     resident: int
 
 
@@ -61,20 +73,24 @@ class State(NamedTuple):
 
 def arrays_of(problem: Problem) -> Arrays:
     """The problem as arrays."""
-    kept = tuple(v for v, node in enumerate(problem.nodes) if node.keep)
-    inputs = [*problem.inputs, kept]
-    users: list[list[int]] = [[] for _ in inputs]
-    for node, sources in enumerate(inputs):
-        for source in sources:
-            users[source].append(node)
+    ended = problem.ended
+    made_start, _ = _compressed(ended.made)
+    input_start, input_value = _compressed(ended.reads)
+    input_node = np.array(ended.owners, np.int32)[input_value]
     return Arrays(
-        np.array([*(v.size for v in problem.nodes), 0], np.int64),
-        np.array([*(v.workspace for v in problem.nodes), 0], np.int64),
-        np.array([*(v.duration for v in problem.nodes), 0.0], np.float64),
-        np.array([*(not v.rematable for v in problem.nodes), True], np.bool_),
-        *_compressed(inputs),
-        *_compressed(users),
-        problem.resident,
+        np.array([node.size for node in ended.nodes], np.int64),
+        np.array([node.workspace for node in ended.nodes], np.int64),
+        np.array([node.duration for node in ended.nodes], np.float64),
+        np.array([not node.rematable for node in ended.nodes], np.bool_),
+        made_start,
+        np.array(ended.sizes, np.int64),
+        input_start,
+        input_value,
+        input_node,
+        input_value - made_start[input_node],
+        *_compressed(ended.users),
+        *_compressed(ended.readers),
+        ended.resident,
     )
 
 
@@ -83,14 +99,15 @@ def _compressed(lists: Any) -> tuple[Any, Any]:
     return starts.astype(np.int32), np.array([v for one in lists for v in one], np.int32)
 
 
-def empty_state(nodes: int, capacity: int, limit: int) -> State:
-    """A state of no runs; ``nodes`` includes the end."""
+def empty_state(graph: Arrays, capacity: int, limit: int) -> State:
+    """A state of no runs."""
+    nodes = len(graph.total)
     totals = np.array([0, limit, 0, capacity], np.int64)
     return State(
         np.zeros(capacity, np.int32),
         np.zeros(capacity, np.int32),
         np.zeros(capacity, np.int32),
-        np.zeros(capacity, np.int32),
+        np.zeros((capacity, np.diff(graph.made_start).max()), np.int32),
         np.zeros((nodes, MOST_RUNS), np.int32),
         np.zeros(nodes, np.int32),
         np.zeros(capacity, np.int64),
@@ -103,7 +120,7 @@ def empty_state(nodes: int, capacity: int, limit: int) -> State:
 @njit
 def build(graph: Arrays, state: State, sequence: Any) -> None:
     """Fill an empty state with a valid sequence (without the end)."""
-    end = len(graph.size) - 1
+    end = len(graph.total) - 1
     append(graph, state, end)
     for node in sequence:
         insert(graph, state, node, state.totals[LENGTH] - 1)
@@ -119,7 +136,6 @@ def append(graph: Arrays, state: State, node: int) -> None:
     state.at[0] = run
     state.place[run] = 0
     state.node[run] = node
-    state.last[run] = run
     state.runs[node, 0] = run
     state.count[node] = 1
     state.memory[0] = graph.resident
@@ -158,23 +174,35 @@ def run_before(state: State, node: int, place: int) -> int:
 
 
 @njit
-def last_use(graph: Arrays, state: State, run: int, before: int) -> int:
-    """The last run before a place that reads what ``run`` made; ``run`` if there is none."""
-    node = state.node[run]
+def last_use(graph: Arrays, state: State, run: int, value: int, before: int) -> int:
+    """The last run before a place that reads a value which ``run`` made; ``run`` if none."""
     found, best = run, state.place[run]
-    for k in range(graph.user_start[node], graph.user_start[node + 1]):
-        reader = run_before(state, graph.user_node[k], before)
+    for k in range(graph.reader_start[value], graph.reader_start[value + 1]):
+        reader = run_before(state, graph.reader_node[k], before)
         if reader >= 0 and state.place[reader] > best:
             found, best = reader, state.place[reader]
     return found
 
 
 @njit
+def next_read(graph: Arrays, state: State, value: int, after: int) -> int:
+    """The first place after ``after`` where a value is read; the sequence's length if none."""
+    start, stop = graph.reader_start[value], graph.reader_start[value + 1]
+    return first_run(state, graph.reader_node[start:stop], after)
+
+
+@njit
 def next_use(graph: Arrays, state: State, node: int, after: int) -> int:
-    """The first place after ``after`` where a node is read; the sequence's length if none."""
+    """The first place after ``after`` that reads from a node; the sequence's length if none."""
+    start, stop = graph.user_start[node], graph.user_start[node + 1]
+    return first_run(state, graph.user_node[start:stop], after)
+
+
+@njit
+def first_run(state: State, nodes: Any, after: int) -> int:
+    """The first place after ``after`` of any of these nodes; the sequence's length if none."""
     best = state.totals[LENGTH]
-    for k in range(graph.user_start[node], graph.user_start[node + 1]):
-        user = graph.user_node[k]
+    for user in nodes:
         for j in range(state.count[user]):
             place = state.place[state.runs[user, j]]
             if place > after:
@@ -184,19 +212,29 @@ def next_use(graph: Arrays, state: State, node: int, after: int) -> int:
 
 
 @njit
+def held_until(graph: Arrays, state: State, run: int) -> int:
+    """The place of the last run that reads any output of a run; its own if none."""
+    node = state.node[run]
+    found = state.place[run]
+    for k in range(graph.made_start[node + 1] - graph.made_start[node]):
+        found = max(found, state.place[state.last[run, k]])
+    return found
+
+
+@njit
 def attach_inputs(graph: Arrays, state: State, run: int) -> None:
     """Hold the inputs of a run until it."""
     place = state.place[run]
     node = state.node[run]
     for k in range(graph.input_start[node], graph.input_start[node + 1]):
-        source = graph.input_node[k]
-        made = run_before(state, source, place)
+        made = run_before(state, graph.input_node[k], place)
         if made < 0:
             continue
-        until = state.place[state.last[made]]
+        output = graph.input_output[k]
+        until = state.place[state.last[made, output]]
         if until < place:
-            add_memory(state, until + 1, place, graph.size[source])
-            state.last[made] = run
+            add_memory(state, until + 1, place, graph.size[graph.input_value[k]])
+            state.last[made, output] = run
 
 
 @njit
@@ -205,11 +243,13 @@ def detach_inputs(graph: Arrays, state: State, run: int) -> None:
     place = state.place[run]
     node = state.node[run]
     for k in range(graph.input_start[node], graph.input_start[node + 1]):
-        source = graph.input_node[k]
-        made = run_before(state, source, place)
-        if state.last[made] == run:
-            state.last[made] = last_use(graph, state, made, place)
-            add_memory(state, state.place[state.last[made]] + 1, place, -graph.size[source])
+        made = run_before(state, graph.input_node[k], place)
+        output = graph.input_output[k]
+        if state.last[made, output] == run:
+            value = graph.input_value[k]
+            last = last_use(graph, state, made, value, place)
+            state.last[made, output] = last
+            add_memory(state, state.place[last] + 1, place, -graph.size[value])
 
 
 @njit
@@ -218,25 +258,36 @@ def insert(graph: Arrays, state: State, node: int, place: int) -> int:
     crossing = held_across(graph, state, place)
     run = open_place(state, place)
     state.node[run] = node
-    state.last[run] = run
-    state.memory[place] = crossing + graph.size[node] + graph.workspace[node]
+    state.memory[place] = crossing + graph.total[node] + graph.workspace[node]
     state.totals[OVER] += excess(state, state.memory[place])
     state.time[0] += graph.duration[node]
     earlier = run_before(state, node, place)
     list_run(state, node, run, place)
-    if earlier >= 0 and state.place[state.last[earlier]] > place:
-        state.last[run] = state.last[earlier]
-        state.last[earlier] = last_use(graph, state, earlier, place)
-        add_memory(state, state.place[state.last[earlier]] + 1, place, -graph.size[node])
+    take_over(graph, state, run, earlier)
     attach_inputs(graph, state, run)
     return run
+
+
+@njit
+def take_over(graph: Arrays, state: State, run: int, earlier: int) -> None:
+    """Have a new run serve what reads its outputs after it, in the place of an earlier run."""
+    place, node = state.place[run], state.node[run]
+    first = graph.made_start[node]
+    for value in range(first, graph.made_start[node + 1]):
+        k = value - first
+        state.last[run, k] = run
+        if earlier >= 0 and state.place[state.last[earlier, k]] > place:
+            state.last[run, k] = state.last[earlier, k]
+            last = last_use(graph, state, earlier, value, place)
+            state.last[earlier, k] = last
+            add_memory(state, state.place[last] + 1, place, -graph.size[value])
 
 
 @njit
 def held_across(graph: Arrays, state: State, place: int) -> int:
     """What is held both before and during the execution at a place, without its own needs."""
     node = state.node[state.at[place]]
-    return state.memory[place] - graph.size[node] - graph.workspace[node]
+    return state.memory[place] - graph.total[node] - graph.workspace[node]
 
 
 @njit
@@ -273,15 +324,25 @@ def remove(graph: Arrays, state: State, run: int) -> None:
     place = state.place[run]
     node = state.node[run]
     detach_inputs(graph, state, run)
-    if state.last[run] != run:
-        earlier = run_before(state, node, place)
-        until = state.place[state.last[earlier]]
-        add_memory(state, until + 1, place - 1, graph.size[node])
-        state.last[earlier] = state.last[run]
+    hand_back(graph, state, run)
     state.totals[OVER] -= excess(state, state.memory[place])
     state.time[0] -= graph.duration[node]
     unlist_run(state, node, run)
     close_place(state, place)
+
+
+@njit
+def hand_back(graph: Arrays, state: State, run: int) -> None:
+    """Have the run before, of the same node, serve what reads the outputs of a run."""
+    place, node = state.place[run], state.node[run]
+    first = graph.made_start[node]
+    for value in range(first, graph.made_start[node + 1]):
+        k = value - first
+        if state.last[run, k] != run:
+            earlier = run_before(state, node, place)
+            until = state.place[state.last[earlier, k]]
+            add_memory(state, until + 1, place - 1, graph.size[value])
+            state.last[earlier, k] = state.last[run, k]
 
 
 @njit
@@ -314,7 +375,7 @@ def move(graph: Arrays, state: State, run: int, target: int) -> None:
     """Execute a run at another place, between which nothing reads or runs its node."""
     place = state.place[run]
     node = state.node[run]
-    held = graph.size[node] if state.last[run] != run else 0
+    held = read_bytes(graph, state, run)
     detach_inputs(graph, state, run)
     state.totals[OVER] -= excess(state, state.memory[place])
     if target > place:
@@ -329,9 +390,21 @@ def move(graph: Arrays, state: State, run: int, target: int) -> None:
             shift(state, k - 1, k)
     state.at[target] = run
     state.place[run] = target
-    state.memory[target] = crossing + graph.size[node] + graph.workspace[node]
+    state.memory[target] = crossing + graph.total[node] + graph.workspace[node]
     state.totals[OVER] += excess(state, state.memory[target])
     attach_inputs(graph, state, run)
+
+
+@njit
+def read_bytes(graph: Arrays, state: State, run: int) -> int:
+    """Bytes of those outputs of a run that are read."""
+    node = state.node[run]
+    first = graph.made_start[node]
+    found = 0
+    for value in range(first, graph.made_start[node + 1]):
+        if state.last[run, value - first] != run:
+            found += graph.size[value]
+    return found
 
 
 @njit

@@ -6,7 +6,7 @@ import numba
 import numpy as np
 
 from moec.plan.changes import Search, do_move, draw, draw_below, new_stamp
-from moec.plan.sequence import LENGTH, Arrays, State, next_use
+from moec.plan.sequence import LENGTH, Arrays, State, held_until, next_use
 
 njit = numba.njit(cache=True, nogil=True)
 
@@ -27,11 +27,11 @@ def window(graph: Arrays, state: State, run: int) -> tuple[int, int]:
     for k in range(state.count[node]):
         other = state.runs[node, k]
         if state.place[other] < place:
-            first = max(first, state.place[state.last[other]] + 1, state.place[other] + 1)
+            first = max(first, held_until(graph, state, other) + 1)
         elif state.place[other] > place:
             final = min(final, state.place[other] - 1)
             break
-    if state.last[run] != run:
+    if held_until(graph, state, run) > place:
         final = min(final, next_use(graph, state, node, place) - 1)
     return first, final
 

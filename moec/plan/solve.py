@@ -142,13 +142,13 @@ class _Solver:
 
     def run(self, exact: bool) -> None:
         """The phases, until the plan is proven or time is up."""
-        from moec.plan.exact import MOST_NODES
+        from moec.plan.exact import is_small
         from moec.plan.search import compile_search
 
         self.offer(self.problem.order)
         if self.is_done() or self.least_possible() > self.budget:
             return
-        if len(self.problem.nodes) <= MOST_NODES:
+        if is_small(self.problem):
             self.enumerate_states()
             return
         self.report("compile")
@@ -239,7 +239,7 @@ class _Solver:
         if math.isinf(self.bound):
             return
         for threshold in THRESHOLDS:
-            chains, again = relaxation.chains(), relaxation.solution
+            chains, again = relaxation.chains, relaxation.solution
             sequence = rounded(self.problem, chains, again, threshold)
             self.offer(sequence)
             self.starts.append(sequence)
@@ -279,11 +279,11 @@ class _Solver:
 
     def failure(self) -> BudgetError:
         """Why there is no plan, the least budget known, and what is large."""
-        from moec.plan.exact import MOST_NODES, least_sequence
+        from moec.plan.exact import is_small, least_sequence
         from moec.plan.least import raised
 
         possible = self.least_possible()
-        if len(self.problem.nodes) <= MOST_NODES:
+        if is_small(self.problem):
             self.offer(least_sequence(self.problem, possible, int(self.least_peak), self.fixed))
         elif possible > self.budget or not math.isinf(self.bound):
             self.lower_peak(max(possible, self.budget))
@@ -295,8 +295,10 @@ class _Solver:
         reason = "no plan was found in the time limit"
         if possible > self.budget:
             reason = "there is no plan"
-        largest = sorted(self.problem.nodes, key=lambda node: (-node.size, node.name))[:5]
-        sizes = "\n".join(f"  {node.size:>16} {node.name}" for node in largest)
+        values = enumerate(self.problem.sizes)
+        outputs = [(size, self.problem.value_name(value)) for value, size in values]
+        largest = sorted(outputs, key=lambda output: (-output[0], output[1]))[:5]
+        sizes = "\n".join(f"  {size:>16} {name}" for size, name in largest)
         return BudgetError(
             f"{self.problem.name}: {reason} within {self.budget} bytes; the least budget known to"
             f" suffice is {known} bytes, and at least {possible} are needed."
