@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 from torch import ScriptObject, nn
 
 from moec.artifact_lines import artifact_lines
+from moec.budget.options import read_budget
+from moec.budget.scope import Budget, BudgetScope
 from moec.capture.disagreement import odd_experts
 from moec.capture.regions import Candidate, find_candidates
 from moec.compiled import install, model_scope_of, region_of
@@ -36,6 +38,9 @@ OPTIONS = {
     "gluon": "false: no products in Gluon, which serve Hopper GPUs where they are faster (default:"
     " true)",
     "passes": "pipeline text in place of the default one",
+    "reserve": "with a memory budget: bytes of it for what moec does not see, the state of an"
+    " optimizer above all (default: 0; on a GPU what is allocated at a call, if that is more)",
+    "plan_seconds": "with a memory budget: how long to plan at most (default: 20)",
     "model_backend": "scope model: the torch.compile backend of what is not MoE (inductor)",
 }
 SCOPES = ("region", "model")
@@ -66,7 +71,11 @@ def compile(
             max=4096)}}``: then calls are checked before they run, a :class:`CallError` names what
             is outside, and compiled code may rely on the ranges. A number says that an axis always
             has that size. See docs/dims.md.
-        memory_budget: not available yet; must be None.
+        memory_budget: bytes, or a size such as "40GiB", that a step of training (forward and
+            backward) needs at most, parameters, gradients, inputs and outputs included, for any
+            routing. The step is captured as one graph; what does not fit is dropped and computed
+            again. :class:`BudgetError` at the first call if no plan fits, with the least budget
+            that would do. See docs/budget.md.
         target: "triton", "aten", or None for the best one of the device.
         scope: "region": each MoE block by itself, the rest runs as it was. "model": the whole
             forward is one graph of torch.compile with the blocks as ops in it, where it can be
@@ -81,10 +90,11 @@ def compile(
     Raises:
         CompileError: for a model or an option that cannot be taken.
     """
-    _check_arguments(model, dynamic, memory_budget, target, scope)
+    _check_arguments(model, dynamic, target, scope)
     if mode not in MODES:
         raise CompileError(f"unknown mode {mode!r}; modes: {', '.join(map(repr, MODES))}")
     settings = _checked_options(options)
+    budget = read_budget(memory_budget, settings)
     backend = _model_backend(settings, scope)
     session = _session(target, strict, settings, mode)
     check = None if isinstance(dynamic, bool) else CheckInputs(declare(model, dynamic))
@@ -99,11 +109,24 @@ def compile(
             f"moec: found no MoE block in {type(model).__name__}; the model is returned unchanged. "
             f"{_quantised_text(model)}See docs/tour.md for what is looked for."
         )
-    if backend is not None and region_of(compiled) is None:
+    if budget is not None:
+        _install_budget(session, compiled, budget)
+    elif backend is not None and region_of(compiled) is None:
         install(compiled, ModelScope(session, type(model).__name__, backend))
     if check is not None:
         _install_check(compiled, check)
     return compiled
+
+
+def _install_budget(session: Session, compiled: nn.Module, budget: Budget) -> None:
+    """Make training calls of the whole model run planned steps."""
+    name = type(compiled).__name__
+    if region_of(compiled) is not None:
+        raise CompileError(
+            f"{name} is one MoE block, which is not planned alone; give the memory budget to the"
+            " model that holds it"
+        )
+    install(compiled, BudgetScope(session, name, budget))
 
 
 def _install_check(compiled: nn.Module, check: CheckInputs) -> None:
@@ -156,9 +179,7 @@ def _install(session: Session, candidate: Candidate) -> None:
     region.try_capture()
 
 
-def _check_arguments(
-    model: Any, dynamic: Any, memory_budget: Any, target: str | None, scope: str
-) -> None:
+def _check_arguments(model: Any, dynamic: Any, target: str | None, scope: str) -> None:
     if not isinstance(model, nn.Module):
         raise CompileError(
             f"moec.compile takes an nn.Module, got {type(model).__name__}; "
@@ -172,11 +193,6 @@ def _check_arguments(
         raise CompileError(
             "dynamic=False: moec has one artifact for every number of tokens and none for a single "
             "one; leave dynamic=True"
-        )
-    if memory_budget is not None:
-        raise CompileError(
-            "memory_budget needs whole-model planning, which this version does not have; "
-            "leave it None"
         )
     if target is not None and target not in TARGETS:
         raise CompileError(f"unknown target {target!r}; targets: {', '.join(TARGETS)}")
@@ -266,7 +282,7 @@ def explain(model: nn.Module, dynamic: bool | Dynamic = True) -> Explanation:
     changing it.
     """
     found = regions(model)
-    if not found:
+    if not found and model_scope_of(model) is None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the text says what the warnings say
             found = regions(compile(model, dynamic=dynamic))
@@ -275,9 +291,9 @@ def explain(model: nn.Module, dynamic: bool | Dynamic = True) -> Explanation:
 
 def _explain_text(model: nn.Module, found: Sequence[Region]) -> str:
     if not found:
-        return (
-            f"{type(model).__name__}: no MoE block found; compiled and original model are the same."
-        )
+        same = "" if _scope_lines(model) else "; compiled and original model are the same."
+        head = f"{type(model).__name__}: no MoE block found{same}"
+        return "\n".join([head, *_scope_lines(model)])
     counts: dict[str, int] = {}
     for region in found:
         counts[region.status] = counts.get(region.status, 0) + 1
@@ -290,12 +306,7 @@ def _explain_text(model: nn.Module, found: Sequence[Region]) -> str:
 
 def _scope_lines(model: nn.Module) -> list[str]:
     scope = model_scope_of(model)
-    if scope is None:
-        return []
-    if scope.reason:
-        return [f"  scope: region, the whole graph could not be captured: {scope.reason}"]
-    state = f"{scope.served} calls" if scope.served else "at the first call"
-    return [f"  scope: model, one graph through {scope.backend} ({state})"]
+    return [] if scope is None else scope.lines()
 
 
 def _declared_lines(session: Session) -> list[str]:

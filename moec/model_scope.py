@@ -45,12 +45,19 @@ class ModelScope:
         if self.reason or is_traced() or is_transformed():
             return NotImplemented
         try:
-            with _quiet_recompilation():
+            with quiet_recompilation():
                 result = self._whole(module)(module, *args, **kwargs)
         except TorchDynamoException as error:
             return self._in_region_scope(module, args, kwargs, error)
         self.served += 1
         return result
+
+    def lines(self) -> list[str]:
+        """What :func:`moec.explain` says about it."""
+        if self.reason:
+            return [f"  scope: region, the whole graph could not be captured: {self.reason}"]
+        state = f"{self.served} calls" if self.served else "at the first call"
+        return [f"  scope: model, one graph through {self.backend} ({state})"]
 
     def settle(self, module: nn.Module) -> None:
         """Nothing: what the model's own code changes on the way is its own."""
@@ -106,8 +113,8 @@ def first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet_recompilation() -> Iterator[None]:
-    """More graphs than Dynamo's default allows: batch 1 and length 1 have graphs of their own."""
+def quiet_recompilation() -> Iterator[None]:
+    """Allow more graphs than Dynamo's default: batch 1 and length 1 have graphs of their own."""
     with torch._dynamo.config.patch(recompile_limit=16, accumulated_recompile_limit=256):
         yield
 
@@ -123,4 +130,4 @@ def check_backend(backend: Any) -> str:
     return str(backend)
 
 
-__all__ = ["DEFAULT_BACKEND", "ModelScope", "check_backend"]
+__all__ = ["DEFAULT_BACKEND", "ModelScope", "check_backend", "first_line", "quiet_recompilation"]

@@ -70,7 +70,7 @@ class Net(nn.Module):
         ({"target": "tpu"}, r"unknown target 'tpu'; targets: triton, aten"),
         ({"scope": "module"}, r"unknown scope 'module'.*'region'"),
         ({"dynamic": False}, r"dynamic=False.*leave dynamic=True"),
-        ({"memory_budget": "8GiB"}, r"memory_budget.*leave it None"),
+        ({"memory_budget": "plenty"}, r"memory_budget.*is no size"),
         ({"options": {"speed": 11}}, r"unknown option 'speed'\. Options are .*dump: folder"),
         ({"options": ["dump"]}, r"options is a mapping"),
         ({"options": {"dump": 3}}, r"option 'dump' is a folder's path, got 3"),

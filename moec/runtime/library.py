@@ -23,6 +23,7 @@ _SCHEMA = "(Tensor[] inputs) -> Tensor[]"
 _COUNT = itertools.count()
 _NAMES: dict[int, str] = {}
 _KEPT: list[Artifact] = []
+_PASSES: dict[str, tuple[Artifact, bool]] = {}
 
 
 def op_name(artifact: Artifact) -> str:
@@ -34,7 +35,17 @@ def op_name(artifact: Artifact) -> str:
             artifact, name
         )
         _NAMES[id(artifact)] = name
+        _PASSES[f"moec::{name}"] = artifact, False
+        _PASSES[f"moec::{name}_backward"] = artifact, True
     return _NAMES[id(artifact)]
+
+
+def pass_of(target: Any) -> tuple[Artifact, bool] | None:
+    """The artifact of which an op is a pass, and whether it is the backward pass; ``None`` if it is
+    another op.
+    """
+    name = getattr(target, "name", None)
+    return _PASSES.get(name().split(".")[0]) if callable(name) else None
 
 
 def _contiguous(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

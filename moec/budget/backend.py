@@ -1,0 +1,113 @@
+"""The Dynamo backend of a training step under a memory budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+
+from moec.budget.effort import RATES, Efforts
+from moec.budget.labels import size_names
+from moec.budget.measure import workspace_on
+from moec.budget.problem import StepProblem, step_problem
+from moec.budget.schedule import scheduled, split
+from moec.budget.sizes import planned_sizes
+from moec.budget.steps import read_joint
+from moec.budget.text import plan_lines
+from moec.errors import BudgetError, MoecError
+from moec.memory.buffers import GRANULES
+from moec.plan import Plan, replay, solve
+
+
+class PlannedStep:
+    """A backend of ``torch.compile`` that plans the step that it is given.
+
+    ``budget``: bytes of the step with all that the caller holds; ``reserve``: bytes that others
+    hold. After a capture ``planned`` and ``plan`` say what was found; ``error`` is what went wrong,
+    which Dynamo would hide in its own.
+    """
+
+    def __init__(self, name: str, budget: int, reserve: int = 0, time_limit: float = 20.0) -> None:
+        self.name, self.budget, self.reserve = name, budget, reserve
+        self.time_limit = time_limit
+        self.planned: StepProblem | None = None
+        self.plan: Plan | None = None
+        self.sizes: Mapping[str, int] = {}
+        self.error: MoecError | None = None
+
+    def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        compiled: Callable[..., Any] = aot_autograd(
+            fw_compiler=_as_written,
+            bw_compiler=_as_written,
+            inference_compiler=_as_written,
+            partition_fn=self._partition,
+        )(module, inputs)
+        return compiled
+
+    def lines(self) -> list[str]:
+        """What was planned, in words."""
+        if self.planned is None or self.plan is None:
+            return []
+        problem = self.planned.problem
+        return list(plan_lines(self.plan, self.sizes, replay(problem, problem.order).peak))
+
+    def _partition(
+        self, joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **_: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        try:
+            return self._planned_passes(joint, num_fwd_outputs)
+        except MoecError as error:
+            self.error = error
+            raise
+
+    def _planned_passes(
+        self, joint: fx.GraphModule, forward_outputs: int
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        captured = read_joint(joint.graph, forward_outputs)
+        sizes = planned_sizes(joint.graph)
+        names = size_names(joint.graph)
+        self.sizes = {names[symbol]: size for symbol, size in sizes.items()}
+        device = _device_of(captured.inputs)
+        kind = "cuda" if device.type == "cuda" else "cpu"
+        efforts = Efforts(captured.memories, sizes, RATES[kind], workspace_on(device))
+        granule = GRANULES["triton" if kind == "cuda" else "aten"]
+        self.planned = step_problem(self.name, captured, sizes, efforts.of, granule, self.reserve)
+        self.plan = self._solved(self.planned)
+        found = scheduled(captured, self.planned, self.plan.sequence)
+        return split(joint, found, forward_outputs)
+
+    def _solved(self, planned: StepProblem) -> Plan:
+        try:
+            return solve(planned.problem, self.budget, time_limit=self.time_limit)
+        except BudgetError as error:
+            sizes = ", ".join(f"{name} <= {size}" for name, size in self.sizes.items())
+            text = f"{error}\nThis is for {sizes or 'these sizes'} and the worst routing."
+            raise BudgetError(text, error.least_known, error.least_possible) from error
+
+
+def _device_of(inputs: Sequence[fx.Node]) -> torch.device:
+    values = (n.meta.get("val") for n in inputs)
+    return next((v.device for v in values if isinstance(v, torch.Tensor)), torch.device("cpu"))
+
+
+def _as_written(module: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+    """The code of a graph: one operation a line, each result released after its last use, the
+    arguments too.
+    """
+    from torch.fx.graph import _BoxedCodeGen
+
+    module.graph.set_codegen(_BoxedCodeGen())
+    module.recompile()
+    run: Any = module.forward
+
+    def boxed(arguments: list[Any]) -> Any:
+        return run(arguments)
+
+    boxed._boxed_call = True  # type: ignore[attr-defined]
+    return boxed
+
+
+__all__ = ["PlannedStep"]

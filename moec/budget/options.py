@@ -1,0 +1,42 @@
+"""The memory budget as users give it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moec.budget.scope import Budget
+from moec.byte_sizes import parse_bytes
+from moec.errors import CompileError, PlanError
+
+
+def read_budget(given: Any, options: dict[str, Any]) -> Budget | None:
+    """The budget of a call of :func:`moec.compile`; takes its options out of ``options``.
+
+    Raises:
+        CompileError: it is no size, or an option is there without it.
+    """
+    reserve, seconds = options.pop("reserve", None), options.pop("plan_seconds", None)
+    if given is None:
+        for name, value in (("reserve", reserve), ("plan_seconds", seconds)):
+            if value is not None:
+                raise CompileError(f"option {name!r} goes with memory_budget, which is not given")
+        return None
+    if seconds is not None and (not isinstance(seconds, int | float) or not seconds > 0):
+        raise CompileError(f"option 'plan_seconds' is a number of seconds, got {seconds!r}")
+    found = Budget(_bytes("memory_budget", given), _bytes("option 'reserve'", reserve or 0))
+    return found if seconds is None else Budget(found.bytes, found.reserve, float(seconds))
+
+
+def _bytes(what: str, given: Any) -> int:
+    text = given if isinstance(given, str) else None
+    if isinstance(given, int) and not isinstance(given, bool) and given >= 0:
+        return given
+    try:
+        if text is not None:
+            return parse_bytes(text)
+    except PlanError as error:
+        raise CompileError(f"{what}: {error}") from error
+    raise CompileError(f"{what} is bytes, or a size such as '40GiB'; got {given!r}")
+
+
+__all__ = ["read_budget"]

@@ -1,0 +1,132 @@
+"""Model scope under a memory budget: training calls run a planned step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch._dynamo.exc import TorchDynamoException
+from torch.utils import _pytree as pytree
+
+from moec.budget.sizes import class_of
+from moec.budget.text import shown_bytes
+from moec.errors import CompileError
+from moec.model_scope import ModelScope, first_line, quiet_recompilation
+from moec.session import Session
+from moec.surroundings import is_traced, is_transformed
+
+if TYPE_CHECKING:
+    from moec.budget.backend import PlannedStep
+
+# Reserves differ at least by this share of the budget: each asks for a plan of its own.
+_RESERVE_STEP = 1 / 64
+# How often a plan is made anew since others hold more than it was made for
+_MOST_RESERVES = 8
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that a step of training may need in all: ``bytes``, of which ``reserve`` are for what
+    moec does not see (the state of an optimizer); ``seconds`` for planning.
+    """
+
+    bytes: int
+    reserve: int = 0
+    seconds: float = 20.0
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    step: PlannedStep
+    run: Any
+
+
+class BudgetScope(ModelScope):
+    """What a model with a memory budget asks at each call.
+
+    Calls without gradients run the model's own code around the compiled regions. Every class of
+    sizes (:func:`moec.budget.sizes.class_of`) has a plan of its own, for the largest of the class.
+    """
+
+    def __init__(self, session: Session, name: str, budget: Budget) -> None:
+        super().__init__(session, name, "moec")
+        self.budget = budget
+        self.steps: dict[Any, _Compiled] = {}
+
+    def bound_to(self, module: nn.Module) -> BudgetScope:
+        """The same for a copy of the model."""
+        return BudgetScope(self.session, self.name, self.budget)
+
+    def call(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The result of the planned step, or ``NotImplemented`` where no gradients are asked for.
+
+        Raises:
+            BudgetError: no plan is within the budget.
+            CompileError: the step cannot be captured as one graph.
+        """
+        if not torch.is_grad_enabled() or is_transformed():
+            return NotImplemented
+        if is_traced():
+            self.session.warn(
+                f"moec: {self.name} is part of another compilation, which its memory budget does"
+                " not reach; compile it alone"
+            )
+            return NotImplemented
+        tensors = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
+        reserve = self._reserve(module, tensors)
+        compiled = self._step(module, (class_of(tensors), reserve), reserve)
+        try:
+            with quiet_recompilation():
+                result = compiled.run(module, *args, **kwargs)
+        except TorchDynamoException as error:
+            raise self._explained(compiled.step, error) from error
+        self.served += 1
+        return result
+
+    def _step(self, module: nn.Module, key: Any, reserve: int) -> _Compiled:
+        from moec.budget.backend import PlannedStep
+
+        if key not in self.steps:
+            step = PlannedStep(self.name, self.budget.bytes, reserve, self.budget.seconds)
+            run = torch.compile(self._forward(module), fullgraph=True, dynamic=True, backend=step)
+            self.steps[key] = _Compiled(step, run)
+        return self.steps[key]
+
+    def _reserve(self, module: nn.Module, inputs: Sequence[torch.Tensor]) -> int:
+        """Bytes that are held beside parameters, buffers and inputs: gradients of earlier steps
+        that this one adds to, and on a GPU all else that PyTorch's allocator has given out.
+        """
+        own = {t.untyped_storage().data_ptr(): t for t in (*module.parameters(), *module.buffers())}
+        known = sum(t.untyped_storage().nbytes() for t in own.values())
+        grads = sum(p.grad.nbytes for p in module.parameters() if p.grad is not None)
+        found = grads
+        device = next((t.device for t in own.values()), torch.device("cpu"))
+        if device.type == "cuda":
+            given = sum(t.untyped_storage().nbytes() for t in inputs)
+            found = max(grads, torch.cuda.memory_allocated(device) - known - given)
+        if found <= self.budget.reserve:
+            return self.budget.reserve
+        unit = max(1, int(self.budget.bytes * _RESERVE_STEP))
+        return -(-found // unit) * unit
+
+    def _explained(self, step: PlannedStep, error: Exception) -> Exception:
+        if step.error is not None:
+            return step.error
+        return CompileError(
+            f"{self.name} cannot be planned as a whole: its step is no single graph"
+            f" ({first_line(error)}). Leave memory_budget out, or compile with a budget the part of"
+            " the model that is one (model.layer = moec.compile(model.layer, memory_budget=...))"
+        )
+
+    def lines(self) -> list[str]:
+        """What :func:`moec.explain` says about it."""
+        head = f"  memory budget: {shown_bytes(self.budget.bytes)}"
+        if not self.steps:
+            return [f"{head}, planned at the first call with gradients"]
+        return [head, *(line for c in self.steps.values() for line in c.step.lines())]
+
+
+__all__ = ["Budget", "BudgetScope"]

@@ -1,0 +1,32 @@
+"""Plans of steps in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from moec.plan import Plan
+
+_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
+
+
+def shown_bytes(size: int) -> str:
+    """A size as people read it: "512 bytes", "1.50 GiB"."""
+    value, unit = float(size), 0
+    while value >= 1024 and unit < len(_UNITS) - 1:
+        value, unit = value / 1024, unit + 1
+    return f"{value:.2f} {_UNITS[unit]}" if unit else f"{size} bytes"
+
+
+def plan_lines(plan: Plan, sizes: Mapping[str, int], unplanned: int) -> Iterator[str]:
+    """A plan in two lines: for which sizes, its peak, and what it costs."""
+    dims = ", ".join(f"{name} <= {size}" for name, size in sizes.items()) or "one size"
+    yield (
+        f"    {dims}: peak {shown_bytes(plan.peak)} (without a plan {shown_bytes(unplanned)}),"
+        f" extra time {plan.extra:.2f}%"
+    )
+    bound = "the least possible" if plan.is_optimal else f"at most {plan.gap:.2f} points too much"
+    repeated = len(plan.sequence) - len(set(plan.sequence))
+    yield f"    {repeated} of {len(set(plan.sequence))} operations run again; {bound}"
+
+
+__all__ = ["plan_lines", "shown_bytes"]

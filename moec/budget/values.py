@@ -1,0 +1,106 @@
+"""What each node of a captured training step holds in memory.
+
+A node either makes new memory or shows memory that another node made, as a view. The schemas of
+operations say which are views. Some that do not say so are, too: tracers note the result of each
+node as a fake tensor, and fake tensors share storages as real ones do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import sympy
+import torch
+from torch import fx
+
+Size: TypeAlias = int | sympy.Expr
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """Memory that one node made at its execution; ``size`` in bytes, an expression of the symbols
+    of the input's sizes; ``maker`` is the first node that shows it.
+    """
+
+    maker: fx.Node
+    size: Size
+
+    def __repr__(self) -> str:
+        return f"Memory({self.maker.name}: {self.size})"
+
+
+def tensors_of(node: fx.Node) -> Sequence[torch.Tensor]:
+    """The (fake) tensors that a node results in; none for a number."""
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return [v for v in value if isinstance(v, torch.Tensor)]
+    return []
+
+
+def is_number(node: fx.Node) -> bool:
+    """Whether a node computes sizes on the host."""
+    return isinstance(
+        node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
+    )
+
+
+def viewed(node: fx.Node) -> fx.Node | None:
+    """The node of which an operation is a view by its schema."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.returns or schema.is_mutable:
+        return None
+    shared = schema.returns[0].alias_info
+    if shared is None:
+        return None
+    names = [a.name for a in schema.arguments if a.alias_info is not None]
+    first: Any = node.args[0] if node.args else node.kwargs.get(names[0])
+    return first if isinstance(first, fx.Node) else None
+
+
+def bytes_of(tensor: torch.Tensor) -> Size:
+    """The size of the memory that a (fake) tensor shows a part of."""
+    size: Any = tensor.untyped_storage().nbytes()
+    return size.node.expr if isinstance(size, torch.SymInt) else int(size)
+
+
+def size_at(size: Size, sizes: Mapping[sympy.Symbol, int]) -> int:
+    """A size where the symbols have these values."""
+    return size if isinstance(size, int) else int(size.xreplace(dict(sizes)))
+
+
+class Memories:
+    """The memory of every node of a graph; ``of(node)`` is what it shows, made by itself or not."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._by_storage: dict[int, Memory] = {}
+        self._of: dict[fx.Node, tuple[Memory, ...]] = {}
+        for node in graph.nodes:
+            source = viewed(node)
+            found = tuple(self._memory(node, t) for t in tensors_of(node))
+            self._of[node] = self._of[source] * len(found) if source is not None else found
+
+    def of(self, node: fx.Node) -> tuple[Memory, ...]:
+        """The memory that a node's results are in."""
+        return self._of[node]
+
+    def made_by(self, node: fx.Node) -> Iterator[Memory]:
+        """What a node was the first to show."""
+        return (m for m in dict.fromkeys(self._of[node]) if m.maker is node)
+
+    def is_view(self, node: fx.Node) -> bool:
+        """Whether a node shows only memory that others made."""
+        found = self._of[node]
+        return bool(found) and all(m.maker is not node for m in found)
+
+    def _memory(self, node: fx.Node, tensor: torch.Tensor) -> Memory:
+        key = tensor.untyped_storage()._cdata
+        if key not in self._by_storage:
+            self._by_storage[key] = Memory(node, bytes_of(tensor))
+        return self._by_storage[key]
+
+
+__all__ = ["Memories", "Memory", "Size", "bytes_of", "is_number", "size_at", "tensors_of"]
