@@ -48,7 +48,8 @@ _COMPILING = threading.RLock()
 @dataclass
 class Session:
     """What one call of :func:`moec.compile` shares between its regions: settings, captures,
-    artifacts. ``gluon`` allows products in Gluon where a GPU runs them; ``mode`` is one of
+    artifacts. ``gluon`` allows products in Gluon where a GPU runs them; artifacts for
+    ``planned_target`` are looked at and not run here; ``mode`` is one of
     :data:`moec.api.MODES`; ``limits`` are those of the declared inputs.
     """
 
@@ -57,6 +58,7 @@ class Session:
     cache: str | None = None
     passes: str | None = None
     gluon: bool = True
+    planned_target: str | None = None
     mode: str = "default"
     observers: Sequence[Observer] = ()
     watching: Watching = field(default_factory=from_environment)
@@ -91,7 +93,7 @@ class Session:
         failed: then a reproducer was written, a warning names it, and the module's own code must
         run.
         """
-        target = choose_target(self.target, device)
+        target = self.planned_target or choose_target(self.target, device)
         target = "aten" if graph.fingerprint in self.demoted else target
         key = (graph.fingerprint, wanted, target)
         with _COMPILING:

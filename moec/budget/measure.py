@@ -20,7 +20,8 @@ _WITHOUT = frozenset([aten.mm, aten.bmm, aten.addmm, aten.embedding])
 
 def workspace_on(device: torch.device) -> Workspace:
     """What gives the workspace of operations of a device: on a GPU each kind is tried once. On the
-    CPU, whose allocator tells nothing, attention is taken to need its queries once more.
+    CPU, whose allocator tells nothing, attention is taken to need its queries once more, in
+    float32.
     """
     if device.type != "cuda":
         return _assumed
@@ -62,7 +63,7 @@ def _assumed(node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     if "scaled_dot_product" not in str(node.target):
         return 0
     queries: torch.Tensor = args[0]
-    return queries.numel() * queries.element_size()
+    return queries.numel() * max(queries.element_size(), 4)  # sums are of float32
 
 
 def _filled(like: torch.Tensor, device: torch.device) -> torch.Tensor:

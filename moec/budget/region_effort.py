@@ -68,8 +68,14 @@ def _cost(ops: Sequence[Op]) -> Cost:
 
 
 def _copied(tensor: torch.Tensor) -> int:
-    """Kernels take rows without gaps; other tensors are copied first."""
-    return 0 if tensor.is_contiguous() else tensor.numel() * tensor.element_size()
+    """Kernels take rows without gaps; other tensors are copied first. A tensor with more elements
+    than memory stands for one without gaps, where a model is only planned.
+    """
+    steps = ((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    stands_for_another = sum(steps) + 1 < tensor.numel()
+    if tensor.is_contiguous() or stands_for_another:
+        return 0
+    return tensor.numel() * tensor.element_size()
 
 
 def _workspace(artifact: Artifact, is_backward: bool, sizes: Mapping[str, int]) -> int:

@@ -1,0 +1,57 @@
+"""The step of a model as a graph, captured without running it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import TorchDynamoException
+
+from moec.budget.steps import Captured, read_joint
+from moec.errors import CompileError
+from moec.model_scope import first_line, quiet_recompilation
+
+
+class _Seen(Exception):
+    """Ends a compilation when the joint graph is there."""
+
+
+def captured_step(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
+    """The joint graph of a model's forward and backward pass for a call; nothing is computed.
+
+    The sizes of ``args`` and ``kwargs`` stay symbols; a model from :func:`moec.compile` has its
+    regions in it as single operations.
+
+    Raises:
+        CompileError: the step is no single graph.
+    """
+    found: list[Captured] = []
+
+    def partition(joint: fx.GraphModule, _: Any, *, num_fwd_outputs: int, **__: Any) -> Any:
+        found.append(read_joint(joint.graph, num_fwd_outputs))
+        raise _Seen
+
+    backend = aot_autograd(
+        fw_compiler=lambda module, _: module.forward,
+        bw_compiler=lambda module, _: module.forward,
+        partition_fn=partition,
+    )
+    run = torch.compile(model.forward, fullgraph=True, dynamic=True, backend=backend)
+    try:
+        with quiet_recompilation():
+            run(*args, **kwargs)
+    except (_Seen, TorchDynamoException) as error:
+        if not found:
+            name = type(model).__name__
+            raise CompileError(
+                f"the step of {name} is no single graph: {first_line(error)}"
+            ) from error
+    if not found:
+        raise CompileError(f"{type(model).__name__} has no gradients: no parameter asks for one")
+    return found[0]
+
+
+__all__ = ["captured_step"]
