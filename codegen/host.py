@@ -55,10 +55,13 @@ def partition(graph: Graph) -> Program:
 
 
 def _inputs_that_bind(graph: Graph, ops: Sequence[Op], known: Sequence[Value]) -> set[Value]:
-    """Inputs that give the sizes which ``ops`` need and no known value has as an axis."""
+    """Inputs that give the sizes which ``ops`` need and no known value has as an axis, as far as
+    any input has them.
+    """
     needed = {s for op in ops for v in op.results for d in v.type.shape for s in symbols(d)}
     missing = needed - _bound(known)
-    return {next(v for v in graph.inputs if name in _bound([v])) for name in sorted(missing)}
+    giving = ([v for v in graph.inputs if name in _bound([v])] for name in sorted(missing))
+    return {inputs[0] for inputs in giving if inputs}
 
 
 def _bound(values: Sequence[Value]) -> set[str]:

@@ -25,6 +25,7 @@ def source_line(node: fx.Node) -> str:
     """The line of the model's code that a node is from, as "file.py:57"; empty if not known."""
     trace = str(node.meta.get("stack_trace") or "")
     places = re.findall(r'File "([^"]+)", line (\d+)', trace)
+    places = [place for place in places if "/moec/" not in place[0]]
     if not places:
         return ""
     path, line = places[-1]

@@ -24,6 +24,8 @@ from moec.printable import printable
 
 # A larger model is built with its first layers only, and with weights that share memory.
 MEMORY_LIMIT = 8_000_000_000
+# A model that is only planned is built in full up to this size.
+_HELD = 1_000_000_000
 # Weights of such a model that have more elements than this share memory.
 _LARGE = 1 << 22
 # How far the windows of two neighbouring experts (rows of an embedding) are apart, in elements.
@@ -90,6 +92,11 @@ def load_small(spec: str) -> LoadedModel:
     layers and experts; :attr:`LoadedModel.whole` is the configuration's own, without memory.
     """
     return _load(spec, _small_from_config)
+
+
+def load_layers(spec: str, dtype: torch.dtype | None = None) -> LoadedModel:
+    """As :func:`load`, but a large model has all its layers; its large weights share memory."""
+    return _load(spec, lambda config: _all_layers(_in_dtype(config, dtype)), dtype)
 
 
 def _load(
@@ -289,6 +296,14 @@ def _from_config(config: Any) -> LoadedModel:
     part = _with_weights(_build(_with_layers(config, layers), "meta"))
     note = f"{note}, and of {total} layers the first {layers} are built"
     return LoadedModel(part, note, whole)
+
+
+def _all_layers(config: Any) -> LoadedModel:
+    whole = _build(config, "meta")
+    size = sum(p.numel() * p.element_size() for p in whole.parameters())
+    if size <= _HELD:
+        return LoadedModel(_build(config, "cpu"))
+    return LoadedModel(_with_weights(whole))
 
 
 def _small_from_config(config: Any) -> LoadedModel:

@@ -26,8 +26,8 @@ Subject = Annotated[
     str,
     typer.Argument(
         metavar="GRAPH|MODEL",
-        help="With --budget: a graph as JSON; - is stdin. Else a model as moec explain takes it, or"
-        " a file of IR text, NAME.moe.",
+        help="A model as moec explain takes it; a file of IR text, NAME.moe; or, with --budget, a"
+        " graph of operations as JSON (- is stdin).",
         show_default=False,
     ),
 ]
@@ -46,7 +46,7 @@ def plan(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="GRAPH: bytes, a size such as 40GiB, or a share of the given order's peak: 80%.",
+            help="Bytes, a size such as 40GiB, or a share of the peak without a plan: 80%.",
             show_default=False,
         ),
     ] = None,
@@ -55,11 +55,11 @@ def plan(
         typer.Option(
             "-o",
             "--output",
-            help="GRAPH: the schedule to write; stdout if absent.",
+            help="The schedule to write; of a GRAPH stdout if absent.",
             show_default=False,
         ),
     ] = None,
-    time_limit: Annotated[float, typer.Option(min=0.0, help="GRAPH: seconds of planning.")] = 60.0,
+    time_limit: Annotated[float, typer.Option(min=0.0, help="Seconds of planning.")] = 60.0,
     fixed_order: Annotated[
         bool,
         typer.Option("--fixed-order", help="GRAPH: keep the given order of first executions."),
@@ -70,7 +70,28 @@ def plan(
     seed: Annotated[int, typer.Option(min=0, help="GRAPH: of the random search.")] = 0,
     tokens: Annotated[
         int | None,
-        typer.Option(min=0, help="T, where sizes depend on it.", show_default=False),
+        typer.Option(
+            min=0,
+            help="T, where sizes depend on it; MODEL --budget: of all sequences (4096).",
+            show_default=False,
+        ),
+    ] = None,
+    batch: Annotated[
+        int, typer.Option(min=1, help="MODEL --budget: how many sequences of equal length.")
+    ] = 1,
+    reserve: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE",
+            help="MODEL --budget: what is held beside the step, as the state of an optimizer.",
+        ),
+    ] = "0",
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="MODEL --budget: memory over the step, NAME.html, .png or .svg.",
+            show_default=False,
+        ),
     ] = None,
     fits: Annotated[
         str | None,
@@ -96,7 +117,7 @@ def plan(
     passes: Passes = None,
     dim: Dims = None,
 ) -> None:
-    """Say what a model's MoE blocks hold in memory; or plan a graph within a memory budget.
+    """Say what a model's MoE blocks hold in memory; or plan a step within a memory budget.
 
     Of a MODEL, or a file of IR text: the peak bytes of a block as polynomials in the number of
     tokens, forward, backward and for a whole step, and what is held between the passes; what makes
@@ -104,9 +125,12 @@ def plan(
     or gradients is taken as it is, another one after the passes. Nothing is run but the blocks
     themselves, on few random tokens.
 
-    With --budget, GRAPH holds operations with output sizes and durations (docs/planning.md
-    describes the format): which to repeat, and in which order, so that memory stays within it. The
-    schedule is a sequence of operations; each output is freed right after its last use. Ctrl-C ends
+    With --budget, the training step of a MODEL (a language model of transformers) is captured as
+    one graph of operations, without running it: which to repeat, and in which order, so that it
+    needs no more memory; what is held and what runs again, by the lines of the model's code.
+
+    A GRAPH holds operations with output sizes and durations (docs/planning.md
+    describes the format). The schedule is a sequence of operations; each output is freed right after its last use. Ctrl-C ends
     the search and gives the best plan so far. Exit code 0: a plan within the budget; 1: none was
     found, the message has the least budget known to suffice; 2: wrong usage.
 
@@ -115,6 +139,7 @@ def plan(
       moec plan mixtral --training --dtype bf16 --fits 80GiB
       moec plan olmoe --tokens 8192
       moec plan olmoe --dim input_ids:0=B[1..8] --dim input_ids:1=S[1..4096]
+      moec plan olmoe --budget 40GiB --tokens 16384 --report step.html
       moec plan graph.json --budget 80% -o schedule.json
       moec plan graph.json --budget 40GiB --time-limit 10 --tokens 8192
     """
@@ -132,9 +157,32 @@ def plan(
                 error.add_note("to plan a graph of operations, give --budget")
             raise
         return
+    if subject != "-" and not subject.endswith(".json") or _is_configuration(subject):
+        from moec.cli.plan_step import StepQuestion, plan_step
+
+        _check_of_step(dims, fits, dim, tokens or 4096, batch)
+        asked_step = StepQuestion(
+            *(budget, 4096 if tokens is None else tokens, batch, target.value, dtype, reserve),
+            *(time_limit, report, output),
+        )
+        plan_step(subject, asked_step)
+        return
     _check_of_graph(dims, fits, dtype, dim)
     options = Options(time_limit, fixed_order, exact, seed)
     write_result(_schedule(Path(subject), budget, tokens, options), output)
+
+
+def _is_configuration(subject: str) -> bool:
+    """Whether a file is the configuration of a model, by the name that transformers gives it."""
+    return Path(subject).name == "config.json"
+
+
+def _check_of_step(dims: object, fits: object, dim: object, tokens: int, batch: int) -> None:
+    """Refuse what goes without --budget, and sequences of different lengths."""
+    if dims or fits or dim:
+        raise typer.BadParameter("--fits, --dim and sizes of dims do not go with --budget")
+    if tokens < batch or tokens % batch:
+        raise typer.BadParameter(f"--tokens {tokens} are not {batch} sequences of equal length")
 
 
 @dataclass(frozen=True)
@@ -164,7 +212,7 @@ def _schedule(graph: Path, budget: str, tokens: int | None, options: Options) ->
         limit = budget_of(problem, budget)
     except PlanError as error:
         raise typer.BadParameter(str(error)) from error
-    with _shown(problem, options.time_limit) as show:
+    with progress_bar(problem, options.time_limit) as show:
         found = solve(
             problem,
             limit,
@@ -198,7 +246,7 @@ def summary(found: Plan, budget: int) -> str:
 
 
 @contextlib.contextmanager
-def _shown(problem: Problem, time_limit: float) -> Iterator[Callable[[Step], None]]:
+def progress_bar(problem: Problem, time_limit: float) -> Iterator[Callable[[Step], None]]:
     """A bar on a terminal, over the time limit: best cost, bound and gap; nothing elsewhere."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
