@@ -229,7 +229,8 @@ def _session(
     gluon = options.get("gluon", True)
     if not isinstance(gluon, bool):
         raise CompileError(f"option 'gluon' is true or false, got {gluon!r}")
-    return Session(target, strict, options.get("cache"), passes, gluon, mode, watching=watching)
+    cache = options.get("cache")
+    return Session(target, strict, cache, passes, gluon, mode=mode, watching=watching)
 
 
 def _file(option: str, value: Any) -> str | None:
