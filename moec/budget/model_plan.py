@@ -56,12 +56,13 @@ def step_of_model(
     Raises:
         CompileError: it takes no tokens and labels, or its step is no single graph.
     """
-    if getattr(model, "config", None) is None or not hasattr(model, "generate"):
+    config: Any = getattr(model, "config", None)
+    if config is None or not hasattr(model, "generate"):
         raise CompileError(
             f"{type(model).__name__} is no language model of transformers, so its inputs are not"
             " known; compile it with memory_budget= and look at moec.explain after a step"
         )
-    model.config.use_cache = False
+    config.use_cache = False
     compiled = moec.compile(model.train())
     for region in regions(compiled):
         region.session.planned_target = target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 from moec.budget.scope import Budget
@@ -21,6 +22,9 @@ def read_budget(given: Any, options: dict[str, Any]) -> Budget | None:
             if value is not None:
                 raise CompileError(f"option {name!r} goes with memory_budget, which is not given")
         return None
+    missing = [name for name in ("numba", "ortools") if find_spec(name) is None]
+    if missing:
+        raise CompileError(f"memory_budget needs {' and '.join(missing)}: pip install moec[plan]")
     if seconds is not None and (not isinstance(seconds, int | float) or not seconds > 0):
         raise CompileError(f"option 'plan_seconds' is a number of seconds, got {seconds!r}")
     found = Budget(_bytes("memory_budget", given), _bytes("option 'reserve'", reserve or 0))

@@ -130,9 +130,10 @@ def plan(
     needs no more memory; what is held and what runs again, by the lines of the model's code.
 
     A GRAPH holds operations with output sizes and durations (docs/planning.md
-    describes the format). The schedule is a sequence of operations; each output is freed right after its last use. Ctrl-C ends
-    the search and gives the best plan so far. Exit code 0: a plan within the budget; 1: none was
-    found, the message has the least budget known to suffice; 2: wrong usage.
+    describes the format). The schedule is a sequence of operations; each output is freed right
+    after its last use. Ctrl-C ends the search and gives the best plan so far. Exit code 0: a plan
+    within the budget; 1: none was found, the message has the least budget known to suffice; 2:
+    wrong usage.
 
     \b
     Examples:
@@ -157,7 +158,7 @@ def plan(
                 error.add_note("to plan a graph of operations, give --budget")
             raise
         return
-    if subject != "-" and not subject.endswith(".json") or _is_configuration(subject):
+    if (subject != "-" and not subject.endswith(".json")) or _is_configuration(subject):
         from moec.cli.plan_step import StepQuestion, plan_step
 
         _check_of_step(dims, fits, dim, tokens or 4096, batch)

@@ -44,9 +44,7 @@ def plan_step(spec: str, asked: StepQuestion) -> None:
     with working(f"building {spec}"):
         model = load_layers(spec, dtype).model
     with working("capturing the step"):
-        step = step_of_model(
-            model, asked.batch, asked.tokens // asked.batch, asked.target, reserve
-        )
+        step = step_of_model(model, asked.batch, asked.tokens // asked.batch, asked.target, reserve)
     budget = _budget(asked.budget, step.unplanned.peak)
     with progress_bar(step.planned.problem, asked.seconds) as show:
         plan = step.solved(budget, asked.seconds, show)

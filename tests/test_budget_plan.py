@@ -1,0 +1,101 @@
+"""``moec plan MODEL --budget``: the step of a model, planned without running it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from moec.budget.model_plan import ModelStep, step_of_model
+from moec.budget.summary import held_between, repeated, summary_lines
+from moec.cli import app
+from moec.errors import BudgetError, CompileError
+from moec.plan import check
+from moec.report.step import write_report
+
+from .models import build
+
+
+@pytest.fixture(scope="module")
+def step() -> ModelStep:
+    torch._dynamo.reset()
+    return step_of_model(build("olmoe"), 2, 48, "triton")
+
+
+@pytest.fixture(scope="module")
+def tight(step: ModelStep) -> Any:
+    """A plan for a budget that needs repetitions, and the budget."""
+    budget = int(0.75 * step.unplanned.peak)
+    return step.solved(budget, 2.0), budget
+
+
+def test_the_problem_is_that_of_the_target(step: ModelStep) -> None:
+    assert step.sizes == {"input_ids.shape[0]": 2, "input_ids.shape[1]": 48}
+    assert step.parameters == sum(p.nbytes for p in build("olmoe").parameters())
+    problem = step.planned.problem
+    assert all(size % 512 == 0 for node in problem.nodes for size in node.outputs)
+    assert problem.resident >= step.parameters
+    boundary = problem.nodes[step.planned.boundary]
+    assert boundary.name == "boundary" and not boundary.rematable
+
+
+def test_the_summary_counts_what_the_plan_does(step: ModelStep, tight: Any) -> None:
+    plan, budget = tight
+    problem = step.planned.problem
+    assert check.replay(problem, plan.sequence, budget).peak <= budget
+    again = repeated(step, plan.sequence)
+    assert sum(i.count for i in again) == len(plan.sequence) - len(problem.nodes) > 0
+    extra = sum(i.seconds for i in again)
+    assert extra == pytest.approx(plan.time - problem.least_time)
+    free = sum(i.bytes for i in held_between(step, problem.order))
+    assert 0 < sum(i.bytes for i in held_between(step, plan.sequence)) < free
+    text = "\n".join(summary_lines(step, plan, budget))
+    assert "model.layers.*.mlp: region" in text and "modeling_olmoe.py:" in text
+    assert "traced.py" not in text, "places are the model's, not moec's"
+
+
+@pytest.mark.parametrize("suffix", [".html", ".png", ".svg"])
+def test_the_report_is_one_file(step: ModelStep, tight: Any, tmp_path: Path, suffix: str) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / f"step{suffix}"
+    write_report(path, step, *tight)
+    data = path.read_bytes()
+    assert 5_000 < len(data) < 2_000_000
+    if suffix == ".html":
+        text = data.decode()
+        assert "<svg" in text and "Runs again" in text and "http-equiv" not in text
+        assert "<script" not in text and text.count("<table>") == 2
+
+
+def test_an_impossible_budget_is_refused_with_the_least_known(step: ModelStep) -> None:
+    with pytest.raises(BudgetError) as caught:
+        step.solved(step.parameters, 2.0)
+    known = caught.value.least_known
+    assert step.parameters < known <= step.unplanned.peak
+    assert step.solved(known, 2.0).peak <= known
+
+
+def test_a_model_whose_inputs_are_not_known_is_refused() -> None:
+    with pytest.raises(CompileError, match="no language model"):
+        step_of_model(nn.Linear(4, 4), 1, 8, "triton")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "7", "--batch", "2"], "not 2 sequences"),
+        (["--report", "step.pdf"], "ends in .html"),
+        (["--reserve", "lots"], "--reserve"),
+        (["--fits", "8GiB"], "do not go with --budget"),
+    ],
+)
+def test_wrong_usage_is_refused_before_anything_is_built(
+    arguments: list[str], message: str
+) -> None:
+    result = CliRunner().invoke(app, ["plan", "olmoe", "--budget", "80%", *arguments])
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
