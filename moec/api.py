@@ -24,7 +24,7 @@ from moec.errors import CompileError
 from moec.manager import parse_pipeline
 from moec.model_scope import DEFAULT_BACKEND, ModelScope, check_backend
 from moec.region import Region
-from moec.session import Session
+from moec.session import Session, no_repro
 from moec.share import share
 from moec.targets import TARGETS
 from moec.watching import Watching, from_environment
@@ -37,6 +37,8 @@ OPTIONS = {
     "trace": "file to which the time of compilation is written, as Chrome-trace JSON",
     "gluon": "false: no products in Gluon, which serve Hopper GPUs where they are faster (default:"
     " true)",
+    "numerics": "repro: a token has the same bits in whatever batch it comes, forward and backward;"
+    " needs the target triton (docs/numerics.md; default: default)",
     "passes": "pipeline text in place of the default one",
     "reserve": "with a memory budget: bytes of it for what moec does not see, the state of an"
     " optimizer above all (default: 0; on a GPU what is allocated at a call, if that is more)",
@@ -45,6 +47,7 @@ OPTIONS = {
 }
 SCOPES = ("region", "model")
 MODES = ("default", "reduce-overhead")
+NUMERICS = ("default", "repro")
 
 
 def compile(
@@ -229,7 +232,33 @@ def _session(
     gluon = options.get("gluon", True)
     if not isinstance(gluon, bool):
         raise CompileError(f"option 'gluon' is true or false, got {gluon!r}")
-    return Session(target, strict, options.get("cache"), passes, gluon, mode, watching=watching)
+    numerics = _numerics(options, target)
+    return Session(
+        target,
+        strict,
+        options.get("cache"),
+        passes,
+        gluon,
+        mode=mode,
+        numerics=numerics,
+        watching=watching,
+    )
+
+
+def _numerics(options: Mapping[str, Any], target: str | None) -> str:
+    """The option of that name, if it is one and fits the others."""
+    numerics = options.get("numerics", "default")
+    if numerics not in NUMERICS:
+        known = " or ".join(map(repr, NUMERICS))
+        raise CompileError(f"option 'numerics' is {known}, got {numerics!r}")
+    if numerics == "repro" and target == "aten":
+        raise CompileError(no_repro("option 'numerics'", "asked for"))
+    if numerics == "repro" and options.get("passes") is not None:
+        raise CompileError(
+            "option 'numerics' is for the default pipeline; with option 'passes', put "
+            "batch-invariant before the fuse passes and end with lower{repro=true}"
+        )
+    return str(numerics)
 
 
 def _file(option: str, value: Any) -> str | None:
@@ -301,6 +330,10 @@ def _explain_text(model: nn.Module, found: Sequence[Region]) -> str:
         f"{n} {s}" for s, n in counts.items()
     )
     lines = [head, *_scope_lines(model), *_declared_lines(found[0].session)]
+    if found[0].session.is_repro:
+        lines.append(
+            "  numerics: repro, a token has the same bits in any batch in what is compiled"
+        )
     return "\n".join([*lines, *(line for region in found for line in _region_lines(region))])
 
 

@@ -50,7 +50,8 @@ class Session:
     """What one call of :func:`moec.compile` shares between its regions: settings, captures,
     artifacts. ``gluon`` allows products in Gluon where a GPU runs them; artifacts for
     ``planned_target`` are looked at and not run here; ``mode`` is one of
-    :data:`moec.api.MODES`; ``limits`` are those of the declared inputs.
+    :data:`moec.api.MODES`; ``numerics`` one of :data:`moec.api.NUMERICS`; ``limits`` are those of
+    the declared inputs.
     """
 
     target: str | None = None
@@ -60,6 +61,7 @@ class Session:
     gluon: bool = True
     planned_target: str | None = None
     mode: str = "default"
+    numerics: str = "default"
     observers: Sequence[Observer] = ()
     watching: Watching = field(default_factory=from_environment)
     limits: Limits | None = None
@@ -132,11 +134,16 @@ class Session:
             few = self._compile(graph, wanted, target, device, name, True, FEW)
             made = replace(made, few=Once.made_of(few))
         elif made is not None and made.target == "triton" and wanted is None:
-            most = 0 if self.passes else most_few_tokens(made.graph)
+            most = 0 if self.passes or self.is_repro else most_few_tokens(made.graph)
             decode = functools.partial(self._decoding, graph, target, device, name)
             made = replace(made, few=Once(decode), few_tokens=most) if most else made
             made = replace(made, captures=self._captures(made.graph))
         self.artifacts[key] = made
+
+    @property
+    def is_repro(self) -> bool:
+        """Whether a token's bits must not depend on the other tokens."""
+        return self.numerics == "repro"
 
     def _captures(self, graph: Graph) -> Captures | None:
         """Where calls are to be CUDA graphs: those of an artifact."""
@@ -205,6 +212,8 @@ class Session:
         exact: bool,
         mode: str = "",
     ) -> Artifact | None:
+        if self.is_repro and target == "aten":
+            raise CompileError(no_repro(name or graph.name, f"on {device}"))
         named = _with_unique_hints(graph)
         mode = mode or ("inference" if wanted is None else "training")
         reproducer = Reproducer(self.cache or cache_directory())
@@ -221,7 +230,7 @@ class Session:
                 manager = PassManager(calls, watching)
                 return self._built(manager, named, target, mode, name, reproducer)
         except Exception as error:  # a compiler's own fault must never stop the user's model
-            if self.strict:
+            if self.strict or self.is_repro:  # the module's own code promises nothing
                 raise
             self.warn(
                 f"moec: @{graph.name} could not be compiled ({type(error).__name__}: {error}); "
@@ -266,6 +275,7 @@ class Session:
             has_descriptors(device),
             exact,
             self.gluon and has_gluon(device),
+            self.is_repro,
         )
         if wanted is None:
             return text
@@ -274,6 +284,15 @@ class Session:
         )
         text = text.replace("grad{exact=true},", f"grad{{exact=true,wanted={names}}},", 1)
         return text.replace("grad,", f"grad{{wanted={names}}},", 1)
+
+
+def no_repro(name: str, where: str) -> str:
+    """Why there is no ``numerics="repro"`` where the target is ``aten``."""
+    return (
+        f'{name}: numerics "repro" needs the target triton. The target {where} is aten: its '
+        "products are library calls, which choose the order of additions by the number of tokens. "
+        'Use a GPU of compute capability 8.0 or more, or numerics "default"'
+    )
 
 
 def _varying(graph: Graph) -> list[int]:

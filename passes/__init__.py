@@ -2,6 +2,7 @@
 
 from moec.passes import (
     adjoint,
+    batch_invariant,
     cse,
     dce,
     dispatch_dense,
@@ -24,6 +25,7 @@ from moec.passes import (
 
 __all__ = [
     "adjoint",
+    "batch_invariant",
     "cse",
     "dce",
     "dispatch_dense",

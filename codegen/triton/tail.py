@@ -75,7 +75,7 @@ def _may_have_none(graph: Graph, op: Op) -> bool:
     source = made.get(outer.get(product.operands[2], product.operands[2]))
     if source is None:
         return True
-    if source.kind == "moe.dispatch_picks":
+    if source.kind in ("moe.dispatch_picks", "moe.one_group"):
         return False
     inside = producers(source.body) if source.body is not None else made
     dispatches = [o for o in (source.body or graph).ops if o.kind == "moe.dispatch"]

@@ -94,6 +94,7 @@ def load_dialects() -> None:
     import moec.ops.integer
     import moec.ops.kernel
     import moec.ops.moe
+    import moec.ops.one_group
     import moec.ops.picks
     import moec.ops.pointwise
     import moec.ops.rows

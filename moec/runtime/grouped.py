@@ -80,6 +80,11 @@ def dispatch_picks(
     return _dispatch_picks(picks, tokens)
 
 
+def one_group(rows: int, device: torch.device) -> torch.Tensor:
+    """See ``moe.one_group``."""
+    return torch.arange(2, dtype=torch.int32, device=device) * rows
+
+
 def gather(x: torch.Tensor, perm: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     """See ``moe.gather``."""
     return x.index_select(0, perm // max(inverse.shape[1], 1))
