@@ -39,6 +39,8 @@ OPTIONS = {
     " true)",
     "numerics": "repro: a token has the same bits in whatever batch it comes, forward and backward;"
     " needs the target triton (docs/numerics.md; default: default)",
+    "token_rounding": "rows of a tile, say 128: in training, a few tokens go to other experts, so"
+    " that these fill whole tiles (docs/routers.md; default: 0, all go where the router says)",
     "passes": "pipeline text in place of the default one",
     "reserve": "with a memory budget: bytes of it for what moec does not see, the state of an"
     " optimizer above all (default: 0; on a GPU what is allocated at a call, if that is more)",
@@ -48,6 +50,7 @@ OPTIONS = {
 SCOPES = ("region", "model")
 MODES = ("default", "reduce-overhead")
 NUMERICS = ("default", "repro")
+MOST_ROUNDED = 1 << 16
 
 
 def compile(
@@ -241,8 +244,30 @@ def _session(
         gluon,
         mode=mode,
         numerics=numerics,
+        token_rounding=_token_rounding(options, numerics),
         watching=watching,
     )
+
+
+def _token_rounding(options: Mapping[str, Any], numerics: str) -> int:
+    """The option of that name, if it is a number of rows and fits the others."""
+    rows = options.get("token_rounding", 0)
+    if isinstance(rows, bool) or not isinstance(rows, int) or not 0 <= rows <= MOST_ROUNDED:
+        raise CompileError(
+            f"option 'token_rounding' is a number of rows from 0 (off) to {MOST_ROUNDED}, such as"
+            f" 128, got {rows!r}"
+        )
+    if rows > 1 and numerics == "repro":
+        raise CompileError(
+            "option 'token_rounding' makes a token's experts depend on the batch, which 'numerics'"
+            " 'repro' rules out; leave one of them out"
+        )
+    if rows > 1 and options.get("passes") is not None:
+        raise CompileError(
+            "option 'token_rounding' is for the default pipeline; with option 'passes', put"
+            f" round-tokens{{tile={rows}}} between raise-router and grad"
+        )
+    return rows if rows > 1 else 0
 
 
 def _numerics(options: Mapping[str, Any], target: str | None) -> str:

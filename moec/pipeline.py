@@ -25,6 +25,7 @@ def pipeline(
     exact: bool = False,
     gluon: bool = False,
     repro: bool = False,
+    token_rounding: int = 0,
 ) -> str:
     """The passes for a target ("triton" or "aten"), joined by commas.
 
@@ -33,9 +34,12 @@ def pipeline(
     tiles. ``gluon``: it is a Hopper GPU, and Triton's Gluon can be used. ``exact``: operations stay
     the module's own, and their gradients round as autograd's; the experts' outputs are kept for
     them. ``repro``: a token's bits must not depend on the other tokens, for "triton" alone.
+    ``token_rounding``: for training, experts get multiples of so many tokens (0: what they get).
     """
     stages = [CLEAN if exact else RAISE]
     if training:
+        if token_rounding:
+            stages.append(f"round-tokens{{tile={token_rounding}}}")
         stages += [GRAD_EXACT if exact else GRAD, KEEP]
     if target == "aten":
         stages.append("fuse-rows, dce")

@@ -50,8 +50,9 @@ class Session:
     """What one call of :func:`moec.compile` shares between its regions: settings, captures,
     artifacts. ``gluon`` allows products in Gluon where a GPU runs them; artifacts for
     ``planned_target`` are looked at and not run here; ``mode`` is one of
-    :data:`moec.api.MODES`; ``numerics`` one of :data:`moec.api.NUMERICS`; ``limits`` are those of
-    the declared inputs.
+    :data:`moec.api.MODES`; ``numerics`` one of :data:`moec.api.NUMERICS`; ``token_rounding``
+    the rows of a tile that experts are to fill in training, or 0; ``limits`` are those of the
+    declared inputs.
     """
 
     target: str | None = None
@@ -62,6 +63,7 @@ class Session:
     planned_target: str | None = None
     mode: str = "default"
     numerics: str = "default"
+    token_rounding: int = 0
     observers: Sequence[Observer] = ()
     watching: Watching = field(default_factory=from_environment)
     limits: Limits | None = None
@@ -174,7 +176,7 @@ class Session:
 
     def _rounds_apart(self, artifact: Artifact, exact: bool) -> bool:
         """Whether an artifact's gradients round otherwise than eager's, and could do as eager's."""
-        is_default = self.passes is None and not exact
+        is_default = self.passes is None and not exact and not self.token_rounding
         return is_default and artifact.target == "aten" and artifact.mode == "training"
 
     def _runs(self, artifact: Artifact, inputs: Sequence[torch.Tensor]) -> bool:
@@ -276,6 +278,7 @@ class Session:
             exact,
             self.gluon and has_gluon(device),
             self.is_repro,
+            self.token_rounding,
         )
         if wanted is None:
             return text

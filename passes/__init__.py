@@ -19,6 +19,7 @@ from moec.passes import (
     raise_limit,
     raise_router,
     recompute,
+    round_tokens,
     simplify,
     split_low_rank,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "raise_limit",
     "raise_router",
     "recompute",
+    "round_tokens",
     "simplify",
     "split_low_rank",
 ]

@@ -25,6 +25,7 @@ _ALONG = frozenset(("t.amax", "t.sort", "t.scatter"))
 _WARP = 1024  # up to so many numbers, PyTorch's softmax has one order
 _ACROSS = {
     "moe.limit": "which tokens an expert still takes depends on the others",
+    "moe.round_tokens": "rounding moves tokens by how many chose an expert",
     "moe.dispatch_picks": "experts choose among the tokens of the batch",
 }
 

@@ -98,4 +98,5 @@ def load_dialects() -> None:
     import moec.ops.picks
     import moec.ops.pointwise
     import moec.ops.rows
-    import moec.ops.tensor  # noqa: F401
+    import moec.ops.tensor
+    import moec.ops.token_rounding  # noqa: F401
