@@ -13,7 +13,7 @@ GRAD = "grad, simplify, cse, dce, adjoint, simplify, cse, dce"  # training only:
 GRAD_EXACT = "grad{exact=true}, simplify, cse, dce"
 KEEP = "recompute, dce"  # what lives between forward and backward
 # every product of tokens in kernels whose order of additions is one
-INVARIANT = "batch-invariant, cse, dce"
+INVARIANT = "batch-invariant"
 # fewer, larger kernels
 FUSE = "fuse-routing, fuse-gemm, fuse-outer, fuse-combine, fuse-tokens, fuse-pointwise, dce"
 

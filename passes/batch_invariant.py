@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moec.ir.builder import Builder
-from moec.ir.dims import canon, product
+from moec.ir.dims import Dim, canon, product
 from moec.ir.graph import Graph, Op, Value
 from moec.manager import register
 from moec.rewrite import transform
@@ -25,7 +25,7 @@ def batch_invariant(graph: Graph) -> Graph:
         rows = canon(product(x.type.shape[:-1]))
         flat = b("t.reshape", x, shape=(rows, x.type.shape[-1])) if x.type.rank != 2 else x
         stacked = b("t.reshape", matrix, shape=(1, *matrix.type.shape), hint=matrix.hint)
-        offsets = b("moe.one_group", rows=rows, hint="whole")
+        offsets = _whole(b, rows)
         turned = op.kind == "t.matmul"
         y: Value = b(
             "moe.grouped_mm", flat, stacked, offsets, transposed=turned, hint=op.result.hint
@@ -39,6 +39,15 @@ def batch_invariant(graph: Graph) -> Graph:
         return y
 
     return transform(graph, rule, "batch-invariant")
+
+
+def _whole(b: Builder, rows: Dim) -> Value:
+    """The offsets of all rows, made once."""
+    known = (o for o in b.ops if o.kind == "moe.one_group" and o.attrs["rows"] == rows)
+    found: Value = next((o.result for o in known), None) or b(
+        "moe.one_group", rows=rows, hint="whole"
+    )
+    return found
 
 
 def has_fixed_matrix(op: Op) -> bool:
