@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 import moec
 from moec.api import regions
 from moec.codegen.triton import TritonEmitter
-from moec.errors import CompileError
+from moec.errors import CompileError, InvarianceError
 from moec.manager import PassManager
 from moec.pipeline import pipeline
-from tests.graphs import MODELS, build
+from moec.runtime.artifact import Artifact
+from moec.session import Session
+from tests.graphs import MODELS, Options, build
 from tests.models import build as build_model
 
 
@@ -69,3 +72,28 @@ def test_only_products_of_tokens_become_products_of_one_group() -> None:
     dense = [op for op in changed.ops if op.kind in ("t.linear", "t.matmul")]
     assert dense and all(isinstance(op.result.type.elements, int) for op in dense)
     assert PassManager("batch-invariant").run(changed) is changed
+
+
+def compiled_for_triton(
+    options: Options, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Artifact | None:
+    """What a session makes of a block where the target is triton; nothing is launched."""
+    monkeypatch.setattr("moec.session.choose_target", lambda asked, device: "triton")
+    session = Session(cache=str(folder), numerics="repro")
+    return session.artifact(build(options).graph, None, torch.device("cpu"))
+
+
+def test_a_session_has_one_artifact_for_all_numbers_of_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = compiled_for_triton(MODELS["deepseek_v3"], tmp_path, monkeypatch)
+    assert made is not None and made.few is None
+    assert "F.linear" not in made.path.read_text()
+
+
+def test_a_block_that_mixes_tokens_is_an_error_and_no_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InvarianceError, match="which tokens an expert still takes"):
+        compiled_for_triton(Options(capacity=1.0), tmp_path, monkeypatch)
+    assert not list(tmp_path.rglob("*.moe"))
