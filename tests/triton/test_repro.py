@@ -17,7 +17,7 @@ from moec.pipeline import pipeline
 from tests.graphs import GPT_OSS, Options, build
 
 from .emitted import built, check, cotangents, error, run
-from .test_families import FAMILIES, sized
+from .test_families import sized
 
 BLOCKS = {
     "softmax": ("olmoe", "f32"),
@@ -55,7 +55,7 @@ def check_bits(graph: Graph, folder: Path, arguments: Sequence[torch.Tensor], co
     assert len(kept) == 1 + bool(graph.cotangents)
     whole = run(module, arguments)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
-    for rows in ([0], [count - 1], order[:7], order[7:71], order):
+    for rows in ([0], [count - 1], order[:7], order[7:71], order[:128]):
         part = run(module, rows_of(graph, arguments, rows))
         for i in kept:
             assert torch.equal(part[i], whole[i][rows]), (len(rows), results[i].hint)
@@ -77,7 +77,7 @@ def test_so_they_have_without_gradients_and_with_the_tiles_of_the_rules(
     check_bits(graph, tmp_path, block.arguments(96), 96)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "nemotron"])
 def test_results_are_right(name: str, tmp_path: Path) -> None:
     block = sized(name, "f32")
     graph = lowered(block.graph, options=SMALL)
@@ -90,6 +90,7 @@ def test_no_product_of_tokens_is_left_to_the_library() -> None:
     text = emit_module(lowered(sized("deepseek_v3", "bf16").graph), "triton")
     forward, backward = text.split("def forward(")[1].split("def backward(")
     assert "F.linear" not in forward and " @ " not in forward
+    assert "x = launch.aligned(x)" in forward and "d_y = launch.aligned(d_y)" in backward
     products = [line for line in backward.split("\n") if " @ " in line]
     assert products and all("permute" in line for line in products)  # of weights: over the tokens
 
