@@ -124,6 +124,10 @@ def _size(op: Op, a: Arguments) -> str:
     return f"torch.full((), {size}, dtype={kind}, device=device)"
 
 
+def _one_group(op: Op, a: Arguments) -> str:
+    return f"moe.one_group({python_source(op.attrs['rows'])}, device)"
+
+
 def _divisor(op: Op, a: Arguments) -> str:
     return a[1] if len(a) > 1 else str(op.attrs["other"])
 
@@ -228,6 +232,7 @@ TABLE: dict[str, Expression] = {
     "t.one_hot": _grouped("one_hot"),
     "t.arange": _arange,
     "t.size": _size,
+    "moe.one_group": _one_group,
     "t.quotient": lambda op, a: (
         f"torch.div({a[0]}, {_divisor(op, a)}, rounding_mode={op.attrs['mode']!r})"
     ),

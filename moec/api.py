@@ -24,7 +24,7 @@ from moec.errors import CompileError
 from moec.manager import parse_pipeline
 from moec.model_scope import DEFAULT_BACKEND, ModelScope, check_backend
 from moec.region import Region
-from moec.session import Session
+from moec.session import Session, no_repro
 from moec.share import share
 from moec.targets import TARGETS
 from moec.watching import Watching, from_environment
@@ -37,6 +37,10 @@ OPTIONS = {
     "trace": "file to which the time of compilation is written, as Chrome-trace JSON",
     "gluon": "false: no products in Gluon, which serve Hopper GPUs where they are faster (default:"
     " true)",
+    "numerics": "repro: a token has the same bits in whatever batch it comes, forward and backward;"
+    " needs the target triton (docs/numerics.md; default: default)",
+    "token_rounding": "rows of a tile, say 128: in training, a few tokens go to other experts, so"
+    " that these fill whole tiles (docs/routers.md; default: 0, all go where the router says)",
     "passes": "pipeline text in place of the default one",
     "reserve": "with a memory budget: bytes of it for what moec does not see, the state of an"
     " optimizer above all (default: 0; on a GPU what is allocated at a call, if that is more)",
@@ -45,6 +49,8 @@ OPTIONS = {
 }
 SCOPES = ("region", "model")
 MODES = ("default", "reduce-overhead")
+NUMERICS = ("default", "repro")
+MOST_ROUNDED = 1 << 16
 
 
 def compile(
@@ -229,8 +235,55 @@ def _session(
     gluon = options.get("gluon", True)
     if not isinstance(gluon, bool):
         raise CompileError(f"option 'gluon' is true or false, got {gluon!r}")
-    cache = options.get("cache")
-    return Session(target, strict, cache, passes, gluon, mode=mode, watching=watching)
+    numerics = _numerics(options, target)
+    return Session(
+        target,
+        strict,
+        options.get("cache"),
+        passes,
+        gluon,
+        mode=mode,
+        numerics=numerics,
+        token_rounding=_token_rounding(options, numerics),
+        watching=watching,
+    )
+
+
+def _token_rounding(options: Mapping[str, Any], numerics: str) -> int:
+    """The option of that name, if it is a number of rows and fits the others."""
+    rows = options.get("token_rounding", 0)
+    if isinstance(rows, bool) or not isinstance(rows, int) or not 0 <= rows <= MOST_ROUNDED:
+        raise CompileError(
+            f"option 'token_rounding' is a number of rows from 0 (off) to {MOST_ROUNDED}, such as"
+            f" 128, got {rows!r}"
+        )
+    if rows > 1 and numerics == "repro":
+        raise CompileError(
+            "option 'token_rounding' makes a token's experts depend on the batch, which 'numerics'"
+            " 'repro' rules out; leave one of them out"
+        )
+    if rows > 1 and options.get("passes") is not None:
+        raise CompileError(
+            "option 'token_rounding' is for the default pipeline; with option 'passes', put"
+            f" round-tokens{{tile={rows}}} between raise-router and grad"
+        )
+    return rows if rows > 1 else 0
+
+
+def _numerics(options: Mapping[str, Any], target: str | None) -> str:
+    """The option of that name, if it is one and fits the others."""
+    numerics = options.get("numerics", "default")
+    if numerics not in NUMERICS:
+        known = " or ".join(map(repr, NUMERICS))
+        raise CompileError(f"option 'numerics' is {known}, got {numerics!r}")
+    if numerics == "repro" and target == "aten":
+        raise CompileError(no_repro("option 'numerics'", "asked for"))
+    if numerics == "repro" and options.get("passes") is not None:
+        raise CompileError(
+            "option 'numerics' is for the default pipeline; with option 'passes', put "
+            "batch-invariant before the fuse passes and end with lower{repro=true}"
+        )
+    return str(numerics)
 
 
 def _file(option: str, value: Any) -> str | None:
@@ -302,6 +355,10 @@ def _explain_text(model: nn.Module, found: Sequence[Region]) -> str:
         f"{n} {s}" for s, n in counts.items()
     )
     lines = [head, *_scope_lines(model), *_declared_lines(found[0].session)]
+    if found[0].session.is_repro:
+        lines.append(
+            "  numerics: repro, a token has the same bits in any batch in what is compiled"
+        )
     return "\n".join([*lines, *(line for region in found for line in _region_lines(region))])
 
 

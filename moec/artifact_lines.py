@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moec.ir.graph import Graph
+from moec.ir.graph import Graph, walk
 from moec.runtime.artifact import Artifact
 from moec.runtime.captured import MOST_TOKENS
 
@@ -12,6 +12,7 @@ from moec.runtime.captured import MOST_TOKENS
 def artifact_lines(artifact: Artifact) -> Iterator[str]:
     """The file of an artifact; where others serve some numbers of tokens, a line for each range."""
     yield f"{artifact.mode} artifact: {artifact.path}"
+    yield from _rounding(artifact.graph)
     few, most = artifact.few, artifact.few_tokens
     made = few.made if few is not None else None
     if artifact.target != "triton":
@@ -27,6 +28,14 @@ def artifact_lines(artifact: Artifact) -> Iterator[str]:
     if artifact.captures is not None:
         yield f"    {first} to {MOST_TOKENS} tokens: the artifact, captured as CUDA graphs"
     yield f"    {first} tokens and more: {_kernels(artifact.graph)}"
+
+
+def _rounding(graph: Graph) -> Iterator[str]:
+    """What changes the routing, if anything does."""
+    for op in walk(graph):
+        if op.kind == "moe.round_tokens":
+            name = op.results[0].hint
+            yield f"    token rounding: %{name} fills tiles of {op.attrs['tile']} rows, in training"
 
 
 def _kernels(graph: Graph) -> str:

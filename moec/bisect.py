@@ -203,7 +203,8 @@ def same_meaning(dims: dict[str, int] | None = None, seed: int = 0) -> StepTest:
         try:
             for check in checks:
                 check.after(step, 0)
-            return _awkward_problem(step, seed) if step.changed else ""
+            compares = step.changed and not step.call.definition.changes_meaning
+            return _awkward_problem(step, seed) if compares else ""
         except MoecError as error:  # where the meaning changed, or an op's eval is not its type
             return str(error)
 

@@ -47,6 +47,10 @@ class CodegenError(MoecError):
     """A kernel op that a target cannot emit."""
 
 
+class InvarianceError(CodegenError):
+    """Code in which a token's bits would depend on the other tokens, where that was ruled out."""
+
+
 class CompileError(MoecError):
     """A model, option or target that :func:`moec.compile` cannot take."""
 

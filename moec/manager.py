@@ -19,11 +19,14 @@ PassFunction = Callable[..., Graph]
 
 @dataclass(frozen=True)
 class PassDef:
-    """A registered pass: name, function, and the dialects that it may leave behind."""
+    """A registered pass: name, function, and the dialects that it may leave behind; whether it is
+    there to change what the graph computes.
+    """
 
     name: str
     run: PassFunction
     leaves: frozenset[str]
+    changes_meaning: bool = False
 
     @property
     def is_own(self) -> bool:
@@ -86,14 +89,14 @@ _PASSES: dict[str, PassDef] = {}
 
 
 def register(
-    name: str, leaves: Sequence[str] = ("t", "moe", "kern")
+    name: str, leaves: Sequence[str] = ("t", "moe", "kern"), changes_meaning: bool = False
 ) -> Callable[[PassFunction], PassFunction]:
     """Decorator that registers a pass ``(graph, *, option=default) -> graph`` under a kebab-case
     name.
     """
 
     def add(function: PassFunction) -> PassFunction:
-        _PASSES[name] = PassDef(name, function, frozenset(leaves))
+        _PASSES[name] = PassDef(name, function, frozenset(leaves), changes_meaning)
         return function
 
     return add

@@ -179,7 +179,8 @@ class Check(Observer):
 
     ``dims`` fixes sizes by name; others are small and inside their ranges. Every graph is tried at
     these sizes and, where its ranges allow, with every free size 0 and 1. A pass that adds
-    gradients is compared with PyTorch's own differentiation of the graph before it. Raises
+    gradients is compared with PyTorch's own differentiation of the graph before it; one that is
+    there to change the meaning is not compared. Raises
     :class:`~moec.errors.MeaningError` naming pass, value, difference and sizes.
     """
 
@@ -187,7 +188,7 @@ class Check(Observer):
         self.dims, self.seed = dict(dims or {}), seed
 
     def after(self, step: Step, index: int) -> None:
-        if not step.changed:
+        if not step.changed or step.call.definition.changes_meaning:
             return
         for sizes in self._sizes(step.before):
             expected, got = self._results(step, sizes)

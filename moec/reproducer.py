@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 
-from moec.errors import IRError, MeaningError, ParseError
+from moec.errors import InvarianceError, IRError, MeaningError, ParseError
 from moec.files import write_whole
 from moec.ir.graph import Graph
 from moec.ir.text import show
@@ -85,8 +85,8 @@ class Reproducer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if isinstance(error, Exception) and self._doing is not None:
-            self.write(error)
+        if isinstance(error, Exception) and not isinstance(error, InvarianceError):
+            self.write(error)  # a refusal is no fault of the compiler
 
     def write(self, error: Exception) -> None:
         """Write the file for what was going on when an exception came, and note its place."""

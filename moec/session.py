@@ -50,7 +50,9 @@ class Session:
     """What one call of :func:`moec.compile` shares between its regions: settings, captures,
     artifacts. ``gluon`` allows products in Gluon where a GPU runs them; artifacts for
     ``planned_target`` are looked at and not run here; ``mode`` is one of
-    :data:`moec.api.MODES`; ``limits`` are those of the declared inputs.
+    :data:`moec.api.MODES`; ``numerics`` one of :data:`moec.api.NUMERICS`; ``token_rounding``
+    the rows of a tile that experts are to fill in training, or 0; ``limits`` are those of the
+    declared inputs.
     """
 
     target: str | None = None
@@ -60,6 +62,8 @@ class Session:
     gluon: bool = True
     planned_target: str | None = None
     mode: str = "default"
+    numerics: str = "default"
+    token_rounding: int = 0
     observers: Sequence[Observer] = ()
     watching: Watching = field(default_factory=from_environment)
     limits: Limits | None = None
@@ -132,11 +136,16 @@ class Session:
             few = self._compile(graph, wanted, target, device, name, True, FEW)
             made = replace(made, few=Once.made_of(few))
         elif made is not None and made.target == "triton" and wanted is None:
-            most = 0 if self.passes else most_few_tokens(made.graph)
+            most = 0 if self.passes or self.is_repro else most_few_tokens(made.graph)
             decode = functools.partial(self._decoding, graph, target, device, name)
             made = replace(made, few=Once(decode), few_tokens=most) if most else made
             made = replace(made, captures=self._captures(made.graph))
         self.artifacts[key] = made
+
+    @property
+    def is_repro(self) -> bool:
+        """Whether a token's bits must not depend on the other tokens."""
+        return self.numerics == "repro"
 
     def _captures(self, graph: Graph) -> Captures | None:
         """Where calls are to be CUDA graphs: those of an artifact."""
@@ -167,7 +176,7 @@ class Session:
 
     def _rounds_apart(self, artifact: Artifact, exact: bool) -> bool:
         """Whether an artifact's gradients round otherwise than eager's, and could do as eager's."""
-        is_default = self.passes is None and not exact
+        is_default = self.passes is None and not exact and not self.token_rounding
         return is_default and artifact.target == "aten" and artifact.mode == "training"
 
     def _runs(self, artifact: Artifact, inputs: Sequence[torch.Tensor]) -> bool:
@@ -205,6 +214,8 @@ class Session:
         exact: bool,
         mode: str = "",
     ) -> Artifact | None:
+        if self.is_repro and target == "aten":
+            raise CompileError(no_repro(name or graph.name, f"on {device}"))
         named = _with_unique_hints(graph)
         mode = mode or ("inference" if wanted is None else "training")
         reproducer = Reproducer(self.cache or cache_directory())
@@ -221,7 +232,7 @@ class Session:
                 manager = PassManager(calls, watching)
                 return self._built(manager, named, target, mode, name, reproducer)
         except Exception as error:  # a compiler's own fault must never stop the user's model
-            if self.strict:
+            if self.strict or self.is_repro:  # the module's own code promises nothing
                 raise
             self.warn(
                 f"moec: @{graph.name} could not be compiled ({type(error).__name__}: {error}); "
@@ -266,6 +277,8 @@ class Session:
             has_descriptors(device),
             exact,
             self.gluon and has_gluon(device),
+            self.is_repro,
+            self.token_rounding,
         )
         if wanted is None:
             return text
@@ -274,6 +287,15 @@ class Session:
         )
         text = text.replace("grad{exact=true},", f"grad{{exact=true,wanted={names}}},", 1)
         return text.replace("grad,", f"grad{{wanted={names}}},", 1)
+
+
+def no_repro(name: str, where: str) -> str:
+    """Why there is no ``numerics="repro"`` where the target is ``aten``."""
+    return (
+        f'{name}: numerics "repro" needs the target triton. The target {where} is aten: its '
+        "products are library calls, which choose the order of additions by the number of tokens. "
+        'Use a GPU of compute capability 8.0 or more, or numerics "default"'
+    )
 
 
 def _varying(graph: Graph) -> list[int]:

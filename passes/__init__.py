@@ -2,6 +2,7 @@
 
 from moec.passes import (
     adjoint,
+    batch_invariant,
     cse,
     dce,
     dispatch_dense,
@@ -18,12 +19,14 @@ from moec.passes import (
     raise_limit,
     raise_router,
     recompute,
+    round_tokens,
     simplify,
     split_low_rank,
 )
 
 __all__ = [
     "adjoint",
+    "batch_invariant",
     "cse",
     "dce",
     "dispatch_dense",
@@ -40,6 +43,7 @@ __all__ = [
     "raise_limit",
     "raise_router",
     "recompute",
+    "round_tokens",
     "simplify",
     "split_low_rank",
 ]

@@ -7,6 +7,7 @@ from moec.ir.builder import Builder
 from moec.ir.graph import Graph, Op, Value, backward_ops, producers
 from moec.ir.opdef import opdef
 from moec.manager import register
+from moec.passes.redone_scores import redone_scores
 from moec.reasons import decline, fired
 
 CHEAP = {
@@ -36,8 +37,9 @@ def recompute(graph: Graph) -> Graph:
 
     What is kept between forward and backward is then the results of products, of reductions and of
     routing. Indices, weights and the permutation are always kept: a recomputed value can never
-    route differently. Must come after the last common-subexpression elimination, which would undo
-    it.
+    route differently. The scores of all experts are not kept: their gradient needs them, but they
+    follow from logits, and these, where that is little work beside the experts', from tokens and
+    router. Must come after the last common-subexpression elimination, which would undo it.
     """
     return _Recomputation(graph).run() if graph.cotangents else graph
 
@@ -49,6 +51,7 @@ class _Recomputation:
         self.backward = backward_ops(graph)
         self.builder = Builder(graph.ranges)
         self.again: dict[Value, Value] = {}
+        self.scores = redone_scores(graph, self.backward)
 
     def run(self) -> Graph:
         """Forward ops first, then the backward ops, each after the cheap forward values that it
@@ -74,7 +77,7 @@ class _Recomputation:
         op = self.made.get(value)
         if op is None or op in self.backward:
             return value
-        if not is_cheap(op):
+        if not is_cheap(op) and op not in self.scores:
             decline(
                 "redo", op, "kept, {} bytes: redoing {} takes longer", value.type.bytes, op.kind
             )

@@ -170,3 +170,19 @@ def test_hopper_kernels(name: str, gluon: bool, recorder: Recorder, tmp_path: Pa
         takes_part = any(launch[0].__name__ == kernel for launch in products)
         assert takes_part == ("wgmma.mma_async" in ptx), kernel
         assert not gluon or not takes_part or "cp.async.bulk.tensor" in ptx, kernel
+
+
+def test_repro_kernels(recorder: Recorder, tmp_path: Path) -> None:
+    """All products of tokens by tensor cores, a router's and a shared expert's among them."""
+    sized = replace(MODELS["deepseek_v3"], hidden=2048, inner=1024, experts=64, choices=4)
+    block = block_of(replace(sized, dtype="bf16"))
+    text = pipeline("triton", True, True, gluon=True, repro=True)
+    graph = PassManager(text).run(block.graph)
+    run_on_nothing(build(graph, "triton", "training", (), tmp_path))
+    words = ("gl.warp_specialize(", "tl.dot(")
+    products = [n for n in recorder.launches if any(word in n[0].src for word in words)]
+    assert len(products) == 6 + 9  # the experts; router (again for its gradient), gate, up, down
+    recorder.launches = [n for n in products if "logits" in n[0].__name__] + recorder.launches[-3:]
+    for kernel, (_, log) in compile_all(recorder, tmp_path).items():
+        assert not SERIAL.search(log), f"{kernel}: {log}"
+        assert all(int(n) <= 16 for n in re.findall(r"(\d+) bytes spill stores", log)), kernel

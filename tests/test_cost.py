@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
+from benchmarks.emitted_check import SHAPES, block_graph
 from moec import cost
 from moec.cost import Cost
 from moec.ir import Builder, Graph, Type, Value, dim
 from moec.ir.dims import evaluate
 from moec.manager import PassManager
+from moec.memory import predict
 from moec.pipeline import pipeline
 from tests.graphs import OLMOE, Options, build
 
@@ -41,14 +45,39 @@ def test_costs_of_single_ops() -> None:
 def test_saved_bytes_of_a_block_are_its_hidden_rows_and_its_routing() -> None:
     """``4*A*I`` for the rows before the activation in bf16; nothing of width ``H`` is kept."""
     for hidden, inner, choices, experts in ((16, 8, 2, 4), (64, 8, 3, 8), (8, 32, 1, 4)):
+        redone = experts <= 0.02 * 9 * choices * inner  # the router's product beside the experts'
         options = replace(
             OLMOE, dtype="bf16", hidden=hidden, inner=inner, choices=choices, experts=experts
         )
         pairs = choices * T
-        scores = 4 * experts * T
+        scores = 0 if redone else 2 * experts * T  # the logits, in bf16
         weights, indices, order, inverse = 4 * pairs, 4 * pairs, 4 * pairs, 4 * pairs
         routing = scores + weights + indices + order + inverse + 4 * (experts + 1)
         assert cost.saved_bytes(trained(options)) == 4 * pairs * inner + routing
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_at_published_sizes_no_scores_are_kept(name: str) -> None:
+    """``4*A*I + 16*A`` bytes, and the offsets: a share of a thousandth, say."""
+    shape = SHAPES[name]
+    text = pipeline("triton", True, True, gluon=True)
+    held = predict(PassManager(text).run(block_graph(shape)), "triton").held
+    assert held is not None
+    pairs = shape.choices * 16384
+    wanted = 4 * pairs * shape.inner + 16 * pairs
+    assert wanted <= held.at(T=16384) <= 1.001 * wanted
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kept"),
+    [("x+router+gate_up+down", set()), ("x", {"logits"}), ("x+down", {"logits"})],
+    ids=["all", "frozen", "tokens not read"],
+)
+def test_logits_are_done_again_only_from_what_is_read_anyway(wanted: str, kept: set[str]) -> None:
+    text = pipeline("triton", True).replace("grad,", f"grad{{wanted={wanted}}},")
+    graph = PassManager(text).run(block_graph(SHAPES["olmoe"]))
+    wide = {v.hint for v in cost.saved_values(graph) if v.type.shape[-1] == 64}
+    assert wide == kept
 
 
 def test_saved_bytes_count_results_handed_through() -> None:

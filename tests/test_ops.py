@@ -159,6 +159,8 @@ CASES = [
     ),
     Case("moe.limit", ["pairs"], {"experts": EXPERTS, "capacity": 2}),
     Case("moe.limit", ["pairs"], {"experts": EXPERTS, "capacity": T, "order": "token_major"}),
+    Case("moe.one_group", [], {"rows": T}),
+    Case("moe.round_tokens", ["pairs", MATRIX], {"tile": 2, "groups": 2}),
     Case("moe.dispatch", ["pairs"], {"experts": EXPERTS}),
     Case("moe.dispatch_picks", [Type("i32", (3, 2))], {"tokens": 4}),
     Case("moe.gather", [MATRIX, "perm", "inverse"]),

@@ -38,12 +38,13 @@ WIDE = 10**7  # tokens for which rows times columns pass 2^31, far from any edge
 
 
 def emitted(
-    graph: Graph, high: int | None, template: str, training: bool = True
+    graph: Graph, high: int | None, template: str, training: bool = True, repro: bool = False
 ) -> tuple[str, Graph]:
     """The module of a block whose tokens are declared to be no more than ``high``."""
     descriptors, gluon = TEMPLATES[template]
     ranged = replace(graph, ranges={"T": (0, high)})
-    lowered = PassManager(pipeline("triton", training, descriptors, gluon=gluon)).run(ranged)
+    text = pipeline("triton", training, descriptors, gluon=gluon, repro=repro)
+    lowered = PassManager(text).run(ranged)
     return emit_module(lowered, "triton"), lowered
 
 
@@ -64,6 +65,16 @@ def test_nothing_overflows(name: str, template: str, high: int | None) -> None:
 def test_nothing_overflows_with_biases_groups_and_shared_experts(name: str, template: str) -> None:
     options = replace(MODELS[name], hidden=2880, inner=2880, experts=32, choices=4, dtype="bf16")
     text, graph = emitted(build(options).graph, MAX_TOKENS, template)
+    host = Host(text, graph).run()
+    assert not host.faults, "\n".join(map(str, host.faults))
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss"])
+def test_nothing_overflows_where_all_products_are_grouped(name: str, template: str) -> None:
+    options = replace(MODELS[name], hidden=2048, inner=1024, experts=64, choices=4, dtype="bf16")
+    text, graph = emitted(build(options).graph, MAX_TOKENS, template, repro=True)
+    assert ("sum_rows" in text) == (name == "gpt_oss")
     host = Host(text, graph).run()
     assert not host.faults, "\n".join(map(str, host.faults))
 

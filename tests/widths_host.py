@@ -135,6 +135,14 @@ class Torch(Stub):
         return self.empty(shape, dtype)
 
 
+class Library(Stub):
+    """``moec.runtime.grouped``: of one group it is known where it begins and ends."""
+
+    def one_group(self, rows: Any, device: Any) -> Array:
+        """The offsets of one group."""
+        return Array(Tensor((2,), 32, everywhere(0, span(rows).high), ascending=True))
+
+
 class Launch:
     """``moec.runtime.launch`` on intervals."""
 
@@ -294,7 +302,7 @@ class Host:
         """Run a function of the host."""
         module = _Unpacking().visit(ast.Module([copy.deepcopy(self.host[name])], []))
         space: dict[str, Any] = {
-            "torch": Torch(), "F": Stub(), "moe": Stub(), "launch": Launch(),
+            "torch": Torch(), "F": Stub(), "moe": Library(), "launch": Launch(),
             "triton": _Triton(), "guards": _Guards(self), "min": smallest, "unpack": unpack,
         }  # fmt: skip
         for kernel in self.kernels.functions:

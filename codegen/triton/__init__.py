@@ -28,11 +28,14 @@ from moec.codegen.triton.group_sum import ask, emit_group_sum
 from moec.codegen.triton.grouped_gemm import PointerGemm
 from moec.codegen.triton.grouped_outer import PointerOuter
 from moec.codegen.triton.hoist import Hoisted, hoist
+from moec.codegen.triton.invariance import check_library_op, check_ops, is_invariant
 from moec.codegen.triton.kernel import Unsupported
 from moec.codegen.triton.picks import LIBRARY as PICKS
 from moec.codegen.triton.picks import ask_picks, emit_picks
 from moec.codegen.triton.pointwise import Pointwise
 from moec.codegen.triton.routing import ONE_PROGRAM, Routing
+from moec.codegen.triton.row_sums import LIBRARY as ROW_SUMS
+from moec.codegen.triton.row_sums import ask_row_sum, emit_row_sum, is_row_sum
 from moec.codegen.triton.tail import leak
 from moec.codegen.triton.tokens import Tokens
 from moec.codegen.writer import Writer
@@ -68,8 +71,12 @@ class TritonEmitter:
         self.group_sums: dict[Op, Facts] = {}
         self.few_linears: dict[Op, Facts] = {}
         self.picks: dict[Op, Facts] = {}
+        self.row_sums: dict[Op, Facts] = {}
         self.ranges = graph.ranges  # as far as is known from what other kernels ask
         self.first: dict[str, Kernel] = {}  # the kernel that others of the same text share
+        self.repro = is_invariant(graph)
+        if self.repro:
+            check_ops(graph)
         self._contexts: list[Context] = []
         self._taken = set(source.names())
         self._hints = {_clean(v.hint) for v in _values(graph)}
@@ -82,6 +89,8 @@ class TritonEmitter:
                     self.group_sums[op] = ask(op, self.ranges)
                 if op.kind == "moe.dispatch_picks":
                     self.picks[op] = ask_picks(op, self.ranges)
+                if self.repro and is_row_sum(op) and op in self._apart:
+                    self.row_sums[op] = ask_row_sum(op, self.ranges)
                 if self.few and op in graph.ops and is_few_linear(op):
                     self.few_linears[op] = ask_few_linear(op, self.ranges)
 
@@ -94,7 +103,7 @@ class TritonEmitter:
     def requirements(self) -> list[Requirement]:
         """What the kernels ask of sizes."""
         kernels = [k.facts for k in self.kernels.values()]
-        others = (self.group_sums, self.few_linears, self.picks)
+        others = (self.group_sums, self.few_linears, self.picks, self.row_sums)
         facts = [*kernels, *(f for found in others for f in found.values())]
         return [r for f in facts for r in f.required]
 
@@ -163,6 +172,7 @@ class TritonEmitter:
         used = {GROUP_SUM} if self.group_sums else set()
         used |= {FEW_LINEAR} if self.few_linears else set()
         used |= {PICKS} if self.picks else set()
+        used |= {ROW_SUMS} if self.row_sums else set()
         for kernel in self.kernels.values():
             used |= kernel.library
         if any(_gluon(op) for op in self.kernels):
@@ -183,7 +193,18 @@ class TritonEmitter:
         if op in self.reasons:
             self._emit_body(writer, op, context)
             return True
-        return self._emit_special(writer, op, context)
+        done = self._emit_special(writer, op, context)
+        if self.repro and not done:
+            check_library_op(self.graph, op)
+        return done
+
+    @functools.cached_property
+    def _apart(self) -> frozenset[Op]:
+        """The ops that are in no kernel."""
+        alone = [k.op for k in self.kernels.values() if isinstance(k, Routing) and not k.scores]
+        before = (o for h in self.hoisted.values() for o in h.before)
+        inside = (o for op in (*self.reasons, *alone) for o in _ops(op))
+        return frozenset((*self.graph.ops, *before, *inside))
 
     @functools.cached_property
     def few(self) -> bool:
@@ -193,6 +214,9 @@ class TritonEmitter:
     def _emit_special(self, writer: Writer, op: Op, context: Context) -> bool:
         if op in self.few_linears:
             emit_few_linear(writer, op, context)
+            return True
+        if op in self.row_sums:
+            emit_row_sum(writer, op, context, self.row_sums[op])
             return True
         if op in self.picks:
             emit_picks(writer, op, context, self.picks[op])
@@ -220,6 +244,9 @@ class TritonEmitter:
     def _emit_inner(self, writer: Writer, op: Op, context: Context) -> None:
         """An op of a body as an expression."""
         if not self._emit_special(writer, op, context):
+            if self.repro:
+                bodies = (o.body for o in self.graph.ops if o.body is not None)
+                check_library_op(next(body for body in bodies if op in body.ops), op)
             emit_aten(writer, op, context.names)
 
     def _emit_body(self, writer: Writer, op: Op, context: Context) -> None:
@@ -240,7 +267,7 @@ class TritonEmitter:
                 return context
         program = partition(self.graph)
         ops = program.forward if op in program.forward else program.backward
-        context = Context(self.graph, names, self._gathered_uses(ops))
+        context = Context(self.graph, names, self._gathered_uses(ops), self.repro)
         self._contexts.append(context)
         return context
 

@@ -12,6 +12,7 @@ from moec.codegen.triton.descriptor_gemm import DescriptorGemm
 from moec.codegen.triton.descriptor_outer import DescriptorOuter
 from moec.codegen.triton.grouped_outer import analyse as analyse_outer
 from moec.codegen.triton.hoist import hoist
+from moec.codegen.triton.invariance import REPRO
 from moec.codegen.triton.kernel import Unsupported
 from moec.codegen.triton.products import analyse
 from moec.codegen.triton.routing import ONE_PROGRAM, few_routing
@@ -38,10 +39,15 @@ class Limits:
     block_n: int = 0
     block_k: int = 0
     block: int = 0
+    repro: bool = False
 
 
 def attributes(op: Op, limits: Limits) -> dict[str, Any]:
-    """The attributes ``template`` and ``tile`` of a kernel."""
+    """The attributes ``template`` and ``tile`` of a kernel, and ``numerics`` where asked for."""
+    return {**_choice(op, limits), **({"numerics": REPRO} if limits.repro else {})}
+
+
+def _choice(op: Op, limits: Limits) -> dict[str, Any]:
     if limits.few and op.kind == "kern.routing":
         return {"template": ONE_PROGRAM, "tile": few_routing(op)}
     if op.kind not in ("kern.grouped_gemm", "kern.grouped_outer"):

@@ -53,6 +53,7 @@ class Context:
     graph: Graph
     names: PythonNames
     uses: dict[Gathered, int]  # how many kernels still read the gathered rows
+    repro: bool = False  # whether a kernel has one form only, wherever its arguments lie
     rows: dict[Gathered, str] = field(default_factory=dict)
     tiles: dict[tuple[Value, int], str] = field(default_factory=dict)
     checked: set[Value] = field(default_factory=set)
@@ -60,10 +61,18 @@ class Context:
     def contiguous(self, writer: Writer, values: Sequence[Value]) -> None:
         """Copy what an expression may have left in another order: kernels read row by row."""
         for value in dict.fromkeys(values):
-            if value in self.checked or self._is_contiguous(value):
+            if value in self.checked:
                 continue
             self.checked.add(value)
-            writer.line(f"{self.names[value]} = {self.names[value]}.contiguous()")
+            if self.repro and self._is_of_a_call(value):
+                writer.line(f"{self.names[value]} = launch.aligned({self.names[value]})")
+            elif not self._is_contiguous(value):
+                writer.line(f"{self.names[value]} = {self.names[value]}.contiguous()")
+
+    def _is_of_a_call(self, value: Value) -> bool:
+        """Whether a value comes with each call, from wherever it lies."""
+        given = value in self.graph.inputs or value in self.graph.cotangents
+        return given and not isinstance(value.type.elements, int)
 
     def _is_contiguous(self, value: Value) -> bool:
         """Whether a value is row-major in any case; inputs are, since artifacts see to it."""

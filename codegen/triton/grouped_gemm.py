@@ -246,7 +246,8 @@ class PointerGemm:
             return
         term = body.term(value)
         if value.type.rank == 1 or (value.type.shape[1] == 1 and self.product.columns != 1):
-            self.text.line(f"tl.store({out} + row, {term.on(('r',))}, mask=inside & (n == 0))")
+            with self.text.block("if n == 0:"):
+                self.text.line(f"tl.store({out} + row, {term.on(('r',))}, mask=inside)")
             return
         at = f"row[:, None] * {self.product.columns} + column[None, :]"
         tile = (

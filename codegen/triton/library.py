@@ -146,6 +146,26 @@ def few_linear(
     tl.store(y + row[:, None] * N + column[None, :], acc, mask=live)
 
 
+@launch.Kernel
+@triton.jit(do_not_specialize=["rows"])
+def sum_rows(
+    a, b, y, rows, N: tl.constexpr, DOT: tl.constexpr, DIVISOR: tl.constexpr,
+    DOUBLE: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """y[m] = the sum of the numbers a[m], or of the products a[m] * b[m], divided by DIVISOR."""
+    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    total = tl.zeros((BR, BN), tl.float64 if DOUBLE else tl.float32)
+    for first in range(0, N, BN):
+        column = first + tl.arange(0, BN)
+        live = (row < rows)[:, None] & (column < N)[None, :]
+        at = row[:, None] * N + column[None, :]
+        value = tl.load(a + at, mask=live, other=0.0).to(total.dtype)
+        if DOT:
+            value *= tl.load(b + at, mask=live, other=0.0).to(total.dtype)
+        total += value
+    tl.store(y + row, tl.sum(total, 1) / DIVISOR, mask=row < rows)
+
+
 @triton.jit
 def place_few(
     e, pair, live, count, perm, offsets, inverse, tiles,

@@ -270,8 +270,6 @@ class Scores:
             return
         if op.kind == "t.full":
             self.env[op.result] = self.text.literal(op)
-        elif op.kind == "moe.activate":
-            self.env[op.result] = self._activate(op)
         elif op.kind == "moe.select":
             self.env[op.result] = self._best(op)
         elif op.kind == "moe.weight":
@@ -288,20 +286,6 @@ class Scores:
         if {"e", "k"} <= {a for t in terms for a in t.axes}:
             raise Unsupported("experts and choices in one operation")
         return self.text.pointwise(op, terms, ORDER)
-
-    def _activate(self, op: Op) -> Term:
-        x, fn = self.term(op.operands[0]), op.attrs["fn"]
-        if x.axes != SCORES or op.attrs.get("groups", 1) != 1:
-            raise Unsupported("a softmax of groups")
-        if fn == "identity":
-            return x
-        if fn == "softmax":
-            return softmax(self, x, op.result.hint)
-        if fn == "sigmoid":
-            return self.text.let(op.result.hint, f"tl.sigmoid({x.text})", SCORES)
-        soft = f"{self.text.use('log1p')}(tl.exp({x.text}))"
-        text = f"tl.sqrt(tl.where({x.text} > 20.0, {x.text}, {soft}))"
-        return self.text.let(op.result.hint, text, SCORES)
 
     def _best(self, op: Op) -> Term:
         """The first of the best experts: a selection that only says how good the best is."""

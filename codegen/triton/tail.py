@@ -75,12 +75,21 @@ def _may_have_none(graph: Graph, op: Op) -> bool:
     source = made.get(outer.get(product.operands[2], product.operands[2]))
     if source is None:
         return True
-    if source.kind == "moe.dispatch_picks":
+    if source.kind in ("moe.dispatch_picks", "moe.one_group"):
         return False
     inside = producers(source.body) if source.body is not None else made
     dispatches = [o for o in (source.body or graph).ops if o.kind == "moe.dispatch"]
-    selects = [inside.get(o.operands[0]) for o in dispatches]
+    given = dict(zip(source.body.inputs, source.operands, strict=True)) if source.body else {}
+    selects = [_source(o.operands[0], {**made, **inside}, given) for o in dispatches]
     return not selects or any(
         s is None or s.kind != "moe.select" or s.attrs.get("mode", "topk") not in _ALWAYS_AN_EXPERT
         for s in selects
     )
+
+
+def _source(index: Value, made: dict[Value, Op], given: dict[Value, Value]) -> Op | None:
+    """What made indices; rounding moves choices and gives up none."""
+    op = made.get(given.get(index, index))
+    while op is not None and op.kind == "moe.round_tokens":
+        op = made.get(op.operands[0])
+    return op

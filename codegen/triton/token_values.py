@@ -100,6 +100,22 @@ def _softmax(kernel: TokenKernel, op: Op) -> list[Term]:
     return [softmax(kernel, _wide(kernel, op), op.result.hint)]
 
 
+def _activate(kernel: TokenKernel, op: Op) -> list[Term]:
+    """Scores of logits."""
+    x, fn, hint = kernel.term(op.operands[0]), op.attrs["fn"], op.result.hint
+    if x.axes != SCORES or op.attrs.get("groups", 1) != 1:
+        raise Unsupported("a softmax of groups")
+    if fn == "identity":
+        return [x]
+    if fn == "softmax":
+        return [softmax(kernel, x, hint)]
+    if fn == "sigmoid":
+        return [kernel.text.let(hint, f"tl.sigmoid({x.text})", SCORES)]
+    soft = f"{kernel.text.use('log1p')}(tl.exp({x.text}))"
+    text = f"tl.sqrt(tl.where({x.text} > 20.0, {x.text}, {soft}))"
+    return [kernel.text.let(hint, text, SCORES)]
+
+
 def _columns(kernel: TokenKernel, op: Op) -> list[Term]:
     """Single columns: a slice of one, or all of them apart."""
     x = _wide(kernel, op) if op.kind == "t.slice" else kernel.term(op.operands[0])
@@ -159,6 +175,7 @@ TOKEN_OPS: dict[str, Callable[[TokenKernel, Op], list[Term]]] = {
     "t.amax": _amax,
     "t.cumsum": _cumsum,
     "t.softmax": _softmax,
+    "moe.activate": _activate,
     "t.slice": _columns,
     "t.split": _columns,
     "t.concat": _concat,

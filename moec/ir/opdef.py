@@ -94,7 +94,9 @@ def load_dialects() -> None:
     import moec.ops.integer
     import moec.ops.kernel
     import moec.ops.moe
+    import moec.ops.one_group
     import moec.ops.picks
     import moec.ops.pointwise
     import moec.ops.rows
-    import moec.ops.tensor  # noqa: F401
+    import moec.ops.tensor
+    import moec.ops.token_rounding  # noqa: F401

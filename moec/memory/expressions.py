@@ -241,6 +241,16 @@ def _limit(site: Site) -> Dim:
     return pairs * (3 * (experts + 1) * _INDEX + 3 * _INDEX + 2 * _SMALL + 2 * _FLAG)
 
 
+def _round_tokens(site: Site) -> Dim:
+    """Indices and scores in their wider dtypes, one round's moves, and the ranks of tokens."""
+    (tokens, experts), choices = site.inputs[1].shape, int(site.first.shape[1])
+    width, lanes = max(SIZES[site.inputs[1].dtype], 4), int(experts) + 1
+    places = choices * (2 * _INDEX + 2 * width + 2 * _FLAG)
+    flags = _FLAG * (4 if site.op.attrs.get("groups", 1) > 1 else 1)
+    row = places + lanes * (2 * width + flags) + 12 * _INDEX
+    return tokens * row + 24 * lanes * _INDEX
+
+
 def _dispatch(site: Site) -> Dim:
     pairs, experts = site.first.elements, int(site.op.attrs["experts"])
     return pairs * (4 * _INDEX + 2 * _SMALL + 2 * _FLAG) + (experts + 1) * (_SMALL + _INDEX) + 64
@@ -336,6 +346,7 @@ _RULES: dict[str, Rule] = {
     "moe.select": _select,
     "moe.weight": _weight,
     "moe.limit": _limit,
+    "moe.round_tokens": _round_tokens,
     "moe.dispatch": _dispatch,
     "moe.gather": _gather,
     "moe.permute": _permute,

@@ -250,7 +250,7 @@ def _fullest(makers: Mapping[Value, Op], balanced: bool) -> dict[Dim, Dim]:
         if op.kind == "moe.dispatch":
             rows, (idx,) = op.results[0].type.shape[0], op.operands
             made = makers.get(idx)
-            while made is not None and made.kind in ("t.cast", "moe.limit"):
+            while made is not None and made.kind in ("t.cast", "moe.limit", "moe.round_tokens"):
                 made = makers.get(made.operands[0])
             if balanced:
                 found[rows] = sizes.divided("ceildiv", rows, int(op.attrs["experts"]))

@@ -31,6 +31,7 @@ def _kernel(name: str, doc: str) -> None:
         body: Graph,
         template: str | None = None,
         tile: tuple[int, ...] | None = None,
+        numerics: str | None = None,
     ) -> tuple[Type, ...]:
         expected = tuple(v.type for v in body.inputs)
         if operands != expected:

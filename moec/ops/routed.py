@@ -22,7 +22,7 @@ def of_routed(b: Any, x: Value, inverse: Value) -> Value:
 def all_routed(b: Any, inverse: Value) -> bool:
     """Whether the router is known to choose an expert in every place."""
     op = b.made_by(inverse)
-    while op is not None and op.kind in ("moe.dispatch", "t.cast"):
+    while op is not None and op.kind in ("moe.dispatch", "t.cast", "moe.round_tokens"):
         op = b.made_by(op.operands[0])
     if op is None:
         return False

@@ -158,7 +158,7 @@ def _source_gradient(
 def _no_expert(b: Any, idx: Value, experts: Any) -> Value | None:
     """Where ``idx`` holds no expert; ``None`` if a selection made it that always finds one."""
     made = b.made_by(idx)
-    while made is not None and made.kind == "t.cast":
+    while made is not None and made.kind in ("t.cast", "moe.round_tokens"):
         made = b.made_by(made.operands[0])
     if made is not None and made.kind == "moe.select":
         if made.attrs.get("mode", "topk") not in ("margin", "threshold"):

@@ -14,6 +14,8 @@ def is_along(op: Op) -> bool:
     """Whether an op works along the last axis of tokens' numbers, or moves single ones."""
     if op.kind in _PARTS:
         return all(v.type.rank in (1, 2) for v in (*op.operands, *op.results))
+    if op.kind == "moe.activate":
+        return bool(op.attrs.get("groups", 1) == 1)
     dims = op.attrs.get("dims", (op.attrs.get("dim", -1),))
     return op.kind in _ALONG and op.operands[0].type.rank == 2 and set(dims) <= {-1, 1}
 

@@ -18,6 +18,9 @@ from moec.ops.backward import backward as _backward
 from moec.ops.routing import combine as _combine
 from moec.ops.routing import dispatch as _dispatch
 from moec.ops.routing import dispatch_picks as _dispatch_picks
+from moec.ops.token_rounding import ROUNDS
+from moec.ops.token_rounding import round_tokens as _round_tokens
+from moec.token_rounding import note
 
 # Up to so many rows, products are rounded before they are added, as in eager's loop over experts;
 # beyond, the fused sum saves an intermediate as large as all rows.
@@ -68,6 +71,15 @@ def limit(
     return routing.limit(idx, experts, capacity, order)
 
 
+def round_tokens(
+    idx: torch.Tensor, choice: torch.Tensor, *, tile: int, groups: int = 1, rounds: int = ROUNDS
+) -> torch.Tensor:
+    """See ``moe.round_tokens``."""
+    rounded = _round_tokens(idx, choice, tile, groups, rounds)
+    note(idx, rounded, choice.shape[1], tile)
+    return rounded
+
+
 def dispatch(idx: torch.Tensor, *, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See ``moe.dispatch``."""
     return _dispatch(idx, experts)
@@ -78,6 +90,11 @@ def dispatch_picks(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See ``moe.dispatch_picks``."""
     return _dispatch_picks(picks, tokens)
+
+
+def one_group(rows: int, device: torch.device) -> torch.Tensor:
+    """See ``moe.one_group``."""
+    return torch.arange(2, dtype=torch.int32, device=device).mul_(rows)
 
 
 def gather(x: torch.Tensor, perm: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
