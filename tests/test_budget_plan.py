@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from moec.budget.model_plan import ModelStep, step_of_model
+from moec.budget.model_plan import CapturedModel, ModelStep, capture_model, largest_length
 from moec.budget.summary import held_between, repeated, summary_lines
 from moec.cli import app
 from moec.errors import BudgetError, CompileError
@@ -21,9 +21,15 @@ from .models import build
 
 
 @pytest.fixture(scope="module")
-def step() -> ModelStep:
+def captured() -> CapturedModel:
     torch._dynamo.reset()
-    return step_of_model(build("olmoe"), 2, 48, "triton")
+    return capture_model(build("olmoe"), 2, 48, "triton")
+
+
+@pytest.fixture(scope="module")
+def step(captured: CapturedModel) -> ModelStep:
+    """The step on the length that it was captured with."""
+    return captured.at()
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +87,17 @@ def test_an_impossible_budget_is_refused_with_the_least_known(step: ModelStep) -
 
 def test_a_model_whose_inputs_are_not_known_is_refused() -> None:
     with pytest.raises(CompileError, match="no language model"):
-        step_of_model(nn.Linear(4, 4), 1, 8, "triton")
+        capture_model(nn.Linear(4, 4), 1, 8, "triton")
+
+
+def test_the_largest_length_grows_with_a_plan(captured: CapturedModel) -> None:
+    budget = captured.at(200).unplanned.peak
+    free = largest_length(captured, budget, 0.0, unit=8)
+    planned = largest_length(captured, budget, 1.0, unit=8)
+    assert 200 <= free < planned
+    assert captured.at(free + 8).unplanned.peak > budget
+    assert captured.at(planned).solved(budget, 1.0).peak <= budget
+    assert largest_length(captured, captured.parameters, 1.0) == 0
 
 
 @pytest.mark.parametrize(

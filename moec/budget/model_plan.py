@@ -15,12 +15,16 @@ from moec.budget.capture import captured_step
 from moec.budget.effort import RATES, Efforts
 from moec.budget.labels import size_names
 from moec.budget.measure import workspace_on
-from moec.budget.problem import StepProblem, step_problem
+from moec.budget.problem import Sizes, StepProblem, step_problem
 from moec.budget.sizes import planned_sizes
-from moec.errors import CompileError
+from moec.budget.steps import Captured
+from moec.errors import BudgetError, CompileError
 from moec.memory.buffers import GRANULES
 from moec.memory.model import bytes_of_parameters
 from moec.plan import Plan, Progress, Replay, replay, solve
+
+# The axis of the tokens that sequences are long along
+LENGTH = "input_ids.shape[1]"
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,42 @@ class ModelStep:
         return solve(self.planned.problem, budget, time_limit=seconds, progress=progress)
 
 
-def step_of_model(
+@dataclass(frozen=True)
+class CapturedModel:
+    """A model's step, captured for all lengths of its sequences; ``parameters`` in bytes, of which
+    ``shared`` take no memory here; ``reserve``: bytes that are held beside the step's.
+    """
+
+    name: str
+    captured: Captured
+    target: str
+    parameters: int
+    shared: int
+    reserve: int
+
+    def at(self, length: int | None = None) -> ModelStep:
+        """The step on sequences of a length; without one, of the length it was captured with."""
+        names = size_names(self.captured.graph)
+        sizes = planned_sizes(self.captured.graph)
+        if length is not None:
+            sizes.update({symbol: length for symbol, name in names.items() if name == LENGTH})
+        found = self._problem(sizes)
+        order = replay(found.problem, found.problem.order)
+        shown = {names[symbol]: size for symbol, size in sizes.items()}
+        return ModelStep(self.name, found, shown, self.parameters, order)
+
+    def _problem(self, sizes: Sizes) -> StepProblem:
+        rates = RATES["cuda" if self.target == "triton" else "cpu"]
+        workspace = workspace_on(torch.device("cpu"))
+        efforts = Efforts(self.captured.memories, sizes, rates, workspace)
+        reserve = self.reserve + self.shared
+        granule = GRANULES[self.target]
+        return step_problem(self.name, self.captured, sizes, efforts.of, granule, reserve)
+
+
+def capture_model(
     model: nn.Module, batch: int, length: int, target: str, reserve: int = 0
-) -> ModelStep:
+) -> CapturedModel:
     """The step of a causal language model of Hugging Face, on ``batch`` sequences of ``length``
     tokens, with its MoE blocks compiled for ``target``.
 
@@ -68,24 +105,47 @@ def step_of_model(
         region.session.planned_target = target
     ids = torch.zeros(batch, length, dtype=torch.int64)
     captured = captured_step(compiled, (), {"input_ids": ids, "labels": ids})
-    sizes = planned_sizes(captured.graph)
-    kind = "cuda" if target == "triton" else "cpu"
-    efforts = Efforts(captured.memories, sizes, RATES[kind], workspace_on(torch.device("cpu")))
     parameters = bytes_of_parameters(model)
-    hidden = parameters - sum(_storages(model).values())
-    found = step_problem(
-        type(model).__name__, captured, sizes, efforts.of, GRANULES[target], reserve + hidden
-    )
-    names = size_names(captured.graph)
-    shown = {names[symbol]: size for symbol, size in sizes.items()}
-    order = replay(found.problem, found.problem.order)
-    return ModelStep(type(model).__name__, found, shown, parameters, order)
+    shared = parameters - sum(_storages(model).values())
+    return CapturedModel(type(model).__name__, captured, target, parameters, shared, reserve)
 
 
 def _storages(model: nn.Module) -> dict[Any, int]:
     """The memory that parameters really take, by its address."""
     storages = [p.untyped_storage() for p in model.parameters()]
-    return {s.data_ptr(): min(s.nbytes(), bytes_of_parameters(model)) for s in storages}
+    return {s.data_ptr(): s.nbytes() for s in storages}
 
 
-__all__ = ["ModelStep", "step_of_model"]
+def largest_length(
+    model: CapturedModel, budget: int, seconds: float, unit: int = 128, most: int = 1 << 22
+) -> int:
+    """The greatest multiple of ``unit`` for which a plan within ``budget`` bytes is found in
+    ``seconds`` (0: without planning); 0 if there is none. Memory grows with the length, so it is
+    found by bisection.
+    """
+    low, high = 0, 1
+    while high * unit < most and _fits(model, high * unit, budget, seconds):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _fits(model, middle * unit, budget, seconds):
+            low = middle
+        else:
+            high = middle
+    return low * unit
+
+
+def _fits(model: CapturedModel, length: int, budget: int, seconds: float) -> bool:
+    step = model.at(length)
+    if step.unplanned.peak <= budget or seconds <= 0:
+        return step.unplanned.peak <= budget
+    problem = step.planned.problem
+    if max(map(problem.working_set, range(len(problem.nodes)))) > budget:
+        return False
+    try:
+        return step.solved(budget, seconds).peak <= budget
+    except BudgetError:
+        return False
+
+
+__all__ = ["CapturedModel", "ModelStep", "capture_model", "largest_length"]

@@ -86,6 +86,10 @@ def plan(
             help="MODEL --budget: what is held beside the step, as the state of an optimizer.",
         ),
     ] = "0",
+    largest: Annotated[
+        bool,
+        typer.Option("--largest", help="MODEL --budget: say how long sequences may be at most."),
+    ] = False,
     report: Annotated[
         Path | None,
         typer.Option(
@@ -164,7 +168,7 @@ def plan(
         _check_of_step(dims, fits, dim, tokens or 4096, batch)
         asked_step = StepQuestion(
             *(budget, 4096 if tokens is None else tokens, batch, target.value, dtype, reserve),
-            *(time_limit, report, output),
+            *(time_limit, largest, report, output),
         )
         plan_step(subject, asked_step)
         return

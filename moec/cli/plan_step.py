@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -13,11 +14,14 @@ from moec.cli.console import say, working, write_result
 from moec.cli.plan_memory import dtype_of
 from moec.errors import PlanError
 
+if TYPE_CHECKING:
+    from moec.budget.model_plan import CapturedModel
+
 
 @dataclass(frozen=True)
 class StepQuestion:
     """What is asked of a model: its budget, on ``batch`` sequences that have ``tokens`` tokens in
-    all, with ``reserve`` for what others hold.
+    all, with ``reserve`` for what others hold; ``largest``: how long they may be at most.
     """
 
     budget: str
@@ -27,13 +31,13 @@ class StepQuestion:
     dtype: str | None
     reserve: str
     seconds: float
+    largest: bool
     report: Path | None
     output: Path | None
 
 
 def plan_step(spec: str, asked: StepQuestion) -> None:
     """Print the plan of a model's step; write the schedule and the report that are asked for."""
-    from moec.budget.model_plan import step_of_model
     from moec.budget.summary import summary_lines
     from moec.capture.model_spec import load_layers
     from moec.cli.plan import progress_bar
@@ -44,8 +48,13 @@ def plan_step(spec: str, asked: StepQuestion) -> None:
     with working(f"building {spec}"):
         model = load_layers(spec, dtype).model
     with working("capturing the step"):
-        step = step_of_model(model, asked.batch, asked.tokens // asked.batch, asked.target, reserve)
+        length = asked.tokens // asked.batch
+        captured = capture_model(model, asked.batch, length, asked.target, reserve)
+    step = captured.at()
     budget = _budget(asked.budget, step.unplanned.peak)
+    if asked.largest:
+        typer.echo(_largest(captured, asked.batch, budget, asked.seconds))
+        return
     with progress_bar(step.planned.problem, asked.seconds) as show:
         plan = step.solved(budget, asked.seconds, show)
     typer.echo("\n".join(summary_lines(step, plan, budget)))
@@ -58,6 +67,20 @@ def plan_step(spec: str, asked: StepQuestion) -> None:
     if asked.output is not None:
         facts = {"budget": budget, "peak": plan.peak, "time": plan.time, "bound": plan.bound}
         write_result(schedule_json(step.name, plan.sequence, facts), asked.output)
+
+
+def _largest(captured: CapturedModel, batch: int, budget: int, seconds: float) -> str:
+    """How long sequences may be, with a plan and without."""
+    from moec.budget.model_plan import largest_length
+    from moec.budget.text import shown_bytes
+
+    with working("looking for the largest length"):
+        planned = largest_length(captured, budget, seconds)
+        free = largest_length(captured, budget, 0.0)
+    return (
+        f"{captured.name} within {shown_bytes(budget)}: {batch} x {planned} tokens;"
+        f" without a plan {batch} x {free}"
+    )
 
 
 def _check_report(path: Path | None) -> None:
