@@ -38,6 +38,7 @@ class StepQuestion:
 
 def plan_step(spec: str, asked: StepQuestion) -> None:
     """Print the plan of a model's step; write the schedule and the report that are asked for."""
+    from moec.budget.model_plan import capture_model
     from moec.budget.summary import summary_lines
     from moec.capture.model_spec import load_layers
     from moec.cli.plan import progress_bar
