@@ -13,6 +13,7 @@ from moec.errors import BudgetError, PlanError
 from moec.plan import Node, Problem, Progress, make_problem, replay, solve
 from moec.plan.bounds import Relaxation
 from moec.plan.exact import cheapest_sequence
+from moec.plan.gaps import gaps_of
 from moec.plan.least import is_excluded
 from moec.plan.problem import Source
 from moec.plan.retention import prove
@@ -76,7 +77,7 @@ def test_operations_with_several_outputs_are_planned_as_brute_force_does(first: 
         assert (found is None) == (optimum is None)
         if optimum is not None and found is not None:
             assert replay(problem, found, budget).time == optimum
-            assert Relaxation(problem, budget).solve(5) <= optimum * (1 + 1e-9)
+            assert Relaxation(gaps_of(problem), budget).solve(5) <= optimum * (1 + 1e-9)
             assert not is_excluded(problem, budget)
 
 
@@ -131,7 +132,7 @@ def test_the_relaxation_is_a_lower_bound_and_the_search_finds_the_optimum(first:
         problem = random_graph(seed)
         budget = int(peak_of(problem) * 0.8)
         optimum = least_time(problem, budget)
-        bound = Relaxation(problem, budget).solve(5)
+        bound = Relaxation(gaps_of(problem), budget).solve(5)
         if optimum is None:
             continue
         assert bound <= optimum * (1 + 1e-9)
@@ -163,9 +164,9 @@ def test_constraint_programming_keeps_a_fixed_order() -> None:
 
 def test_the_rounded_relaxation_is_a_valid_sequence() -> None:
     problem = training(6)
-    relaxation = Relaxation(problem, int(0.6 * peak_of(problem)))
+    relaxation = Relaxation(gaps_of(problem), int(0.6 * peak_of(problem)))
     relaxation.solve(5)
-    sequence = rounded(problem, relaxation.chains, relaxation.solution, 0.5)
+    sequence = rounded(relaxation.gaps, relaxation.solution, 0.5)
     assert len(sequence) > len(problem.nodes)
     assert replay(problem, sequence).peak < peak_of(problem)
 

@@ -9,16 +9,22 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from moec.byte_sizes import parse_bytes, split_unit
 from moec.errors import BudgetError
 from moec.plan.check import Replay, replay
 from moec.plan.problem import Problem
 
+if TYPE_CHECKING:
+    from moec.plan.bounds import Relaxation
+
 # A plan of a time this much above the bound, as a share of it, is as good as optimal.
 NEGLIGIBLE = 1e-9
 # From how much on what the relaxation runs again is repeated
 THRESHOLDS = (0.2, 0.5, 0.8)
+# The shares of the time that the relaxation may take
+LINEAR_SHARE, INTEGER_SHARE = 0.3, 0.2
 # The share of the time that an exact solution spends on search first
 EXACT_SEARCH = 0.2
 # More runs of a node than this are not proven for
@@ -228,21 +234,33 @@ class _Solver:
                     return
 
     def relax(self) -> None:
-        """The lower bound of the gap relaxation, and plans rounded from its solution."""
+        """The lower bound of the gap relaxation, and plans rounded from its solution: first of the
+        linear program, then of the integer program of the same rows.
+        """
         from moec.plan.bounds import Relaxation
-        from moec.plan.rounding import rounded
+        from moec.plan.gaps import gaps_of
 
         self.report("bound")
-        relaxation = Relaxation(self.problem, self.budget, self.fixed)
-        self.bound = max(self.bound, relaxation.solve(0.3 * self.limit))
-        self.report("bound")
-        if math.isinf(self.bound):
-            return
+        relaxation = Relaxation(gaps_of(self.problem, self.fixed), self.budget)
+        for seconds in (LINEAR_SHARE * self.limit, INTEGER_SHARE * self.limit):
+            self.bound = max(self.bound, relaxation.solve(seconds))
+            self.report("bound")
+            if not math.isinf(self.bound):
+                self.round(relaxation)
+            if self.is_done() or not relaxation.rows:
+                return
+            relaxation = relaxation.integer()
+
+    def round(self, relaxation: Relaxation) -> None:
+        """Plans from the solution of a relaxation."""
+        from moec.plan.rounding import rounded
+
         for threshold in THRESHOLDS:
-            chains, again = relaxation.chains, relaxation.solution
-            sequence = rounded(self.problem, chains, again, threshold)
-            self.offer(sequence)
-            self.starts.append(sequence)
+            gaps, again = relaxation.gaps, relaxation.solution
+            sequence = rounded(gaps, again, threshold, self.fixed)
+            if sequence not in self.starts:
+                self.offer(sequence)
+                self.starts.append(sequence)
 
     def prove(self) -> None:
         """CP-SAT, from the best plan: first with two runs a node, then with more."""
