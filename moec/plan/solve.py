@@ -9,22 +9,16 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from moec.byte_sizes import parse_bytes, split_unit
 from moec.errors import BudgetError
 from moec.plan.check import Replay, replay
 from moec.plan.problem import Problem
 
-if TYPE_CHECKING:
-    from moec.plan.bounds import Relaxation
-
 # A plan of a time this much above the bound, as a share of it, is as good as optimal.
 NEGLIGIBLE = 1e-9
-# From how much on what the relaxation runs again is repeated
-THRESHOLDS = (0.2, 0.5, 0.8)
-# The shares of the time that the relaxation may take
-LINEAR_SHARE, INTEGER_SHARE = 0.3, 0.2
+# Sequences that the search begins with, at most
+MOST_STARTS = 4
 # The share of the time that an exact solution spends on search first
 EXACT_SEARCH = 0.2
 # More runs of a node than this are not proven for
@@ -143,7 +137,7 @@ class _Solver:
         self.best: tuple[Replay, tuple[int, ...]] | None = None
         self.least_peak = math.inf
         self.history: list[tuple[float, float]] = []
-        self.starts: list[list[int]] = []
+        self.starts: list[tuple[int, ...]] = []
         self.proven_runs = 0
 
     def run(self, exact: bool) -> None:
@@ -217,7 +211,8 @@ class _Solver:
         """Search on until a deadline; begins with the best plan."""
         from moec.plan.search import search
 
-        starts = [*([self.best[1]] if self.best else []), *self.starts]
+        best = [self.best[1]] if self.best else []
+        starts = list(dict.fromkeys([*best, *reversed(self.starts)]))[:MOST_STARTS]
         found = search(
             self.problem,
             self.budget,
@@ -234,33 +229,18 @@ class _Solver:
                     return
 
     def relax(self) -> None:
-        """The lower bound of the gap relaxation, and plans rounded from its solution: first of the
-        linear program, then of the integer program of the same rows.
-        """
-        from moec.plan.bounds import Relaxation
-        from moec.plan.gaps import gaps_of
+        """The lower bound of the gap relaxation, and plans rounded from its solutions."""
+        from moec.plan.relaxed import relaxed
 
         self.report("bound")
-        relaxation = Relaxation(gaps_of(self.problem, self.fixed), self.budget)
-        for seconds in (LINEAR_SHARE * self.limit, INTEGER_SHARE * self.limit):
-            self.bound = max(self.bound, relaxation.solve(seconds))
+        for found in relaxed(self.problem, self.budget, self.fixed, self.limit):
+            self.bound = max(self.bound, found.bound)
+            if found.sequence is not None:
+                self.offer(found.sequence)
+                self.starts.append(found.sequence)
             self.report("bound")
-            if not math.isinf(self.bound):
-                self.round(relaxation)
-            if self.is_done() or not relaxation.rows:
+            if self.is_done():
                 return
-            relaxation = relaxation.integer()
-
-    def round(self, relaxation: Relaxation) -> None:
-        """Plans from the solution of a relaxation."""
-        from moec.plan.rounding import rounded
-
-        for threshold in THRESHOLDS:
-            gaps, again = relaxation.gaps, relaxation.solution
-            sequence = rounded(gaps, again, threshold, self.fixed)
-            if sequence not in self.starts:
-                self.offer(sequence)
-                self.starts.append(sequence)
 
     def prove(self) -> None:
         """CP-SAT, from the best plan: first with two runs a node, then with more."""
