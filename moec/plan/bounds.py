@@ -60,6 +60,9 @@ class Relaxation:
         # How often each node runs again in each of its gaps, when it was solved last
         self.solution = [[0.0] * len(again) for again in self.again]
         self.held: dict[tuple[int, int], Any] = {}
+        # Whether a node runs again after a row, and of which of these nothing is said yet
+        self.late: dict[tuple[int, int], Any] = {}
+        self.unexplained: list[tuple[int, int]] = []
 
     def integer(self) -> Relaxation:
         """The integer program of the same rows."""
@@ -106,6 +109,7 @@ class Relaxation:
         row.SetCoefficient(self.again[node][gap], -1.0)
         row.SetCoefficient(self._held(value, start), 1.0)
         self._add_again(row, self.problem.owners[value], start, end)
+        self._made_late(0.0, self.again[node][gap], -1.0, value, start)
 
     def _add_again(self, row: Any, node: int, start: int, end: int | None) -> None:
         """Add to a row how often a node runs again between two first runs, at most."""
@@ -148,6 +152,8 @@ class Relaxation:
         for value, final in zip(*self.gaps.crossing[row], strict=True):
             self._held(int(value), row)
             self._add_inputs_at(row, int(value), int(final))
+        while self.unexplained:
+            self._explain(*self.unexplained.pop())
 
     def _add_inputs_at(self, row: int, value: int, final: int) -> None:
         owner = self.problem.owners[value]
@@ -162,6 +168,38 @@ class Relaxation:
             need.SetCoefficient(self._held(source, row), 1.0)
             end = chain[final] if final < len(chain) else None
             self._add_again(need, self.problem.owners[source], row, end)
+            self._made_late(1.0, self._held(value, row), 1.0, source, row)
+
+    def _made_late(self, least: float, other: Any, factor: float, value: int, row: int) -> None:
+        """A value is held at a row or made again after it, unless ``factor * other`` is ``least``.
+
+        Of a value that no first run reads later, no other condition says what making it takes.
+        """
+        if self._span(value, row) is None:
+            either = self.solver.Constraint(least, self.infinity)
+            either.SetCoefficient(other, factor)
+            either.SetCoefficient(self._held(value, row), 1.0)
+            either.SetCoefficient(self._late(self.problem.owners[value], row), 1.0)
+
+    def _late(self, node: int, row: int) -> Any:
+        """Whether a node runs again after the first run of another."""
+        if (node, row) not in self.late:
+            most = float(self.problem.nodes[node].rematable)
+            self.late[node, row] = self._variable(most, f"late_{node}_{row}")
+            self.unexplained.append((node, row))
+        return self.late[node, row]
+
+    def _explain(self, node: int, row: int) -> None:
+        """What running again after a row takes: a gap in which to, and the inputs."""
+        if self.solver.NumConstraints() > MOST_CONDITIONS:
+            return
+        late = self.late[node, row]
+        runs = self.solver.Constraint(0.0, self.infinity)
+        runs.SetCoefficient(late, -1.0)
+        self._add_again(runs, node, row, None)
+        for value in self.problem.reads[node]:
+            if not self._has(row, value):
+                self._made_late(0.0, late, -1.0, value, row)
 
     def load(self) -> Any:
         """How far each row that is not there yet is above what fits."""

@@ -10,20 +10,21 @@ from moec.plan.gaps import Gaps
 
 
 def rounded(
-    gaps: Gaps, again: Sequence[Sequence[float]], threshold: float, fixed: bool = False
+    gaps: Gaps, again: Sequence[Sequence[float]], threshold: float, ahead: int | None = None
 ) -> list[int]:
     """A sequence in which a node runs again where the relaxation runs it again to at least the
     threshold; inputs that are not held then are repeated too.
 
-    ``again[u][i]``: how often u runs again in gap i. First runs are in the given order if
-    ``fixed``; else a node goes before its turn if all that it reads is held, and it frees at least
-    as much as it makes. The sequence is valid; whether it fits is not looked at.
+    ``again[u][i]``: how often u runs again in gap i. First runs are in the given order; with
+    ``ahead``, a node goes before its turn if it frees at least as much as is made for it, and at
+    most so many nodes must run again for it. The sequence is valid; whether it fits is not looked
+    at.
     """
     builder = _Builder(gaps, again, threshold)
     for node in gaps.problem.order:
         if node not in builder.done:
             builder.run(node)
-        while not fixed and (relief := builder.relief()) is not None:
+        while ahead is not None and (relief := builder.relief(ahead)) is not None:
             builder.run(relief)
     # Without the end
     return builder.sequence[:-1]
@@ -97,27 +98,43 @@ class _Builder:
         final = max(first, bisect.bisect_left(self.chains[owner], unread[0]))
         return self.sums[owner][final + 1] - self.sums[owner][first] < self.threshold
 
-    def relief(self) -> int | None:
+    def relief(self, ahead: int) -> int | None:
         """The first node, by place, that can run now and then frees at least what it makes."""
         end = len(self.problem.nodes) - 1
-        found = [v for v in self.near if v != end and self.is_ready(v) and self.relieves(v)]
+        found = [v for v in self.near if v != end and self.is_ready(v) and self.relieves(v, ahead)]
         return min(found, key=self.place.__getitem__, default=None)
 
     def is_ready(self, node: int) -> bool:
-        """Whether all that a node reads is held."""
-        return self.held.issuperset(self.problem.reads[node])
+        """Whether all that a node reads was made."""
+        return self.done.issuperset(self.problem.inputs[node])
 
-    def relieves(self, node: int) -> bool:
-        """Whether the first run of a node frees at least what it makes, and nothing that is needed
-        to repeat others.
+    def relieves(self, node: int, ahead: int) -> bool:
+        """Whether the first run of a node frees at least what it makes, with what is repeated for
+        it, and nothing that is needed to repeat others.
         """
+        again = self.missing(node, ahead)
+        if len(again) > ahead:
+            return False
         left = [
             value
             for value in self.problem.reads[node]
             if not self.stays(value, _without(self.unread[value], self.place[node]))
         ]
-        made = (value for value in self.problem.made[node] if self.unread[value])
-        return self.bytes(left) >= self.bytes(made) and not any(map(self.is_needed_again, left))
+        made = {value for other in (node, *again) for value in self.problem.made[other]}
+        more = (w for w in made - self.held if _without(self.unread[w], self.place[node]))
+        relief = self.bytes(self.held.intersection(left)) - self.bytes(more)
+        return relief >= 0 and not any(map(self.is_needed_again, left))
+
+    def missing(self, node: int, most: int) -> set[int]:
+        """The nodes that must run again for one; where they are more than ``most``, not all."""
+        found: set[int] = set()
+        waiting = [node]
+        while waiting and len(found) <= most:
+            read = self.problem.reads[waiting.pop()]
+            owners = {self.problem.owners[value] for value in read if value not in self.held}
+            waiting += owners - found
+            found |= owners
+        return found
 
     def is_needed_again(self, value: int) -> bool:
         """Whether something must run again that reads a value, as far as can be said now: it ran,

@@ -233,7 +233,8 @@ class _Solver:
         from moec.plan.relaxed import relaxed
 
         self.report("bound")
-        for found in relaxed(self.problem, self.budget, self.fixed, self.limit):
+        limits = self.limit, self.deadline
+        for found in relaxed(self.problem, self.budget, self.fixed, *limits):
             self.bound = max(self.bound, found.bound)
             if found.sequence is not None:
                 self.offer(found.sequence)
