@@ -4,8 +4,10 @@ import heapq
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from moec.plan import Node, Problem, make_problem
+from moec.plan.problem import Source
 
 
 def random_graph(seed: int, most: int = 8) -> Problem:
@@ -88,6 +90,45 @@ def training(blocks: int) -> Problem:
             last = len(nodes)
             nodes.append(Node(f"{node.name}.grad", node.size, 2 * node.duration))
     return make_problem(f"training{blocks}", nodes, edges)
+
+
+def joint(layers: int, tokens: int = 64) -> Problem:
+    """A training step of equal layers as it comes from a traced model: operations with several
+    outputs, names that say nothing, a boundary that turns the forward's output into its gradient,
+    and gradients of weights that are kept.
+    """
+    nodes: list[Node] = []
+    edges: list[tuple[Source, int]] = []
+
+    def run(
+        outputs: tuple[int, ...], duration: float, *inputs: tuple[int, int], **marks: Any
+    ) -> list[tuple[int, int]]:
+        edges.extend((source, len(nodes)) for source in inputs)
+        nodes.append(Node(f"op{len(nodes)}", outputs, duration, **marks))
+        return [(len(nodes) - 1, output) for output in range(len(outputs))]
+
+    row = 8 * tokens
+    kept = (False, True)
+    (x,) = run((row,), 1)
+    saved = []
+    for _ in range(layers):
+        y, scale = run((row, tokens), 1, x)
+        o, lse = run((row, 2 * tokens), 12, y, workspace=row)
+        (h,) = run((row,), 1, x, o)
+        z, scale2 = run((row, tokens), 1, h)
+        logits, routing = run((2 * tokens, tokens), 2, z, rematable=False)
+        r, up = run((row, 5 * row), 30, z, routing, workspace=2 * row)
+        saved.append((x, y, scale, o, lse, h, z, scale2, logits, routing, up))
+        (x,) = run((row,), 1, h, r)
+    (g,) = run((row,), 20, x, workspace=4 * row, rematable=False)
+    for x, y, scale, o, lse, h, z, scale2, logits, routing, up in reversed(saved):
+        gz, _ = run((row, 12 * row // layers), 60, g, z, routing, up, keep=kept, workspace=4 * row)
+        (gl,) = run((2 * tokens,), 1, g, logits)
+        (gh,) = run((row,), 2, gz, gl, h, scale2, g)
+        gy, _ = run((row, 4 * row // layers), 30, gh, y, o, lse, keep=kept, workspace=row)
+        (g,) = run((row,), 2, gy, x, scale, gh)
+    run((), 1, g)
+    return make_problem(f"joint{layers}", nodes, edges)
 
 
 def _shuffled(count: int, edges: list[tuple[int, int]], draw: random.Random) -> list[int]:

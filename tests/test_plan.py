@@ -34,7 +34,7 @@ from moec.plan.sequence import (
     remove,
 )
 from moec.plan.shifts import window
-from tests.plan_graphs import layered, least_time, random_graph, random_outputs, training
+from tests.plan_graphs import joint, layered, least_time, random_graph, random_outputs, training
 
 
 def peak_of(problem: Problem) -> int:
@@ -124,6 +124,39 @@ def change_at_random(problem: Problem, graph: Arrays, state: State, draw: random
         first, final = window(graph, state, run)
         if first <= final:
             move(graph, state, run, draw.randint(first, final))
+
+
+@pytest.mark.parametrize("fixed", (False, True))
+@pytest.mark.parametrize("make", (random_graph, random_outputs))
+def test_the_integer_relaxation_is_a_lower_bound_that_is_often_met(
+    make: Callable[[int, int], Problem], fixed: bool
+) -> None:
+    met = []
+    for seed in range(40):
+        problem = make(seed, 6)
+        budget = int(peak_of(problem) * 0.8)
+        optimum = cheapest_sequence(problem, budget, fixed)
+        relaxation = Relaxation(gaps_of(problem, fixed), budget)
+        linear = relaxation.solve(5)
+        if optimum is None:
+            continue
+        bound, spent = relaxation.integer().solve(5), problem.time_of(optimum)
+        assert linear <= bound * (1 + 1e-6)
+        assert bound <= spent * (1 + 1e-9)
+        met.append(bound >= spent * (1 - 1e-6))
+        for ahead in (None, 0, 4):
+            replay(problem, rounded(relaxation.gaps, relaxation.solution, 0.5, ahead))
+    assert sum(met) > 0.9 * len(met)
+
+
+@pytest.mark.parametrize(("share", "gap"), [(0.9, 0.1), (0.6, 0.1), (0.4, 0.7)])
+def test_joint_graphs_are_planned_near_the_bound(share: float, gap: float) -> None:
+    problem = joint(12)
+    budget = int(share * peak_of(problem))
+    plan = solve(problem, budget, time_limit=4)
+    assert replay(problem, plan.sequence, budget).time == plan.time
+    assert plan.extra > 0
+    assert plan.gap <= gap
 
 
 @pytest.mark.parametrize("first", range(0, 60, 20))

@@ -60,7 +60,9 @@ class _Builder:
         for value in self.problem.reads[node]:
             self.unread[value].remove(self.place[node])
         for value in (*self.problem.reads[node], *self.problem.made[node]):
-            if not self.stays(value, self.unread[value]):
+            # What cannot run again stays as long as anything may need it.
+            rematable = self.problem.nodes[self.problem.owners[value]].rematable
+            if rematable and not self.stays(value, self.unread[value]):
                 self.held.discard(value)
             self.consider(value)
 
