@@ -32,8 +32,8 @@ PROMISING = 1.3
 
 @dataclass(frozen=True)
 class Relaxed:
-    """A time that no plan is below (infinite: there is no plan), and a sequence that may not fit,
-    if there is any, with its peak.
+    """A time that no plan is below (infinite: there is no plan), and a sequence that fits or nearly
+    fits, if there is any, with its peak.
     """
 
     bound: float
@@ -47,40 +47,40 @@ def relaxed(
     """Bounds and sequences, better ones later; ``limit``: seconds that the planning may take, of
     which this is a part, until a deadline (of ``time.monotonic``).
     """
-    found = []
-    for one in _solutions(problem, budget, fixed, limit, deadline):
-        yield one
-        found.append(one)
-    # Of the last solution
-    nearest = min(found[-len(AHEAD) :], key=lambda one: one.peak)
-    if nearest.sequence is None or not budget < nearest.peak <= PROMISING * budget:
+    last = Relaxed(0.0)
+    for last in _solutions(problem, budget, fixed, limit, deadline):
+        yield last
+    if fixed or last.sequence is None or last.peak <= budget:
         return
-    ordered = replace(problem, order=tuple(dict.fromkeys(nearest.sequence)))
-    for one in () if fixed else _solutions(ordered, budget, True, limit, deadline):
+    ordered = replace(problem, order=tuple(dict.fromkeys(last.sequence)))
+    for found in _solutions(ordered, budget, True, limit, deadline):
         # Its bound is for this order only.
-        yield replace(one, bound=nearest.bound)
+        yield replace(found, bound=last.bound)
 
 
 def _solutions(
     problem: Problem, budget: int, fixed: bool, limit: float, deadline: float
 ) -> Iterator[Relaxed]:
+    """Of the linear and the integer program: plans, the one of the least peak last."""
     relaxation = Relaxation(gaps_of(problem, fixed), budget)
     seconds = LINEAR_SHARE * limit
-    best = 0.0
+    bound = 0.0
     while True:
         start = time.monotonic()
         seconds = min(seconds, deadline - start)
-        best = max(best, relaxation.solve(seconds))
-        if math.isinf(best):
-            yield Relaxed(best)
-            return
-        near = False
-        for ahead in (None,) if fixed else AHEAD:
-            sequence = tuple(rounded(relaxation.gaps, relaxation.solution, THRESHOLD, ahead))
-            peak = replay(problem, sequence).peak
-            near = near or peak <= PROMISING * budget
-            yield Relaxed(best, sequence, peak)
+        bound = max(bound, relaxation.solve(seconds))
+        found = () if math.isinf(bound) else _rounded(relaxation, problem, bound, fixed)
+        near = [one for one in found if one.peak <= PROMISING * budget]
+        yield from sorted(near, key=lambda one: -one.peak) or [Relaxed(bound)]
         stopped = time.monotonic() - start > seconds
         if relaxation.integral or stopped or not near or not relaxation.rows:
             return
         relaxation, seconds = relaxation.integer(), min(INTEGER_SHARE * limit, MOST_SECONDS)
+
+
+def _rounded(
+    relaxation: Relaxation, problem: Problem, bound: float, fixed: bool
+) -> Iterator[Relaxed]:
+    for ahead in (None,) if fixed else AHEAD:
+        sequence = tuple(rounded(relaxation.gaps, relaxation.solution, THRESHOLD, ahead))
+        yield Relaxed(bound, sequence, replay(problem, sequence).peak)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -18,7 +19,16 @@ import numpy as np
 from moec.plan.annealing import anneal
 from moec.plan.changes import new_search
 from moec.plan.problem import Node, Problem, make_problem
-from moec.plan.sequence import OVER, Arrays, State, arrays_of, build, empty_state, nodes_of
+from moec.plan.sequence import (
+    MOST_RUNS,
+    OVER,
+    Arrays,
+    State,
+    arrays_of,
+    build,
+    empty_state,
+    nodes_of,
+)
 
 # Changes for each node in the first round, and how much longer each round is than the last
 FIRST_ROUND = 50
@@ -126,7 +136,8 @@ class _Searcher:
 
     def _state(self, sequence: Sequence[int]) -> State:
         capacity = max(8 * self.count, 2 * len(sequence)) + 64
-        state = empty_state(self.arrays, capacity, self.budget)
+        most_runs = max(MOST_RUNS, *Counter(sequence).values())
+        state = empty_state(self.arrays, capacity, self.budget, most_runs)
         build(self.arrays, state, np.array(sequence, np.int32))
         return state
 

@@ -25,7 +25,7 @@ njit = numba.njit(cache=True, nogil=True)
 
 # Fields of State.totals
 LENGTH, LIMIT, OVER, FREE = range(4)
-# How often one node may run.
+# More repetitions of one node than this are not tried.
 MOST_RUNS = 24
 
 
@@ -99,8 +99,8 @@ def _compressed(lists: Any) -> tuple[Any, Any]:
     return starts.astype(np.int32), np.array([v for one in lists for v in one], np.int32)
 
 
-def empty_state(graph: Arrays, capacity: int, limit: int) -> State:
-    """A state of no runs."""
+def empty_state(graph: Arrays, capacity: int, limit: int, most_runs: int = MOST_RUNS) -> State:
+    """A state of no runs, for sequences of ``capacity`` runs, of one node at most ``most_runs``."""
     nodes = len(graph.total)
     totals = np.array([0, limit, 0, capacity], np.int64)
     return State(
@@ -108,7 +108,7 @@ def empty_state(graph: Arrays, capacity: int, limit: int) -> State:
         np.zeros(capacity, np.int32),
         np.zeros(capacity, np.int32),
         np.zeros((capacity, np.diff(graph.made_start).max()), np.int32),
-        np.zeros((nodes, MOST_RUNS), np.int32),
+        np.zeros((nodes, most_runs), np.int32),
         np.zeros(nodes, np.int32),
         np.zeros(capacity, np.int64),
         np.arange(capacity - 1, -1, -1, dtype=np.int32),
