@@ -159,6 +159,15 @@ def test_joint_graphs_are_planned_near_the_bound(share: float, gap: float) -> No
     assert plan.gap <= gap
 
 
+def test_the_search_ends_at_the_gap_that_is_asked_for() -> None:
+    problem = joint(12)
+    seen: list[Progress] = []
+    budget = int(0.6 * peak_of(problem))
+    plan = solve(problem, budget, gap=2.0, time_limit=60, progress=seen.append)
+    assert 0 < plan.gap <= 2.0
+    assert seen[-1].seconds < 30
+
+
 @pytest.mark.parametrize("first", range(0, 60, 20))
 def test_the_relaxation_is_a_lower_bound_and_the_search_finds_the_optimum(first: int) -> None:
     for seed in range(first, first + 20):

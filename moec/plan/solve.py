@@ -91,12 +91,14 @@ def solve(
     fixed_order: bool = False,
     exact: bool = False,
     seed: int = 0,
+    gap: float = 0.0,
     progress: Callable[[Progress], None] | None = None,
 ) -> Plan:
     """The fastest plan that holds at most ``budget`` bytes, as far as ``time_limit`` seconds allow.
 
     ``fixed_order``: first executions stay in the order of the problem. ``exact``: spend the time
-    on a proof (CP-SAT) instead of on further search. The result is a function of the arguments
+    on a proof (CP-SAT) instead of on further search. ``gap``: stop at a plan that is at most so
+    many percentage points of ``extra`` above the bound. The result is a function of the arguments
     where the time limit is not reached; where it is, of how far the search came.
 
     Ctrl-C (KeyboardInterrupt) ends the search; the best plan so far is returned if there is one.
@@ -104,7 +106,7 @@ def solve(
     Raises:
         BudgetError: no plan was found; with the least budget that is known to suffice.
     """
-    solver = _Solver(problem, budget, time_limit, fixed_order, seed, progress)
+    solver = _Solver(problem, budget, time_limit, fixed_order, seed, gap, progress)
     try:
         solver.run(exact)
     except KeyboardInterrupt:
@@ -123,12 +125,14 @@ class _Solver:
         time_limit: float,
         fixed: bool,
         seed: int,
+        gap: float,
         progress: Callable[[Progress], None] | None,
     ) -> None:
         self.problem = problem
         self.budget = budget
         self.fixed = fixed
         self.seed = seed
+        self.gap = gap
         self.progress = progress
         self.start = time.monotonic()
         self.limit = time_limit
@@ -168,10 +172,11 @@ class _Solver:
         self.deadline = self.start + self.limit
 
     def is_done(self) -> bool:
-        """Whether nothing is left to find: the plan is optimal, or there is none."""
+        """Whether the search may end: the plan is as near the bound as asked, or there is none."""
         if self.best is None:
             return math.isinf(self.bound)
-        return self.best[0].time <= self.bound * (1 + NEGLIGIBLE)
+        enough = self.gap / 100 * self.problem.least_time
+        return self.best[0].time <= self.bound * (1 + NEGLIGIBLE) + enough
 
     def least_possible(self) -> int:
         """Bytes that no plan can do without: the largest working set."""
