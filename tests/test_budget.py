@@ -172,6 +172,14 @@ def test_an_impossible_budget_names_the_least_and_what_is_large() -> None:
     enough(**tokens(3, 40)).loss.backward()
 
 
+def test_what_the_caller_holds_is_not_counted_as_released() -> None:
+    compiled = planned(build("olmoe"), "1GiB")
+    compiled(**tokens(3, 40)).loss.backward()
+    nodes = step_of(compiled).planned.problem.nodes
+    (logits,) = (n for n in nodes if n.name == "lm_head: mm")
+    assert logits.keep == (True,) and not logits.rematable
+
+
 class _Branching(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -48,7 +48,8 @@ def step_problem(
 
     What the caller holds through the step is there all the time: parameters, buffers and inputs
     (``captured.inputs``), and ``reserve`` bytes. The caller holds the forward's outputs to the end,
-    too, and autograd the gradients that it gives.
+    too, and autograd the gradients that it gives. What makes such an output runs once: to run again
+    would not release what the caller holds.
     """
     steps = _in_order(captured)
     boundary = steps.index(None)
@@ -57,6 +58,7 @@ def step_problem(
     number.update({m: (boundary, k) for k, m in enumerate(tangents)})
     outputs = _memory_of(captured, captured.forward_outputs)
     kept = {*outputs, *tangents, *_memory_of(captured, captured.gradients)}
+    given = set(outputs)
 
     def held(memory: Memory) -> int:
         return -(-size_at(memory.size, sizes) // granule) * granule
@@ -73,7 +75,7 @@ def step_problem(
                 about.seconds,
                 about.workspace,
                 tuple(m in kept for m in makes),
-                step is not None and step.may_repeat,
+                step is not None and step.may_repeat and given.isdisjoint(makes),
             )
         )
         edges += [(number[m], i) for m in reads if m in number]

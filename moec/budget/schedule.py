@@ -12,9 +12,11 @@ from torch import fx
 
 from moec.budget.numbers import Numbers
 from moec.budget.problem import StepProblem
-from moec.budget.steps import Captured, Step, is_tangent
+from moec.budget.steps import Captured, Step, draws_random_numbers, is_tangent
 from moec.budget.values import Memory, is_number
 from moec.errors import PlanError
+
+_ENDS = frozenset(["placeholder", "output"])
 
 
 @dataclass(frozen=True)
@@ -137,13 +139,20 @@ class _Writer:
 def split(
     module: torch.nn.Module, found: Scheduled, forward_outputs: int
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """The forward and the backward pass, as AOTAutograd calls them."""
+    """The forward and the backward pass, as AOTAutograd calls them.
+
+    AOTAutograd gives each pass all that can be computed from its inputs, and what is marked as
+    drawing random numbers stays though nothing reads it: attention ran in both. Only the forward
+    pass may draw what nobody reads.
+    """
     from torch._functorch.partitioners import _extract_fwd_bwd_modules
 
     joint = fx.GraphModule(module, found.graph)
     ahead, behind = _extract_fwd_bwd_modules(
         joint, list(found.saved), list(found.numbers), num_fwd_outputs=forward_outputs
     )
+    ahead.graph.eliminate_dead_code(lambda n: n.op in _ENDS or draws_random_numbers(n))
+    behind.graph.eliminate_dead_code(lambda n: n.op in _ENDS)
     return ahead, behind
 
 

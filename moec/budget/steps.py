@@ -157,7 +157,8 @@ class _Grouping:
                 reads.update(dict.fromkeys(self.memories.of(source)))
         external = [m for m in reads if m.maker not in made and not _is_resident(m.maker)]
         makes = tuple(self.memories.made_by(root))
-        return Step(tuple(nodes), tuple(external), makes, root in self.behind, not _is_random(root))
+        may_repeat = not draws_random_numbers(root)
+        return Step(tuple(nodes), tuple(external), makes, root in self.behind, may_repeat)
 
     def _with_views(self, members: Sequence[fx.Node]) -> list[fx.Node]:
         """Operations, their results one by one, and the views that lead from one to another."""
@@ -241,7 +242,7 @@ def is_cast(node: fx.Node) -> bool:
     return getattr(node.target, "overloadpacket", None) in _CASTS
 
 
-def _is_random(node: fx.Node) -> bool:
+def draws_random_numbers(node: fx.Node) -> bool:
     """Whether an operation draws random numbers; attention without dropout draws none."""
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
@@ -261,4 +262,12 @@ def _check_has_no_effect(node: fx.Node) -> None:
         )
 
 
-__all__ = ["Captured", "Step", "is_cast", "is_light", "is_tangent", "read_joint"]
+__all__ = [
+    "Captured",
+    "Step",
+    "draws_random_numbers",
+    "is_cast",
+    "is_light",
+    "is_tangent",
+    "read_joint",
+]

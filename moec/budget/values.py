@@ -2,7 +2,9 @@
 
 A node either makes new memory or shows memory that another node made, as a view. The schemas of
 operations say which are views. Some that do not say so are, too: tracers note the result of each
-node as a fake tensor, and fake tensors share storages as real ones do.
+node as a fake tensor, and fake tensors share storages as real ones do. A storage stands for one
+memory only among a node and its sources: copies of a node, as a plan that repeats it has them, bear
+the same notes and make memory each.
 """
 
 from __future__ import annotations
@@ -76,12 +78,14 @@ class Memories:
     """The memory of every node of a graph; ``of(node)`` is what it shows, made by itself or not."""
 
     def __init__(self, graph: fx.Graph) -> None:
-        self._by_storage: dict[int, Memory] = {}
         self._of: dict[fx.Node, tuple[Memory, ...]] = {}
+        self._given: dict[int, Memory] = {}  # inputs may show the same memory
         for node in graph.nodes:
-            source = viewed(node)
-            found = tuple(self._memory(node, t) for t in tensors_of(node))
-            self._of[node] = self._of[source] * len(found) if source is not None else found
+            source, results = viewed(node), tensors_of(node)
+            if source is not None:
+                self._of[node] = self._of[source] * len(results)
+            else:
+                self._of[node] = self._shown(node, results)
 
     def of(self, node: fx.Node) -> tuple[Memory, ...]:
         """The memory that a node's results are in."""
@@ -96,11 +100,18 @@ class Memories:
         found = self._of[node]
         return bool(found) and all(m.maker is not node for m in found)
 
-    def _memory(self, node: fx.Node, tensor: torch.Tensor) -> Memory:
-        key = tensor.untyped_storage()._cdata
-        if key not in self._by_storage:
-            self._by_storage[key] = Memory(node, bytes_of(tensor))
-        return self._by_storage[key]
+    def _shown(self, node: fx.Node, results: Sequence[torch.Tensor]) -> tuple[Memory, ...]:
+        known = dict(self._given) if node.op == "placeholder" else {}
+        for source in node.all_input_nodes:
+            known.update(zip(map(_storage, tensors_of(source)), self._of[source], strict=True))
+        found = tuple(known.setdefault(_storage(t), Memory(node, bytes_of(t))) for t in results)
+        if node.op == "placeholder":
+            self._given.update(known)
+        return found
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 __all__ = ["Memories", "Memory", "Size", "bytes_of", "is_number", "size_at", "tensors_of"]
