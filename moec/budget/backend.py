@@ -21,6 +21,9 @@ from moec.errors import BudgetError, MoecError
 from moec.memory.buffers import GRANULES
 from moec.plan import Plan, replay, solve
 
+# In points of the step's time: what is left to find then is less than what times are known to.
+SMALL_GAP = 0.02
+
 
 class PlannedStep:
     """A backend of ``torch.compile`` that plans the step that it is given.
@@ -81,7 +84,7 @@ class PlannedStep:
 
     def _solved(self, planned: StepProblem) -> Plan:
         try:
-            return solve(planned.problem, self.budget, time_limit=self.time_limit)
+            return solve(planned.problem, self.budget, time_limit=self.time_limit, gap=SMALL_GAP)
         except BudgetError as error:
             sizes = ", ".join(f"{name} <= {size}" for name, size in self.sizes.items())
             text = f"{error}\nThis is for {sizes or 'these sizes'} and the worst routing."

@@ -111,7 +111,7 @@ class Memories:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 __all__ = ["Memories", "Memory", "Size", "bytes_of", "is_number", "size_at", "tensors_of"]
