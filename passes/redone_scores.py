@@ -35,10 +35,10 @@ def redone_scores(graph: Graph, backward: Collection[Op]) -> set[Op]:
 
 def _redone(made: dict[Value, Op], scores: Value, kept: Collection[Value], most: float) -> set[Op]:
     """What is done again of the scores that weights are taken from."""
-    op, activation = made.get(scores), set[Op]()
+    op, activation, bytes_kept = made.get(scores), set[Op](), scores.type.bytes
     if op is not None and op.kind == "moe.activate":
         activation, scores = {op}, op.operands[0]
-    source, bytes_kept = scores, op.result.type.bytes if op is not None else 0
+    source = scores
     while source in made and opdef(made[source].kind).pointwise and len(made[source].operands) == 1:
         source = made[source].operands[0]
     product_op = made.get(source)

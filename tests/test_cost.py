@@ -103,3 +103,13 @@ def test_training_costs_twice_the_products_again() -> None:
     assert evaluate(cost.graph_cost(trained(OLMOE)).flops, {"T": 1000}) > 2 * evaluate(
         forward, {"T": 1000}
     )
+
+
+def test_weights_of_one_of_several_results_are_taken_as_they_are() -> None:
+    b = Builder({"T": (0, 99)})
+    x, router = Value(Type("f32", (T, 8)), "x"), Value(Type("f32", (8, 8)), "router")
+    scores, _ = b("t.split", b("t.linear", x, router), parts=2, hint=("scores", "rest"))
+    idx = b("moe.select", scores, k=2, hint="idx")
+    graph = b.graph("halves", [x, router], [b("moe.weight", scores, idx, norm="sum")])
+    joint = PassManager("grad, recompute, dce").run(graph)
+    assert {v.hint for v in cost.saved_values(joint)} == {"linear", "idx"}
