@@ -53,7 +53,9 @@ def test_the_line_of_a_fault_is_there(fault: Fault) -> None:
     assert fault.planted((ROOT / fault.source).read_text()) != ""
 
 
-@pytest.mark.parametrize("name", ["half-of-a-dot", "power-not-lowered", "last-row-of-a-block"])
+@pytest.mark.parametrize(
+    "name", ["half-of-a-dot", "permute-taken-for-identity", "last-row-of-a-block"]
+)
 def test_a_planted_fault_is_found_and_named(name: str) -> None:
     fault = next(f for f in FAULTS if f.name == name)
     outcome = in_process(fault)
