@@ -205,7 +205,7 @@ def test_a_failing_pass_leaves_a_reproducer_that_fails_again() -> None:
     [
         (["missing.moe"], "missing.moe: No such file or directory"),
         (["."], ".: Is a directory"),
-        (["block.moe", "-p", "cse,nonsense"], "unknown pass 'nonsense'; passes: adjoint, cse"),
+        (["block.moe", "-p", "cse,nonsense"], "unknown pass 'nonsense'; passes: adjoint, batch-"),
         (["block.moe", "-p", "cse{depth=3}"], "pass cse has no option 'depth'; options: none"),
         (["block.moe", "-p", "fuse-gemm{max-ops=x}"], "'x' is no int"),
         (["block.moe", "-p", "cse}"], "cannot read the pipeline at 'cse}'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,9 +45,16 @@ class ModelStep:
         budget: int,
         seconds: float,
         progress: Callable[[Progress], None] | None = None,
+        gap: float = 0.0,
     ) -> Plan:
-        """The best plan within a budget in bytes; :class:`BudgetError` if none is found."""
-        return solve(self.planned.problem, budget, time_limit=seconds, progress=progress)
+        """The best plan within a budget in bytes that is found in so many seconds, or the first
+        that is at most ``gap`` percent of the step's time above the bound.
+
+        Raises:
+            BudgetError: none was found.
+        """
+        problem = self.planned.problem
+        return solve(problem, budget, time_limit=seconds, gap=gap, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -143,7 +151,7 @@ def _fits(model: CapturedModel, length: int, budget: int, seconds: float) -> boo
     if max(map(problem.working_set, range(len(problem.nodes)))) > budget:
         return False
     try:
-        return step.solved(budget, seconds).peak <= budget
+        return step.solved(budget, seconds, gap=math.inf).peak <= budget
     except BudgetError:
         return False
 
