@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 
 import moec
 from moec.budget.capture import captured_step
@@ -47,7 +47,26 @@ def test_the_passes_execute_what_was_planned_and_no_more() -> None:
         made = (n for n in step.nodes if any(captured.memories.made_by(n)))
         expected.update(str(n.target) for n in made)
     found = scheduled(captured, planned, plan.sequence)
-    module = captured.graph.owning_module or torch.nn.Module()
+    module = captured.graph.owning_module or nn.Module()
     ahead, behind = split(module, found, captured.forward_count)
     assert plan.extra > 0
     assert executed(ahead.graph) + executed(behind.graph) == expected
+
+
+class _Comparing(nn.Module):
+    """Its code compares a size, which narrows what the tracer takes for possible."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.linear(x)
+        return y.relu() if x.shape[0] < 100 else y
+
+
+@pytest.mark.filterwarnings("ignore:moec. found no MoE block")
+def test_a_size_that_the_model_compares_is_not_a_declared_one() -> None:
+    compiled: Any = moec.compile(_Comparing(), memory_budget="1GiB")
+    compiled(torch.randn(7, 16)).sum().backward()
+    assert "x.shape[0] <= 7" in str(moec.explain(compiled))

@@ -29,13 +29,20 @@ class PlannedStep:
     """A backend of ``torch.compile`` that plans the step that it is given.
 
     ``budget``: bytes of the step with all that the caller holds; ``reserve``: bytes that others
-    hold. After a capture ``planned`` and ``plan`` say what was found; ``error`` is what went wrong,
-    which Dynamo would hide in its own.
+    hold; ``is_declared``: the caller declared ranges of sizes. After a capture ``planned`` and
+    ``plan`` say what was found; ``error`` is what went wrong, which Dynamo would hide in its own.
     """
 
-    def __init__(self, name: str, budget: int, reserve: int = 0, time_limit: float = 20.0) -> None:
+    def __init__(
+        self,
+        name: str,
+        budget: int,
+        reserve: int = 0,
+        time_limit: float = 20.0,
+        is_declared: bool = False,
+    ) -> None:
         self.name, self.budget, self.reserve = name, budget, reserve
-        self.time_limit = time_limit
+        self.time_limit, self.is_declared = time_limit, is_declared
         self.planned: StepProblem | None = None
         self.plan: Plan | None = None
         self.sizes: Mapping[str, int] = {}
@@ -70,7 +77,7 @@ class PlannedStep:
         self, joint: fx.GraphModule, forward_outputs: int
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         captured = read_joint(joint.graph, forward_outputs)
-        sizes = planned_sizes(joint.graph)
+        sizes = planned_sizes(joint.graph, self.is_declared)
         names = size_names(joint.graph)
         self.sizes = {names[symbol]: size for symbol, size in sizes.items()}
         device = _device_of(captured.inputs)

@@ -10,7 +10,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
+from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
 
 from moec.errors import PlanError
 
@@ -20,6 +20,9 @@ _OPERATORS: Mapping[type, Callable[[Any, Any], Any]] = {
     FloorDiv: operator.floordiv,
     Mod: operator.mod,
     PythonMod: operator.mod,
+    Max: torch.sym_max,
+    Min: torch.sym_min,
+    sympy.Pow: operator.pow,
 }
 
 

@@ -90,7 +90,8 @@ class BudgetScope(ModelScope):
         from moec.budget.backend import PlannedStep
 
         if key not in self.steps:
-            step = PlannedStep(self.name, self.budget.bytes, reserve, self.budget.seconds)
+            limit, is_declared = self.budget.seconds, self.check is not None
+            step = PlannedStep(self.name, self.budget.bytes, reserve, limit, is_declared)
             run = torch.compile(self._forward(module), fullgraph=True, dynamic=True, backend=step)
             self.steps[key] = _Compiled(step, run)
         return self.steps[key]

@@ -22,24 +22,24 @@ def class_of(tensors: Sequence[torch.Tensor]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(map(rounded_up, t.shape)) for t in tensors)
 
 
-def planned_sizes(graph: fx.Graph) -> dict[sympy.Symbol, int]:
+def planned_sizes(graph: fx.Graph, is_declared: bool = False) -> dict[sympy.Symbol, int]:
     """For each symbol of the sizes of a graph's inputs the largest that the plan is to serve: the
-    end of its declared range, else the size of this call, rounded up.
+    end of its range where ranges were declared, else the size of this call, rounded up. The tracer
+    narrows ranges also by what the model's code compares, which says nothing of what is to come.
     """
     found: dict[sympy.Symbol, int] = {}
     for node in graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol):
-            found[value.node.expr] = _largest(value)
+            found[value.node.expr] = _largest(value, is_declared)
     return found
 
 
-def _largest(size: torch.SymInt) -> int:
+def _largest(size: torch.SymInt, is_declared: bool) -> int:
     node = size.node
     top = node.shape_env.bound_sympy(node.expr).upper
-    if top.is_Integer and int(top) < 2**31:
-        return int(top)
-    return rounded_up(int(node.hint))
+    end = int(top) if top.is_Integer else 2**63
+    return end if is_declared and end < 2**31 else min(end, rounded_up(int(node.hint)))
 
 
 __all__ = ["class_of", "planned_sizes", "rounded_up"]
