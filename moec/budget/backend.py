@@ -9,6 +9,7 @@ import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 
+from moec.budget.boxed import boxed_function
 from moec.budget.effort import RATES, Efforts
 from moec.budget.labels import size_names
 from moec.budget.measure import workspace_on
@@ -104,20 +105,7 @@ def _device_of(inputs: Sequence[fx.Node]) -> torch.device:
 
 
 def _as_written(module: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-    """The code of a graph: one operation a line, each result released after its last use, the
-    arguments too.
-    """
-    from torch.fx.graph import _BoxedCodeGen
-
-    module.graph.set_codegen(_BoxedCodeGen())
-    module.recompile()
-    run: Any = module.forward
-
-    def boxed(arguments: list[Any]) -> Any:
-        return run(arguments)
-
-    boxed._boxed_call = True  # type: ignore[attr-defined]
-    return boxed
+    return boxed_function(module)
 
 
 __all__ = ["PlannedStep"]
