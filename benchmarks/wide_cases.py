@@ -219,7 +219,7 @@ def scores(setting: Setting) -> Iterator[Any]:
 
 def biases(setting: Setting) -> Iterator[Any]:
     """Rows with a vector an expert, whose gradients are sums of rows."""
-    sizes = (32, 16) if setting.small else (2048, 512)
+    sizes = (32, 16) if setting.small else (1024, 512)
     options = Options(
         experts=4 if setting.small else 16, hidden=sizes[0], inner=sizes[1], biases=True,
         norm="sum", dtype="bf16",
@@ -331,7 +331,7 @@ _CASES = (
     *(Case(rows, template, 60) for template in ("gluon", "tma", "pointer")),
     *(Case(biases, template, 55) for template in ("tma", "pointer")),
     Case(scores, "pointer", 60),
-    Case(pointwise, "pointer", 12, waits=False),
+    Case(pointwise, "pointer", 24, waits=False),
 )
 CASES = {case.name: case for case in _CASES}
 

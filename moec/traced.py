@@ -211,7 +211,7 @@ def _can_be_traced(kind: str, named: Mapping[str, Any], plain: Mapping[str, Any]
     if kind == "experts":
         return len(named) == 3 and not plain
     tokens = list(named.values())[:1]
-    first = bool(tokens) and tokens[0].is_floating_point() and tokens[0].dim() > 1
+    first = len(tokens) > 0 and tokens[0].is_floating_point() and tokens[0].dim() > 1
     return first and all(v is None or isinstance(v, bool | str) for v in plain.values())
 
 
