@@ -17,6 +17,7 @@ import argparse
 import functools
 import gc
 import statistics
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -30,6 +31,7 @@ import moec
 from moec.compiled import model_scope_of
 from moec.errors import BudgetError
 from moec.memory.tracked import track
+from moec.plan import solve
 
 from .report import describe, environment, markdown_table, write_json
 from .timing import Stopwatch
@@ -110,9 +112,13 @@ class Bench:
         return output
 
     def gradients(self, model: nn.Module) -> list[torch.Tensor]:
-        """Those of one step, on the CPU."""
+        """Those of one step, on the CPU; attention without its atomic additions."""
         self.model.zero_grad()
-        self.step(model)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            self.step(model)
+        finally:
+            torch.use_deterministic_algorithms(False)
         return [p.grad.cpu() for p in self.model.parameters() if p.grad is not None]
 
     def peak(self, model: nn.Module) -> int:
@@ -166,8 +172,9 @@ def planned_rows(bench: Bench, count: int) -> Iterator[Row]:
     reference = bench.gradients(free)
     step = _step(free)
     top = step.plan.peak
-    yield bench.row("moec, no bound", free, planned=top, extra=0.0)
-    least = least_budget(bench, top)
+    bits = all(map(torch.equal, bench.gradients(free), reference))
+    yield bench.row("moec, no bound", free, planned=top, extra=0.0, same_bits=bits)
+    least = least_budget(step)
     for number in range(count):
         budget = int(top - (top - least) * (number + 1) / count)
         torch._dynamo.reset()
@@ -185,14 +192,13 @@ def planned(bench: Bench, budget: int) -> nn.Module:
     return model
 
 
-def least_budget(bench: Bench, top: int) -> int:
+def least_budget(step: Any) -> int:
     """The least budget in bytes that is known to be feasible."""
-    torch._dynamo.reset()
     try:
-        bench.step(planned(bench, top // 1000))
+        solve(step.planned.problem, 1, time_limit=step.time_limit)
     except BudgetError as error:
         return error.least_known
-    return top
+    return 1
 
 
 def _step(model: nn.Module) -> Any:
@@ -239,6 +245,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="of planning, each")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="widths for a CPU")
+    parser.add_argument("--shares", type=float, nargs="*", default=TORCH_SHARES, help="of torch")
     parser.add_argument("--alone", action="store_true", help="leave out torch.compile")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -247,11 +254,13 @@ def main() -> None:
     print(describe(facts), flush=True)
     bench = Bench(options)
     rows = []
+    start = time.perf_counter()
     for row in planned_rows(bench, options.budgets):
-        print(" | ".join(row.cells()), flush=True)
+        print(f"{time.perf_counter() - start:4.0f} s: " + " | ".join(row.cells()), flush=True)
         rows.append(row)
+    write_json(options.json, {"environment": facts, "rows": [asdict(row) for row in rows]})
     found = [tried(lambda: checkpointed_row(bench), "checkpoint")]
-    for share in () if options.alone else TORCH_SHARES:
+    for share in () if options.alone else options.shares:
         found.append(tried(functools.partial(torch_row, bench, share), f"torch.compile {share}"))
     rows += [row for row in found if row is not None]
     print(markdown_table(HEADS, (row.cells() for row in rows)))

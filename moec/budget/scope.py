@@ -21,10 +21,10 @@ from moec.surroundings import is_traced, is_transformed
 if TYPE_CHECKING:
     from moec.budget.backend import PlannedStep
 
-# Reserves differ at least by this share of the budget: each asks for a plan of its own.
-_RESERVE_STEP = 1 / 64
-# How often a plan is made anew since others hold more than it was made for
-_MOST_RESERVES = 8
+# A plan serves calls at which others hold less than it reserves by up to this share of the budget.
+_SERVED_SHARE = 1 / 64
+# In units of so many bytes others' memory counts.
+_UNIT = {"cuda": 2 << 20}
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class BudgetScope(ModelScope):
     def __init__(self, session: Session, name: str, budget: Budget) -> None:
         super().__init__(session, name, "moec")
         self.budget = budget
-        self.steps: dict[Any, _Compiled] = {}
+        self.steps: dict[tuple[Any, int], _Compiled] = {}
 
     def bound_to(self, module: nn.Module) -> BudgetScope:
         """The same for a copy of the model."""
@@ -77,7 +77,7 @@ class BudgetScope(ModelScope):
             return NotImplemented
         tensors = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
         reserve = self._reserve(module, tensors)
-        compiled = self._step(module, (class_of(tensors), reserve), reserve)
+        compiled = self._step(module, class_of(tensors), reserve)
         try:
             with quiet_recompilation():
                 result = compiled.run(module, *args, **kwargs)
@@ -86,15 +86,25 @@ class BudgetScope(ModelScope):
         self.served += 1
         return result
 
-    def _step(self, module: nn.Module, key: Any, reserve: int) -> _Compiled:
+    def _step(self, module: nn.Module, kind: Any, held: int) -> _Compiled:
+        """The step of a class of sizes that keeps free what others hold now, or a little more."""
+        most = held + int(self.budget.bytes * _SERVED_SHARE)
+        others = sorted(reserve for known, reserve in self.steps if known == kind)
+        for reserve in others:
+            if held <= reserve <= most:
+                return self.steps[kind, reserve]
+        # what grew once may grow on: half of the share is for that
+        reserve = (held + most) // 2 if others else held
+        self.steps[kind, reserve] = self._planned(module, reserve)
+        return self.steps[kind, reserve]
+
+    def _planned(self, module: nn.Module, reserve: int) -> _Compiled:
         from moec.budget.backend import PlannedStep
 
-        if key not in self.steps:
-            limit, is_declared = self.budget.seconds, self.check is not None
-            step = PlannedStep(self.name, self.budget.bytes, reserve, limit, is_declared)
-            run = torch.compile(self._forward(module), fullgraph=True, dynamic=True, backend=step)
-            self.steps[key] = _Compiled(step, run)
-        return self.steps[key]
+        limit, is_declared = self.budget.seconds, self.check is not None
+        step = PlannedStep(self.name, self.budget.bytes, reserve, limit, is_declared)
+        run = torch.compile(self._forward(module), fullgraph=True, dynamic=True, backend=step)
+        return _Compiled(step, run)
 
     def _reserve(self, module: nn.Module, inputs: Sequence[torch.Tensor]) -> int:
         """Bytes that are held beside parameters, buffers and inputs: gradients of earlier steps
@@ -108,10 +118,8 @@ class BudgetScope(ModelScope):
         if device.type == "cuda":
             given = sum(t.untyped_storage().nbytes() for t in inputs)
             found = max(grads, torch.cuda.memory_allocated(device) - known - given)
-        if found <= self.budget.reserve:
-            return self.budget.reserve
-        unit = max(1, int(self.budget.bytes * _RESERVE_STEP))
-        return -(-found // unit) * unit
+        unit = _UNIT.get(device.type, 1)
+        return max(self.budget.reserve, -(-found // unit) * unit)
 
     def _explained(self, step: PlannedStep, error: Exception) -> Exception:
         if step.error is not None:
