@@ -31,7 +31,7 @@ from moec.pipeline import pipeline
 from moec.reproducer import Emission, Reproducer
 from moec.runtime.artifact import Artifact, Once, build
 from moec.runtime.captured import Captures, rows_are_alone
-from moec.runtime.tape import Tapes
+from moec.runtime.tapes import Tapes
 from moec.surroundings import isolated
 from moec.targets import choose_target, has_descriptors, has_gluon
 from moec.trace_events import span
@@ -39,6 +39,8 @@ from moec.watching import Watching, from_environment
 
 # The mode of training artifacts for few tokens.
 FEW = "training-few"
+# Bytes from which a buffer of a repeated call is the call's own.
+LARGE = 64 << 10
 # The mode of inference artifacts for few tokens.
 DECODING = "inference-few"
 # Threads that race for the first call compile once.
@@ -140,6 +142,8 @@ class Session:
             decode = functools.partial(self._decoding, graph, target, device, name)
             made = replace(made, few=Once(decode), few_tokens=most) if most else made
             made = replace(made, captures=self._captures(made.graph))
+            repeats = made.captures is None and not self.is_repro
+            made = replace(made, tapes=Tapes(_varying(graph), large=LARGE)) if repeats else made
         self.artifacts[key] = made
 
     @property

@@ -106,11 +106,13 @@ class Steady:
 
     def _look_for_tape(self, x: torch.Tensor, shape: torch.Size) -> None:
         """Keep the recording of a call with as many tokens, if there is one by now."""
-        few = self.artifact.few
-        if few is None or few.made is None or few.made.tapes is None:
+        count = x.numel() // max(self.width, 1)
+        few = self.artifact.few if count <= self.artifact.few_tokens else None
+        serving = self.artifact if few is None or few.made is None else few.made
+        if serving.tapes is None:
             return
-        size = (x.numel() // max(self.width, 1), self.width)
-        tape = few.made.tapes.known(x, size if self.rank == 2 else tuple(shape))
+        size = (count, self.width)
+        tape = serving.tapes.known(x, size if self.rank == 2 else tuple(shape))
         if tape is not None and len(self.tapes) < _MOST_SIZES:
             self.tapes[shape] = tape
 

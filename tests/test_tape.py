@@ -4,12 +4,15 @@ import ctypes
 import random
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from moec.runtime import driver
+from moec.runtime.arranged import Call, Give, Launches, Take, arranged
 from moec.runtime.driver import prepared_launch
-from moec.runtime.recording import Buffer, bytes_of, packed
+from moec.runtime.recording import Buffer, Slot, bytes_of, packed
 from moec.runtime.tape import record
 
 
@@ -102,3 +105,101 @@ def test_arguments_lie_in_memory_as_the_driver_reads_them() -> None:
 )
 def test_a_launch_that_needs_more_is_left_to_triton(kernel: SimpleNamespace) -> None:
     assert prepared_launch(kernel, (1,), [16]) is None
+
+
+def random_call(r: random.Random) -> tuple[list[Any], list[Buffer], int]:
+    """Steps of a call with buffers, and the most that they hold at a time."""
+    steps: list[tuple[Any, ...]] = []
+    live: list[Buffer] = []
+    buffers: list[Buffer] = []
+    for slot in range(100, 100 + r.randint(1, 12)):
+        buffer = Buffer(torch.empty(r.randint(1, 4000)), slot, len(steps), len(steps))
+        buffers.append(buffer)
+        live.append(buffer)
+        steps.append(("empty", slot, (), {}))
+        for _ in range(r.randint(0, 3)):
+            used = r.sample(live, r.randint(1, len(live)))
+            places = [Slot(b.slot) for b in used]
+            for b in used:
+                b.last = len(steps)
+            step = ("call", print, [places, {}], [len(steps)])
+            steps.append(step if r.random() < 0.2 else ("launch", "kernel", (1,), places))
+        live = [b for b in live if r.random() < 0.6]
+    held = [
+        sum(bytes_of(b) for b in buffers if b.first <= now <= b.last) for now in range(len(steps))
+    ]
+    return steps, buffers, max(held)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_memory_is_taken_as_in_the_call_that_was_recorded(seed: int) -> None:
+    steps, buffers, most = random_call(random.Random(seed))
+    items = arranged(steps, buffers)
+    held: dict[int, int] = {}
+    peak, done = 0, list[Any]()
+    for item in items:
+        if isinstance(item, Take):
+            held[item.slot] = item.size
+        elif isinstance(item, Give):
+            held.pop(item.slot, None)
+        elif isinstance(item, Launches):
+            done += item.steps
+            assert all(s.place in held for step in item.steps for s in step[3])
+        elif isinstance(item, Call):
+            done.append(("call", item.func, item.given, item.places))
+            assert all(s.place in held for s in item.given[0])
+        peak = max(peak, sum(held.values()))
+    assert done == [s for s in steps if s[0] != "empty"]
+    assert peak == most and not held
+
+
+def test_launches_stay_together_until_memory_that_is_over_is_needed() -> None:
+    def launch(*slots: int) -> tuple[Any, ...]:
+        return ("launch", "kernel", (1,), [Slot(s) for s in slots])
+
+    def empty(slot: int) -> tuple[Any, ...]:
+        return ("empty", slot, (), {})
+
+    steps = [empty(1), launch(0, 1), empty(2), launch(1, 2), empty(3), launch(2, 3)]
+    buffers = [Buffer(torch.empty(64), s, 0, 0) for s in (1, 2)]
+    items = arranged(steps, buffers, late={3})
+    kinds = [(type(i).__name__, getattr(i, "slot", None)) for i in items]
+    assert kinds == [
+        ("Take", 1),
+        ("Take", 2),
+        ("Launches", None),
+        ("Give", 1),
+        ("Make", 3),
+        ("Launches", None),
+        ("Give", 2),
+    ]
+
+
+def test_a_tensor_map_lies_where_the_kernel_expects_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, tuple[Any, ...]]] = []
+
+    def function(name: str) -> Callable[..., int]:
+        def called(*given: Any) -> int:
+            asked.append((name, given))
+            return 0
+
+        return called
+
+    monkeypatch.setattr(driver, "_function", function)
+    kernel = compiled({"n": "i32", "x": "tensordesc<bf16[8, 64]>", "y": "*bf16"})
+    layout = {"swizzle": 3, "elem_size": 2, "block_size": [8, 64], "fp4_padded": False}
+    kernel.metadata.tensordesc_meta = [layout]
+    base = SimpleNamespace(dtype=torch.bfloat16)
+    descriptor = SimpleNamespace(base=base, shape=[100, 256], strides=[256, 1])
+    launch = prepared_launch(kernel, (5,), [7, (descriptor, 1 << 40), 1 << 41])
+    assert launch is not None
+    ((name, given),) = asked
+    assert name == "cuTensorMapEncodeTiled" and given[3].value == 1 << 40
+    assert list(given[4]) == [256, 100] and given[5][0] == 512 and list(given[6]) == [64, 8]
+    pointers = (ctypes.c_uint64 * 7).from_address(launch.node.arguments)
+    assert pointers[1] == launch.maps[1].start and pointers[1] % 64 == 0
+    values = [ctypes.c_uint64.from_address(p).value for p in (pointers[0], *pointers[2:7])]
+    assert values == [7, 100, 256, 256, 1, 1 << 41], "shape and strides follow the map"
+    assert launch.places == {0: 0, 2: 6}
+    launch.maps[1].move(1 << 42)
+    assert asked[-1][0] == "cuTensorMapReplaceAddress" and launch.maps[1].address == 1 << 42

@@ -18,7 +18,7 @@ from moec.ir.graph import Graph, Value
 from moec.manager import Step
 from moec.runtime.captured import Captures
 from moec.runtime.ranges import in_range, with_ranges
-from moec.runtime.tape import Tapes
+from moec.runtime.tapes import Tapes
 
 # Up to so many tokens an artifact's ``few`` serves a call.
 FEW_TOKENS = 32

@@ -17,7 +17,7 @@ import torch
 
 from moec.ir.graph import Graph, Op, walk
 from moec.ir.opdef import opdef
-from moec.runtime.tape import may_repeat
+from moec.runtime.tapes import may_repeat
 
 # Above so many tokens a GPU is busy for longer than Python takes to launch.
 MOST_TOKENS = 512

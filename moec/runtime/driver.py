@@ -11,15 +11,23 @@ from __future__ import annotations
 import ctypes
 import functools
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 # What Triton may assume of an address that it was compiled for.
 ALIGNED = 16
 # Memory for scratch and for profiling, which these kernels do not use: further arguments.
 _EXTRA = 4
 _INTEGERS = {"i1", "i8", "i16", "i32", "i64"}
+# CUtensorMap, CUtensorMapDataType and CU_TENSOR_MAP_L2_PROMOTION_L2_128B of the driver
+_MAP_BYTES, _MAP_ALIGNED = 128, 64
+_MAP_KINDS = {torch.float16: 6, torch.float32: 7, torch.float64: 8, torch.bfloat16: 9}
+_MAP_KINDS |= {torch.uint8: 0, torch.int32: 4, torch.int64: 5}
+_L2_128_BYTES = 2
+_LAYOUT = {"swizzle", "elem_size", "block_size"}  # what is read of Triton's
 
 
 class _Node(ctypes.Structure):
@@ -35,21 +43,61 @@ class _Node(ctypes.Structure):
     )
 
 
+class TensorMap:
+    """What the copy engine is told of a tensor, in memory as the driver lays it out; ``layout`` is
+    what the compiled kernel assumes of it.
+    """
+
+    def __init__(self, descriptor: Any, address: int, layout: Mapping[str, Any]) -> None:
+        self._memory = (ctypes.c_uint8 * (_MAP_BYTES + _MAP_ALIGNED))()
+        start = ctypes.addressof(self._memory)
+        self.start, self.address = start + -start % _MAP_ALIGNED, address
+        rank, size = len(descriptor.shape), int(layout["elem_size"])
+        inner = [size * stride for stride in reversed(descriptor.strides[:-1])]
+        _check(
+            "cuTensorMapEncodeTiled",
+            ctypes.c_void_p(self.start),
+            ctypes.c_int(_MAP_KINDS[descriptor.base.dtype]),
+            ctypes.c_uint32(rank),
+            ctypes.c_void_p(address),
+            (ctypes.c_uint64 * rank)(*reversed(descriptor.shape)),
+            (ctypes.c_uint64 * rank)(*inner, 0),
+            (ctypes.c_uint32 * rank)(*reversed(layout["block_size"])),
+            (ctypes.c_uint32 * rank)(*([1] * rank)),
+            ctypes.c_int(0),  # not interleaved
+            ctypes.c_int(layout["swizzle"]),
+            ctypes.c_int(_L2_128_BYTES),
+            ctypes.c_int(0),  # zeros outside
+        )
+        self._replace = _function("cuTensorMapReplaceAddress")
+
+    def move(self, address: int) -> None:
+        """The same tensor elsewhere."""
+        code = self._replace(ctypes.c_void_p(self.start), ctypes.c_void_p(address))
+        if code:
+            raise _error("cuTensorMapReplaceAddress", code)
+        self.address = address
+
+
 @dataclass(frozen=True)
 class Launch:
-    """One launch: argument ``i`` lies at ``values[places[i]]``."""
+    """One launch: argument ``i`` lies at ``values[places[i]]``, or is the tensor map
+    ``maps[i]``.
+    """
 
     node: _Node
     values: Any
     pointers: Any
     places: dict[int, int]
+    maps: dict[int, TensorMap] = field(default_factory=dict)
 
 
 def prepared_launch(compiled: Any, grid: Sequence[int], numbers: Sequence[Any]) -> Launch | None:
-    """A launch of a kernel that Triton compiled; ``None`` if it needs more than addresses and
-    integers.
+    """A launch of a kernel that Triton compiled; ``None`` if it needs more than addresses, integers
+    and tensor maps.
 
-    ``numbers`` are all arguments in order, addresses as integers; compile-time ones are left out.
+    ``numbers`` are all arguments in order, addresses as integers, a descriptor with the address
+    that it is for; compile-time ones are left out.
     """
     metadata = compiled.metadata
     more = ("global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl")
@@ -58,23 +106,52 @@ def prepared_launch(compiled: Any, grid: Sequence[int], numbers: Sequence[Any]) 
     kinds = list(compiled.src.signature.values())
     if len(kinds) != len(numbers):
         return None
-    passed = [i for i, kind in enumerate(kinds) if kind != "constexpr"]
-    if not all(kinds[i].startswith("*") or kinds[i] in _INTEGERS for i in passed):
-        return None
+    layouts = iter(getattr(metadata, "tensordesc_meta", None) or ())
+    passed: list[int | TensorMap] = []
+    places: dict[int, int] = {}
+    maps: dict[int, TensorMap] = {}
+    for i, (kind, number) in enumerate(zip(kinds, numbers, strict=True)):
+        if kind.startswith("tensordesc"):
+            layout = next(layouts, None)
+            if not isinstance(layout, Mapping) or not _LAYOUT <= layout.keys():
+                return None
+            if layout.get("fp4_padded") or number[0].base.dtype not in _MAP_KINDS:
+                return None
+            maps[i] = TensorMap(number[0], number[1], layout)
+            passed += [maps[i], *number[0].shape, *number[0].strides]
+        elif kind.startswith("*") or kind in _INTEGERS:
+            places[i] = len(passed)
+            passed.append(int(number))
+        elif kind != "constexpr":
+            return None
+    return _laid_out(compiled, grid, passed, places, maps)
+
+
+def _laid_out(
+    compiled: Any,
+    grid: Sequence[int],
+    passed: Sequence[int | TensorMap],
+    places: dict[int, int],
+    maps: dict[int, TensorMap],
+) -> Launch:
+    """Arguments in memory, each with its address in a list, as the driver reads them."""
     values = (ctypes.c_uint64 * (len(passed) + _EXTRA))()
-    for place, i in enumerate(passed):
-        values[place] = int(numbers[i]) & 0xFFFFFFFFFFFFFFFF
     start = ctypes.addressof(values)
     pointers = (ctypes.c_void_p * len(values))(*(start + 8 * i for i in range(len(values))))
+    for place, value in enumerate(passed):
+        if isinstance(value, TensorMap):
+            pointers[place] = value.start
+        else:
+            values[place] = value & 0xFFFFFFFFFFFFFFFF
     node = _Node(
         compiled.function,
         (ctypes.c_uint * 3)(*[*grid, 1, 1][:3]),
-        (ctypes.c_uint * 3)(32 * metadata.num_warps, 1, 1),
-        metadata.shared,
+        (ctypes.c_uint * 3)(32 * compiled.metadata.num_warps, 1, 1),
+        compiled.metadata.shared,
         ctypes.addressof(pointers),
         None,
     )
-    return Launch(node, values, pointers, {i: place for place, i in enumerate(passed)})
+    return Launch(node, values, pointers, places, maps)
 
 
 class Graph:
@@ -138,4 +215,4 @@ def _error(name: str, code: int) -> RuntimeError:
     return RuntimeError(f"CUDA error {code} from {name}")
 
 
-__all__ = ["ALIGNED", "Graph", "Launch", "prepared_launch"]
+__all__ = ["ALIGNED", "Graph", "Launch", "TensorMap", "prepared_launch"]

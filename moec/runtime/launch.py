@@ -10,6 +10,7 @@ import torch
 from moec.runtime.guards import MOST_PROCESSORS
 from moec.runtime.interpreter import correct_bfloat16
 from moec.runtime.kernel import Kernel as Kernel
+from moec.runtime.recording import current
 
 correct_bfloat16()
 
@@ -120,6 +121,20 @@ def _descriptor(
     strides: tuple[int, ...],
     block: tuple[int, ...],
     gluon: bool = False,
+) -> Any:
+    found = _descriptor_of(tensor, shape, strides, block, gluon)
+    recording = current()
+    if recording is not None:
+        recording.describe(found, tensor)
+    return found
+
+
+def _descriptor_of(
+    tensor: torch.Tensor,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    block: tuple[int, ...],
+    gluon: bool,
 ) -> Any:
     """A descriptor, made once an address: it is nothing but numbers and keeps no memory alive."""
     if tensor.device.type != "cuda":

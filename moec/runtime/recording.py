@@ -36,7 +36,15 @@ class Slot:
     place: int
 
 
-@dataclass
+@dataclass(frozen=True)
+class Described:
+    """A descriptor of the tensor at a place: what the copy engine is told of it."""
+
+    place: int
+    descriptor: Any
+
+
+@dataclass(eq=False)
 class Buffer:
     """A tensor made by ``torch.empty``, and when kernels use it."""
 
@@ -64,6 +72,7 @@ class Recording(TorchFunctionMode):
         self.kept: list[torch.Tensor] = list(inputs)
         self.buffers: dict[int, Buffer] = {}
         self.steps: list[Step] = []
+        self.descriptors: dict[int, tuple[Any, torch.Tensor]] = {}
         self.reason = ""
 
     def __enter__(self) -> Recording:
@@ -111,6 +120,8 @@ class Recording(TorchFunctionMode):
         """A structure of arguments with slots for tensors."""
         if isinstance(value, torch.Tensor):
             return Slot(self._slot(value, shared))
+        if id(value) in self.descriptors:
+            return Described(self._slot(self.descriptors[id(value)][1], shared), value)
         if isinstance(value, list | tuple) and type(value) in (list, tuple):
             return type(value)(self._tensors_replaced(v, shared) for v in value)
         if isinstance(value, dict):
@@ -127,6 +138,10 @@ class Recording(TorchFunctionMode):
             self.buffers[slot].is_private &= not shared
         return slot
 
+    def describe(self, descriptor: Any, tensor: torch.Tensor) -> None:
+        """Note of which tensor a kernel gets a descriptor."""
+        self.descriptors[id(descriptor)] = descriptor, tensor
+
     def launch(self, compiled: Any, grid: Sequence[int], arguments: Sequence[Any]) -> None:
         """Note a kernel's launch; ``arguments`` are all of them, constants too."""
         given = self._tensors_replaced(list(arguments), shared=False)
@@ -136,6 +151,8 @@ class Recording(TorchFunctionMode):
         self, launch: Callable[..., None], arguments: Sequence[Any], options: dict[str, Any]
     ) -> None:
         """Launch a kernel in Triton's interpreter, and note it as an operation."""
+        if any(id(a) in self.descriptors for a in arguments):
+            self.reason = self.reason or "a descriptor of a tensor in the interpreter"
         given = self._tensors_replaced([arguments, options], shared=True)
         self.steps.append(("call", launch, given, ()))
         with torch._C.DisableTorchFunction():
@@ -169,4 +186,4 @@ def bytes_of(buffer: Buffer) -> int:
     return -(-max(size, 1) // _ALIGN) * _ALIGN
 
 
-__all__ = ["Buffer", "NotRepeatable", "Recording", "Slot", "Step", "current", "packed"]
+__all__ = ["Buffer", "Described", "NotRepeatable", "Recording", "Slot", "Step", "current", "packed"]

@@ -1,37 +1,52 @@
 """Calls that repeat: what one call launched, recorded, and launched again at other addresses.
 
-For few tokens a GPU is done with a block before Python has asked for the next kernel. The launches
-of a call depend on its sizes alone, so they are recorded once for each size; a later call puts new
-addresses in their places and asks the driver for all of them at once. Buffers that only kernels see
-share one piece of memory per thread and stream, by the times at which they live; results are new
-tensors.
+The launches of a call depend on its sizes alone, so they are recorded once for each size; a later
+call puts new addresses in their places and asks the driver for many of them at once. With few
+tokens the GPU would be done with a block before Python has asked for the next kernel. Small buffers
+that only kernels see share one piece of memory per thread and stream, by the times at which they
+live; large ones are taken and given back as in the call that was recorded, so that it needs no
+more memory. Results are new tensors.
 """
 
 from __future__ import annotations
 
-import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from moec.runtime.driver import ALIGNED, Graph, Launch, prepared_launch
-from moec.runtime.recording import Buffer, NotRepeatable, Recording, Slot, Step, packed
+from moec.runtime.arranged import Call, Give, Item, Launches, Make, Take, arranged
+from moec.runtime.driver import ALIGNED, Graph, Launch, TensorMap, prepared_launch
+from moec.runtime.recording import (
+    Buffer,
+    Described,
+    NotRepeatable,
+    Recording,
+    Slot,
+    bytes_of,
+    packed,
+)
 
 _THREAD = threading.local()
-# Memory that is kept for buffers, in bytes; a call that needs more is not recorded.
+# Memory that is kept for buffers, in bytes; a call that needs more of it is not recorded.
 MOST_BYTES = 64 << 20
 Made = tuple[int, tuple[int, ...] | None, torch.dtype]  # slot, size (none: the tokens'), dtype
 
 
 @dataclass
 class Segment:
-    """Launches without an operation between them, and the addresses that each call has anew."""
+    """Launches without an operation between them, and the addresses that each call has anew.
+
+    ``moving`` and ``taken`` are values, place in them, slot, launch, for results and for memory
+    that was taken; ``mapped`` are tensor maps, slot, launch.
+    """
 
     graph: Graph
-    moving: list[tuple[Any, int, int, int]]  # values, place in them, slot, launch
+    moving: list[tuple[Any, int, int, int]]
+    taken: list[tuple[Any, int, int, int]] = field(default_factory=list)
+    mapped: list[tuple[TensorMap, int, int]] = field(default_factory=list)
     dirty: set[int] = field(default_factory=set)
 
     def run(self, tensors: Sequence[Any]) -> None:
@@ -41,7 +56,36 @@ class Segment:
             if values[place] != address:
                 values[place] = address
                 self.dirty.add(launch)
+        for values, place, slot, launch in self.taken:
+            if values[place] != tensors[slot]:
+                values[place] = tensors[slot]
+                self.dirty.add(launch)
+        for tensor_map, slot, launch in self.mapped:
+            there = tensors[slot]
+            address = there if type(there) is int else there.data_ptr()
+            if tensor_map.address != address:
+                tensor_map.move(address)
+                self.dirty.add(launch)
         self.graph.run(self.dirty)
+
+
+@dataclass
+class Use:
+    """Where the address of an input belongs: into values at a place, or into a tensor map."""
+
+    segment: Segment
+    launch: int
+    values: Any = None
+    place: int = 0
+    map: TensorMap | None = None
+
+    def move(self, address: int) -> None:
+        """Put another address in place."""
+        if self.map is not None:
+            self.map.move(address)
+        else:
+            self.values[self.place] = address
+        self.segment.dirty.add(self.launch)
 
 
 @dataclass
@@ -53,21 +97,22 @@ class Tape:
     outputs: list[int]
     rest: list[None]  # places for what is made in the call
     made: list[Made]
-    steps: list[Segment | tuple[Any, Any, Any]]
+    steps: list[Segment | Item]
     device: torch.device
     dtype: torch.dtype  # of the tokens
     addresses: list[int]
-    uses: list[list[tuple[Segment, Any, int, int]]]  # of an input: values, place, launch
+    uses: list[list[Use]]  # of an input
     workspace: torch.Tensor | None = None
     shaped: dict[torch.Size, list[Made]] = field(default_factory=dict)
     computed: frozenset[int] = frozenset()  # outputs that operations make
+    late: frozenset[int] = frozenset()  # outputs that are made in their turn
     tokens: torch.Size = field(default_factory=torch.Size)  # of the first input
     operations: bool = False  # whether there are any besides launches
     stream: int = 0
     thread: int = field(default_factory=threading.get_ident)
 
     def may_be_used(self) -> bool:
-        """Whether this thread, on its stream, may use it now; see :func:`may_repeat`."""
+        """Whether this thread, on its stream, may use it now."""
         index = self.device.index
         return (
             threading.get_ident() == self.thread
@@ -95,19 +140,47 @@ class Tape:
         if self.operations and inputs[0].shape != self.tokens:
             tensors[0] = inputs[0].view(self.tokens)
         sizes = self._sizes(shape, axes) if shape is not None else self.made
-        for slot, size, dtype in sizes:
-            if size is None:
-                tensors[slot] = torch.empty_like(inputs[0])  # what is quickest
-            else:
-                tensors[slot] = torch.empty(size, dtype=dtype, device=self.device)
-        for step in self.steps:
-            if type(step) is Segment:
-                step.run(tensors)
-            else:
-                _call(tensors, *step)  # type: ignore[misc]
+        for one in sizes:
+            if one[0] not in self.late:
+                tensors[one[0]] = self._empty(one, inputs)
+        try:
+            for step in self.steps:
+                if type(step) is Segment:
+                    step.run(tensors)
+                else:
+                    self._run(step, tensors, sizes, inputs)  # type: ignore[arg-type]
+        except BaseException:
+            _give_back(tensors)
+            raise
         if shape is not None and self.computed:
             self._reshape(tensors, shape, axes)
         return tuple([tensors[i] for i in self.outputs])
+
+    def _empty(self, made: Made, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        _, size, dtype = made
+        if size is None:
+            return torch.empty_like(inputs[0])  # what is quickest
+        return torch.empty(size, dtype=dtype, device=self.device)
+
+    def _run(
+        self,
+        step: Item,
+        tensors: list[Any],
+        sizes: Sequence[Made],
+        inputs: Sequence[torch.Tensor],
+    ) -> None:
+        """What is no launch: memory, and operations of PyTorch."""
+        if type(step) is Take:
+            tensors[step.slot] = _take(step.size, self.stream)
+        elif type(step) is Give:
+            if type(tensors[step.slot]) is int:
+                _give(tensors[step.slot])
+            tensors[step.slot] = None
+        elif type(step) is Make:
+            (made,) = (m for m in sizes if m[0] == step.slot)
+            tensors[step.slot] = self._empty(made, inputs)
+        elif type(step) is Call:
+            _call(tensors, step.func, step.given, step.places)
 
     def _sizes(self, shape: torch.Size, axes: Sequence[int | None]) -> list[Made]:
         """What to make, outputs in the sizes that they have outside."""
@@ -134,11 +207,28 @@ class Tape:
             return False
         for i, address in enumerate(addresses):
             if address != self.addresses[i]:
-                for segment, values, place, launch in self.uses[i]:
-                    values[place] = address
-                    segment.dirty.add(launch)
+                for use in self.uses[i]:
+                    use.move(address)
         self.addresses = addresses
         return True
+
+
+def _take(size: int, stream: int) -> int:
+    """Memory of PyTorch's allocator, in bytes, without a tensor: its address."""
+    address: int = torch._C._cuda_cudaCachingAllocator_raw_alloc(size, stream)
+    return address
+
+
+def _give(address: int) -> None:
+    torch._C._cuda_cudaCachingAllocator_raw_delete(address)
+
+
+def _give_back(tensors: list[Any]) -> None:
+    """Give back what was taken in a call that failed."""
+    for i, there in enumerate(tensors):
+        if type(there) is int:
+            _give(there)
+            tensors[i] = None
 
 
 def _outside(shape: torch.Size, size: Sequence[int], count: int | None) -> tuple[int, ...]:
@@ -169,9 +259,12 @@ def _filled(value: Any, tensors: Sequence[Any]) -> Any:
 
 
 def record(
-    forward: Callable[..., Any], inputs: Sequence[torch.Tensor]
+    forward: Callable[..., Any], inputs: Sequence[torch.Tensor], large: int | None = None
 ) -> tuple[tuple[torch.Tensor, ...], Tape | None]:
-    """Run a call as always, and the recording of it; ``None`` if it cannot be repeated."""
+    """Run a call as always, and the recording of it; ``None`` if it cannot be repeated.
+
+    Buffers of ``large`` bytes and more are taken anew in every call.
+    """
     try:
         recording = Recording(inputs)
     except NotRepeatable:
@@ -179,13 +272,16 @@ def record(
     with recording:
         outputs = forward(*inputs)[0]
     try:
-        return outputs, _tape(recording, inputs, outputs)
+        return outputs, _tape(recording, inputs, outputs, large)
     except NotRepeatable:
         return outputs, None
 
 
 def _tape(
-    recording: Recording, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
+    recording: Recording,
+    inputs: Sequence[torch.Tensor],
+    outputs: Sequence[torch.Tensor],
+    large: int | None,
 ) -> Tape:
     if recording.reason:
         raise NotRepeatable(recording.reason)
@@ -211,10 +307,25 @@ def _tape(
     if device.type == "cuda":
         tape.stream = torch._C._cuda_getCurrentRawStream(device.index)
     tape.computed = frozenset(places) - {slot for slot, _, _ in made}
-    fixed = _buffers_placed(tape, buffers)
+    taken = [b for b in buffers if large is not None and bytes_of(b) >= large]
+    fixed = _buffers_placed(tape, [b for b in buffers if b not in taken])
+    tape.late = _large(recording, {slot for slot, _, _ in made if slot in places}, large)
+    dropped = _large(recording, _computed(recording) - set(places), large)
     tape.tokens = inputs[0].shape
-    _bind(tape, [s for s in recording.steps if s[0] != "empty"], fixed)
+    _bind(tape, arranged(recording.steps, taken, tape.late, dropped), fixed)
     return tape
+
+
+def _large(recording: Recording, slots: Collection[int], large: int | None) -> frozenset[int]:
+    """The slots whose tensors have so many bytes and more."""
+    if large is None:
+        return frozenset()
+    return frozenset(slot for slot in slots if recording.kept[slot].nbytes >= large)
+
+
+def _computed(recording: Recording) -> set[int]:
+    """The slots of what operations make."""
+    return {slot for kind, _, _, more in recording.steps if kind == "call" for slot in more}
 
 
 def _buffers_placed(tape: Tape, buffers: Sequence[Buffer]) -> dict[int, int]:
@@ -229,37 +340,60 @@ def _buffers_placed(tape: Tape, buffers: Sequence[Buffer]) -> dict[int, int]:
     return {b.slot: base + b.offset for b in buffers}
 
 
-def _bind(tape: Tape, steps: Sequence[Step], fixed: dict[int, int]) -> None:
-    """Turn launches into graphs of the driver, each as long as no operation comes between."""
-    tape.operations = any(step[0] == "call" for step in steps)
-    for is_launch, group in itertools.groupby(steps, lambda s: s[0] == "launch"):
-        if is_launch:
-            tape.steps.append(_segment(tape, list(group), fixed))
+def _bind(tape: Tape, items: Sequence[Item], fixed: dict[int, int]) -> None:
+    """Turn launches into graphs of the driver."""
+    tape.operations = any(isinstance(item, Call) for item in items)
+    taken = {item.slot for item in items if isinstance(item, Take)}
+    for item in items:
+        if isinstance(item, Launches):
+            tape.steps.append(_segment(tape, item.steps, fixed, taken))
         else:
-            tape.steps += [(func, given, places) for _, func, given, places in group]
+            tape.steps.append(item)
 
 
-def _segment(tape: Tape, steps: Sequence[Step], fixed: dict[int, int]) -> Segment:
+def _segment(tape: Tape, steps: Sequence[Any], fixed: dict[int, int], taken: set[int]) -> Segment:
     known = dict(enumerate(tape.addresses)) | fixed
     launches: list[Launch] = []
     for _, compiled, grid, given in steps:
-        numbers = [known.get(g.place, 0) if type(g) is Slot else g for g in given]
+        numbers = [_number(g, known) for g in given]
         launch = prepared_launch(compiled, grid, numbers)
         if launch is None:
             raise NotRepeatable("a kernel whose launch is more than addresses and numbers")
         launches.append(launch)
     segment = Segment(Graph(launches, tape.stream), [])
     for at, (launch, (_, _, _, given)) in enumerate(zip(launches, steps, strict=True)):
-        slots = {i: g.place for i, g in enumerate(given) if type(g) is Slot}
-        for i, slot in slots.items():
-            if i not in launch.places or slot in fixed:
-                continue
-            place = launch.places[i]
-            if slot < len(tape.addresses):
-                tape.uses[slot].append((segment, launch.values, place, at))
-            else:
-                segment.moving.append((launch.values, place, slot, at))
+        for i, one in enumerate(given):
+            if isinstance(one, Slot | Described) and one.place not in fixed:
+                _connect(tape, segment, launch, at, i, one.place, taken)
     return segment
+
+
+def _number(given: Any, known: dict[int, int]) -> Any:
+    """What a launch is prepared with: an address that is not known yet is any that is aligned."""
+    if type(given) is Slot:
+        return known.get(given.place, 0)
+    if type(given) is Described:
+        return given.descriptor, known.get(given.place, given.descriptor.base.data_ptr())
+    return given
+
+
+def _connect(
+    tape: Tape, segment: Segment, launch: Launch, at: int, i: int, slot: int, taken: set[int]
+) -> None:
+    """Say where the address of a slot belongs, which argument ``i`` of a launch is."""
+    if i in launch.maps:
+        tensor_map = launch.maps[i]
+        if slot < len(tape.addresses):
+            tape.uses[slot].append(Use(segment, at, map=tensor_map))
+        else:
+            segment.mapped.append((tensor_map, slot, at))
+    elif i in launch.places:
+        place = launch.places[i]
+        if slot < len(tape.addresses):
+            tape.uses[slot].append(Use(segment, at, launch.values, place))
+        else:
+            moving = segment.taken if slot in taken else segment.moving
+            moving.append((launch.values, place, slot, at))
 
 
 def _workspace(device: torch.device, stream: int, size: int) -> torch.Tensor:
@@ -274,54 +408,4 @@ def _workspace(device: torch.device, stream: int, size: int) -> torch.Tensor:
     return known
 
 
-class Tapes:
-    """The recordings of one artifact's calls, by sizes and stream; each thread has its own."""
-
-    def __init__(self, varying: Sequence[int], most: int = 256) -> None:
-        """``varying`` are the inputs whose sizes differ between calls."""
-        self.varying, self.most = tuple(varying), most
-        self._kept = threading.local()
-
-    def call(
-        self, forward: Callable[..., Any], inputs: Sequence[torch.Tensor]
-    ) -> tuple[torch.Tensor, ...] | None:
-        """The outputs of a call on a GPU, by its recording or by one made now; ``None`` if it has
-        to be made as always.
-        """
-        x = inputs[0]
-        if not may_repeat(x):
-            return None
-        kept: dict[Any, Tape | None] = self._kept.__dict__
-        stream = torch._C._cuda_getCurrentRawStream(x.get_device())
-        key = stream, *[tuple(inputs[i].shape) for i in self.varying]
-        if key in kept:
-            tape = kept[key]
-            return None if tape is None else tape(inputs)
-        if len(kept) >= self.most:
-            kept.clear()
-        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-            outputs, kept[key] = record(forward, inputs)
-        return outputs
-
-    def known(self, x: torch.Tensor, size: tuple[int, ...]) -> Tape | None:
-        """The recording of calls with tokens of a size alone, if there is one that may be used."""
-        if not may_repeat(x):
-            return None
-        stream = torch._C._cuda_getCurrentRawStream(x.get_device())
-        kept: dict[Any, Tape | None] = self._kept.__dict__
-        return kept.get((stream, size))
-
-
-def may_repeat(x: torch.Tensor) -> bool:
-    """Whether a call is on the current GPU, and not part of a CUDA graph: that is replayed on any
-    stream, so its buffers must be its own.
-    """
-    return (
-        x.is_cuda
-        and torch._C._cuda_getDevice() == x.get_device()
-        and not torch._C._cuda_isCurrentStreamCapturing()
-        and torch._C._len_torch_function_stack() == 0
-    )
-
-
-__all__ = ["Tape", "Tapes", "may_repeat", "record"]
+__all__ = ["Tape", "record"]
