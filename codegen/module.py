@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import symtable
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 from moec.codegen.blocked import emit_blocked
 from moec.codegen.expert_lists import emit_stack, kept_apart
@@ -54,7 +55,25 @@ def emit_module(
     follow = _followed(emitter.emit_op, after_op)
     found = [*of_ops(graph), *emitter.requirements]
     emit_host(writer, partition(graph), follow, target, emitter.names, ranges, found)
-    return writer.text()
+    source = writer.text()
+    _refuse_unknown_sizes(graph, source)
+    return source
+
+
+def _refuse_unknown_sizes(graph: Graph, source: str) -> None:
+    """Refuse code that reads a size which no tensor that it is given has as an axis."""
+    names = {*graph.ranges, *dim_names(graph)}
+    for table in symtable.symtable(source, "emitted", "exec").get_children():
+        unknown = sorted(names.intersection(table.get_globals())) if _is_host(table) else ()
+        if unknown:
+            raise CodegenError(
+                f"@{identifier(graph.name)}: {table.get_name()} needs the size {unknown[0]!r},"
+                " which no tensor that it is given has as an axis"
+            )
+
+
+def _is_host(table: symtable.SymbolTable) -> TypeGuard[symtable.Function]:
+    return isinstance(table, symtable.Function) and table.get_name() in ("forward", "backward")
 
 
 class Emitter(Protocol):

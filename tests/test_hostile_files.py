@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -235,3 +236,22 @@ def test_seeds_are_graphs() -> None:
 
 def test_processes_with_other_hash_seeds_make_the_same() -> None:
     assert determinism.differences(["tests.bad_models:Block"], 3) == []
+
+
+@pytest.mark.parametrize("target", ["aten", "triton"])
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_size_that_no_tensor_has_is_refused(where: str, target: str) -> None:
+    b, x, dy = (
+        Builder({"T": (0, 64)}),
+        Value(Type("f32", (4,)), "x"),
+        Value(Type("f32", (4,)), "dy"),
+    )
+    full = b("t.full", dtype="f32", shape=[dim("T"), 4], value=1.0)
+    sums = b("t.sum", full, dims=[0])
+    if where == "forward":
+        graph = b.graph("sizes", [x], [b("t.mul", x, sums)])
+    else:
+        y, dx = b("t.neg", x), b("t.mul", dy, sums)
+        graph = dataclasses.replace(b.graph("sizes", [x], [y]), cotangents=(dy,), gradients=(dx,))
+    with pytest.raises(CodegenError, match=f"{where} needs the size 'T'"):
+        emit_module(graph, target)
