@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from moec.codegen.gluon.loading import BYTES, Loading
@@ -19,7 +20,7 @@ from moec.codegen.gluon.text import (
 )
 from moec.codegen.gluon.tile import StageBody
 from moec.codegen.requirements import WORD
-from moec.codegen.triton.context import Context, arguments, only_if, write
+from moec.codegen.triton.context import Context, RowList, arguments, only_if, write
 from moec.codegen.triton.facts import Facts, tile_bound
 from moec.codegen.triton.kernel import (
     KernelText,
@@ -254,6 +255,10 @@ class GluonGemm:
             self.text.lines.lines(*(f"dot_{i} += more_{i}" for i in range(len(dots))))
 
     # the module
+    def row_list(self, outer: Mapping[Value, Value]) -> RowList:
+        """The list of row tiles that it reads; ``outer`` is what the body's inputs are."""
+        return RowList(outer[self.product.offsets], ROWS, has_ends=True)
+
     def define(self, writer: Writer) -> None:
         """Write the functions."""
         names = [q.name for q in self.body.text.parameters]
@@ -328,7 +333,7 @@ class GluonGemm:
         context.contiguous(writer, op.operands)
         outer = dict(zip(p.body.inputs, op.operands, strict=True))
         rows = p.gather.operands[0] if p.gather is not None else p.anchor.operands[0]
-        made = {"places": context.row_places(writer, outer[p.offsets], p.rows, ROWS)}
+        made = {"places": context.row_list(writer, self.row_list(outer), p.rows)}
         made["rows"] = context.names[outer[rows]]
         for value in op.results:
             context.allocate(writer, value)

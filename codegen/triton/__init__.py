@@ -16,7 +16,7 @@ from moec.codegen.names import PythonNames
 from moec.codegen.requirements import Requirement
 from moec.codegen.triton import source
 from moec.codegen.triton.combine import Combine
-from moec.codegen.triton.context import Context, Gathered
+from moec.codegen.triton.context import Context, Gathered, RowList
 from moec.codegen.triton.descriptor_gemm import DescriptorGemm
 from moec.codegen.triton.descriptor_outer import DescriptorOuter
 from moec.codegen.triton.facts import Facts
@@ -267,9 +267,20 @@ class TritonEmitter:
                 return context
         program = partition(self.graph)
         ops = program.forward if op in program.forward else program.backward
-        context = Context(self.graph, names, self._gathered_uses(ops), self.repro)
+        uses, lists = self._gathered_uses(ops), self._row_lists(ops)
+        context = Context(self.graph, names, uses, lists, self.repro)
         self._contexts.append(context)
         return context
+
+    def _row_lists(self, ops: tuple[Op, ...]) -> list[RowList]:
+        """The lists of row tiles that the kernels of some ops read, in the order of their use."""
+        found: list[RowList] = []
+        for op in ops:
+            kernel = self.kernels.get(op)
+            if isinstance(kernel, PointerGemm | DescriptorGemm | GluonGemm):
+                outer = dict(zip(kernel.product.body.inputs, kernel.op.operands, strict=True))
+                found.append(kernel.row_list(outer))
+        return found
 
     def _gathered_uses(self, ops: tuple[Op, ...]) -> dict[Gathered, int]:
         """How many kernels by descriptors read each gathered value."""

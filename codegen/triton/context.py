@@ -46,6 +46,22 @@ def only_if(rows: Dim) -> str:
     return names[0] if len(names) == 1 and is_multiple else python_source(rows)
 
 
+@dataclass(frozen=True)
+class RowList:
+    """A list of row tiles that a kernel reads: of which offsets, how many rows a tile has, and
+    whether it says where each tile's expert ends.
+    """
+
+    offsets: Value
+    rows: int
+    has_ends: bool = False
+
+    @property
+    def key(self) -> tuple[Value, int]:
+        """As a context knows it."""
+        return self.offsets, -self.rows if self.has_ends else self.rows
+
+
 @dataclass
 class Context:
     """The state of one function (``forward`` or ``backward``) while its lines are written."""
@@ -53,6 +69,7 @@ class Context:
     graph: Graph
     names: PythonNames
     uses: dict[Gathered, int]  # how many kernels still read the gathered rows
+    wanted: Sequence[RowList] = ()  # the lists of row tiles that the function's kernels read
     repro: bool = False  # whether a kernel has one form only, wherever its arguments lie
     rows: dict[Gathered, str] = field(default_factory=dict)
     tiles: dict[tuple[Value, int], str] = field(default_factory=dict)
@@ -97,33 +114,24 @@ class Context:
         writer.line(f"{name} = torch.empty({size}, dtype={kind}, device=device)")
         return name
 
-    def row_tiles(self, writer: Writer, offsets: Value, rows: Dim, block: int) -> str:
-        """The name of the list of row tiles; it is made at the first use."""
-        if (offsets, block) not in self.tiles:
-            name = self.names.fresh("tiles")
-            experts = int(offsets.type.shape[0]) - 1
-            made = f"launch.empty_row_tiles({python_source(rows)}, {experts}, {block}, device)"
-            writer.line(f"{name} = {made}")
-            sizes = f"E={experts}, EP={power_of_two(experts)}, BM={block}"
+    def row_list(self, writer: Writer, wanted: RowList, rows: Dim) -> str:
+        """The name of a list of row tiles of ``rows`` rows; it is made at the first use."""
+        if wanted.key not in self.tiles:
+            name, experts = self.room_for(writer, wanted, rows), _experts(wanted)
+            sizes = f"E={experts}, EP={power_of_two(experts)}, BM={wanted.rows}"
+            function = "list_row_places" if wanted.has_ends else "list_row_tiles"
+            inner = f"{self.names[wanted.offsets]}, {name}, {sizes}"
             with writer.block(f"if {only_if(rows)}:"):
-                write(
-                    writer, f"list_row_tiles[({experts},)]({self.names[offsets]}, {name}, {sizes})"
-                )
-            self.tiles[offsets, block] = name
-        return self.tiles[offsets, block]
+                write(writer, f"{function}[({experts},)]({inner})")
+        return self.tiles[wanted.key]
 
-    def row_places(self, writer: Writer, offsets: Value, rows: Dim, block: int) -> str:
-        """As :meth:`row_tiles`, with each tile's expert, first row and end."""
-        if (offsets, -block) not in self.tiles:
-            name, experts = self.names.fresh("places"), int(offsets.type.shape[0]) - 1
-            made = f"launch.empty_row_places({python_source(rows)}, {experts}, {block}, device)"
-            writer.line(f"{name} = {made}")
-            sizes = f"E={experts}, EP={power_of_two(experts)}, BM={block}"
-            inner = f"{self.names[offsets]}, {name}, {sizes}"
-            with writer.block(f"if {only_if(rows)}:"):
-                write(writer, f"list_row_places[({experts},)]({inner})")
-            self.tiles[offsets, -block] = name
-        return self.tiles[offsets, -block]
+    def room_for(self, writer: Writer, wanted: RowList, rows: Dim) -> str:
+        """A line that makes room for a list of row tiles, which is there from now on."""
+        kind = "places" if wanted.has_ends else "tiles"
+        name, sizes = self.names.fresh(kind), f"{python_source(rows)}, {_experts(wanted)}"
+        writer.line(f"{name} = launch.empty_row_{kind}({sizes}, {wanted.rows}, device)")
+        self.tiles[wanted.key] = name
+        return name
 
     def gathered(self, writer: Writer, x: Value, perm: Value, inverse: Value) -> str:
         """The name of the tokens of ``x`` in the order of the rows; copied at the first use."""
@@ -159,3 +167,7 @@ def arguments(text: KernelText, op: Op, context: Context, made: dict[str, str]) 
         return made[p.value] if isinstance(p.value, str) else context.names[outer[p.value]]
 
     return [name(p) for p in text.parameters]
+
+
+def _experts(wanted: RowList) -> int:
+    return int(wanted.offsets.type.shape[0]) - 1

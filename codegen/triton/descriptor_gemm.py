@@ -6,10 +6,11 @@ flattened loop, so that the stores of a tile drain under the loads of the next.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 
-from moec.codegen.triton.context import Context, arguments, only_if, write
+from moec.codegen.triton.context import Context, RowList, arguments, only_if, write
 from moec.codegen.triton.descriptor_tile import PLACE, TileBody
 from moec.codegen.triton.facts import Facts, tile_bound
 from moec.codegen.triton.kernel import (
@@ -258,6 +259,10 @@ class DescriptorGemm:
             self.text.lines.lines(*(f"{d} += {m}" for d, m in zip(dots, more, strict=True)))
 
     # the module
+    def row_list(self, outer: Mapping[Value, Value]) -> RowList:
+        """The list of row tiles that it reads; ``outer`` is what the body's inputs are."""
+        return RowList(outer[self.product.offsets], self.tile.rows)
+
     def define(self, writer: Writer) -> None:
         """Write the kernels."""
         tile = f"tile: {self.tile.rows} rows x {self.tile.columns} columns x {self.tile.depth} deep"
@@ -273,7 +278,7 @@ class DescriptorGemm:
         p, op = self.product, self.op
         context.contiguous(writer, op.operands)
         outer = dict(zip(p.body.inputs, op.operands, strict=True))
-        tiles = context.row_tiles(writer, outer[p.offsets], p.rows, self.tile.rows)
+        tiles = context.row_list(writer, self.row_list(outer), p.rows)
         made = {"tiles": tiles}
         made["rows"] = made["gathered"] = self._rows(writer, context, outer)
         for value in op.results:

@@ -6,10 +6,10 @@ tile of the product (the epilogue), whatever they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from moec.codegen.triton.context import Context, arguments, only_if, write
+from moec.codegen.triton.context import Context, RowList, arguments, only_if, write
 from moec.codegen.triton.facts import Facts, tile_bound
 from moec.codegen.triton.kernel import KernelText, Term, assigned, compute_dtype, documentation
 from moec.codegen.triton.products import RowProduct, analyse
@@ -269,6 +269,10 @@ class PointerGemm:
             self.text.line(f"tl.store({out} + {at}, {tile}, mask={self.domain.live})")
 
     # the module
+    def row_list(self, outer: Mapping[Value, Value]) -> RowList:
+        """The list of row tiles that it reads; ``outer`` is what the body's inputs are."""
+        return RowList(outer[self.product.offsets], self.tile.rows)
+
     def define(self, writer: Writer) -> None:
         """Write the kernels."""
         tile = f"tile: {self.tile.rows} rows x {self.tile.columns} columns x {self.tile.depth} deep"
@@ -281,7 +285,7 @@ class PointerGemm:
         p, op = self.product, self.op
         context.contiguous(writer, op.operands)
         outer = dict(zip(p.body.inputs, op.operands, strict=True))
-        tiles = context.row_tiles(writer, outer[p.offsets], p.rows, self.tile.rows)
+        tiles = context.row_list(writer, self.row_list(outer), p.rows)
         made = {"tiles": tiles}
         for value in op.results:
             context.allocate(writer, value)

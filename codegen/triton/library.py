@@ -247,16 +247,48 @@ def scan_counts(histogram, blocks, CHUNK: tl.constexpr):
     tl.store(counts + blocks, carry)
 
 
+@triton.jit
+def write_row_list(
+    start, rows, entries, block, blocks,
+    EP: tl.constexpr, BM: tl.constexpr, ENDS: tl.constexpr,
+):  # fmt: skip
+    """The row tiles of all experts, sixteen at a time, which the programs share.
+
+    As list_row_tiles writes them; with ENDS as list_row_places.
+    """
+    expert = tl.arange(0, EP)[None, :]
+    mine = (rows + BM - 1) // BM
+    first = tl.maximum(tl.cumsum(mine, 0) - mine, 0)
+    count = tl.sum(mine, 0)
+    for j in range(block * 16, count, blocks * 16):
+        t = j + tl.arange(0, 16)
+        begun = (first[None, :] <= t[:, None]) & (mine[None, :] > 0)
+        owner = tl.max(tl.where(begun, expert, 0), 1)
+        its = expert == owner[:, None]
+        row = tl.sum(tl.where(its, start[None, :] + (t[:, None] - first[None, :]) * BM, 0), 1)
+        if ENDS:
+            end = tl.sum(tl.where(its, (start + rows)[None, :], 0), 1)
+            tl.store(entries + 3 * t + 1, owner, mask=t < count)
+            tl.store(entries + 3 * t + 2, row, mask=t < count)
+            tl.store(entries + 3 * t + 3, end, mask=t < count)
+        else:
+            tl.store(entries + 2 * t + 2, owner, mask=t < count)
+            tl.store(entries + 2 * t + 3, row, mask=t < count)
+    if block == 0:
+        tl.store(entries, count)
+
+
 @launch.Kernel
 @triton.jit(do_not_specialize=["pairs", "blocks"])
 def place_pairs(
-    index, histogram, perm, offsets, inverse, pairs, blocks,
+    index, histogram, perm, offsets, inverse, tiles, places, pairs, blocks,
     E: tl.constexpr, BUCKETS: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr,
-    PAIRS: tl.constexpr,
+    PAIRS: tl.constexpr, TILES: tl.constexpr = 0, PLACES: tl.constexpr = 0,
 ):  # fmt: skip
     """perm and inverse of a block's pairs, in their order; the first program writes offsets.
 
-    BUCKETS is E + 1 where pairs may have no expert: they take the rows after all others.
+    BUCKETS is E + 1 where pairs may have no expert: they take the rows after all others. TILES and
+    PLACES are the rows of the tiles to list, 0 for no list.
     """
     block = tl.program_id(0)
     expert = tl.arange(0, EP)
@@ -273,9 +305,14 @@ def place_pairs(
     row = tl.gather(start, e, 0) + before + rank
     tl.store(perm + row, pair, mask=live)
     tl.store(inverse + pair, tl.where(e < E, row, -1), mask=live)
+    taken = tl.where(expert < E, total, 0)
     if block == 0:
         tl.store(offsets + expert, start, mask=expert < E)
-        tl.store(offsets + E, tl.sum(tl.where(expert < E, total, 0), 0))
+        tl.store(offsets + E, tl.sum(taken, 0))
+    if TILES > 0:
+        write_row_list(start, taken, tiles, block, blocks, EP, TILES, False)
+    if PLACES > 0:
+        write_row_list(start, taken, places, block, blocks, EP, PLACES, True)
 
 
 @launch.Kernel

@@ -146,11 +146,12 @@ class Routing:
         histogram, blocks = (context.names.fresh(n) for n in ("histogram", "blocks"))
         made["histogram"] = histogram
         block, padded = self._block, power_of_two(self._buckets)
+        lists = self._row_lists(writer, context, made)
         remarks(writer, self.facts.limits)
+        writer.line(f"{blocks} = triton.cdiv({pairs}, {block})")
+        size = f"({self._buckets}, {blocks} + 1)"
+        writer.line(f"{histogram} = torch.empty({size}, dtype=torch.int32, device=device)")
         with writer.block(f"if {only_if(self.dispatch.results[0].type.shape[0])}:"):
-            writer.line(f"{blocks} = triton.cdiv({pairs}, {block})")
-            size = f"({self._buckets}, {blocks} + 1)"
-            writer.line(f"{histogram} = torch.empty({size}, dtype=torch.int32, device=device)")
             self._launch_first(writer, context, made, pairs, blocks)
             writer.line(f"scan_counts[({self._buckets},)]({histogram}, {blocks}, CHUNK=1024)")
             inner = [made["index"], histogram, *(made[n] for n in _RESULTS)]
@@ -158,11 +159,26 @@ class Routing:
                 self._launch_limited(writer, blocks, [*inner, made["limited"], pairs, blocks])
             else:
                 sizes = f"E={self.experts}, BUCKETS={self._buckets}, EP={padded}, BLOCK={block}"
+                inner += [names for names, _ in lists.values()]
                 inner += [pairs, blocks, sizes, f"PAIRS={power_of_two(block)}"]
+                inner += [f"{kind}={rows}" for kind, (_, rows) in lists.items() if rows]
                 write(writer, f"place_pairs[({blocks},)]({', '.join(inner)})")
-            writer.line(f"del {histogram}")
         with writer.block("else:"):
             writer.line(f"{made['offsets']}.zero_()")
+        writer.line(f"del {histogram}")
+
+    def _row_lists(
+        self, writer: Writer, context: Context, made: dict[str, str]
+    ) -> dict[str, tuple[str, int]]:
+        """Names and rows of the lists of row tiles that placing writes besides; 0 for none."""
+        lists = {"TILES": (made["offsets"], 0), "PLACES": (made["offsets"], 0)}
+        outer = dict(zip(self.body.outputs, self.op.results, strict=True))
+        offsets, rows = outer.get(self.dispatch.results[1]), self.dispatch.results[0].type.shape[0]
+        for wanted in context.wanted if self.limit is None else ():
+            kind = "PLACES" if wanted.has_ends else "TILES"
+            if wanted.offsets is offsets and not lists[kind][1]:
+                lists[kind] = context.room_for(writer, wanted, rows), wanted.rows
+        return lists
 
     def _launch_limited(self, writer: Writer, blocks: str, inner: list[str]) -> None:
         """The launch that places what experts take, and says what they do not."""
