@@ -7,6 +7,7 @@ whole cannot be captured, the model's own code runs around the compiled regions,
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -114,9 +115,22 @@ def first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def quiet_recompilation() -> Iterator[None]:
-    """Allow more graphs than Dynamo's default: batch 1 and length 1 have graphs of their own."""
-    with torch._dynamo.config.patch(recompile_limit=16, accumulated_recompile_limit=256):
+    """Allow more graphs than Dynamo's default: batch 1 and length 1 have graphs of their own. What
+    a model tells a logger on the way is left out: a message is no reason not to have one graph.
+    """
+    changes: dict[str, Any] = {
+        "recompile_limit": 16,
+        "accumulated_recompile_limit": 256,
+        "ignore_logger_methods": torch._dynamo.config.ignore_logger_methods | _logging_methods(),
+    }
+    with torch._dynamo.config.patch(changes):
         yield
+
+
+def _logging_methods() -> set[Any]:
+    """What loggers are told by; libraries add methods of their own, as ``warning_once``."""
+    usual = ("debug", "info", "warning", "error")
+    return {m for name, m in vars(logging.Logger).items() if name.removesuffix("_once") in usual}
 
 
 def check_backend(backend: Any) -> str:

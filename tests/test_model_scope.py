@@ -5,6 +5,7 @@ reason.
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import pytest
@@ -82,6 +83,31 @@ def test_a_model_that_is_no_single_graph_runs_in_region_scope_and_says_why() -> 
     assert relative_error(found, model(x)) < 1e-5
     assert "scope: region, the whole graph could not be captured" in str(moec.explain(compiled))
     assert relative_error(compiled(x[:1]), model(x[:1])) < 1e-5
+
+
+_LOGGER = logging.getLogger("telling")
+
+
+class _Telling(nn.Module):
+    """It tells a logger about its input, as models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _LOGGER.warning("rows: %s", x.shape[0])
+        y: torch.Tensor = self.linear(x)
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:moec. found no MoE block")
+def test_what_is_told_to_a_logger_is_no_reason_against_one_graph() -> None:
+    compiled = whole(_Telling())
+    compiled(torch.randn(3, 4))
+    scope = model_scope_of(compiled)
+    assert scope is not None and scope.served == 1
+    assert not torch._dynamo.config.ignore_logger_methods, "others' captures are as they were"
 
 
 def test_strict_mode_raises_where_the_whole_cannot_be_captured() -> None:
