@@ -18,7 +18,8 @@ def module_path(node: fx.Node) -> str:
         return ""
     raw = str(list(stack.values())[-1][0])
     dotted = re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", raw)
-    return dotted.removeprefix("L.self").removeprefix("L.module").strip(".")
+    plain = dotted.replace(".__dict__._modules.", ".")  # how a tracer names what a wrapper holds
+    return plain.removeprefix("L.self").removeprefix("L.module").strip(".")
 
 
 def source_line(node: fx.Node) -> str:
