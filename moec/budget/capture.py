@@ -11,8 +11,9 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import TorchDynamoException
 
 from moec.budget.steps import Captured, read_joint
+from moec.budget.uncaptured import uncaptured
 from moec.errors import CompileError
-from moec.model_scope import first_line, quiet_recompilation
+from moec.model_scope import quiet_recompilation
 
 
 class _Seen(Exception):
@@ -45,10 +46,7 @@ def captured_step(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, An
             run(*args, **kwargs)
     except (_Seen, TorchDynamoException) as error:
         if not found:
-            name = type(model).__name__
-            raise CompileError(
-                f"the step of {name} is no single graph: {first_line(error)}"
-            ) from error
+            raise uncaptured(model, type(model).__name__, error) from error
     if not found:
         raise CompileError(f"{type(model).__name__} has no gradients: no parameter asks for one")
     return found[0]

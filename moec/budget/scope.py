@@ -13,8 +13,7 @@ from torch.utils import _pytree as pytree
 
 from moec.budget.sizes import class_of
 from moec.budget.text import shown_bytes
-from moec.errors import CompileError
-from moec.model_scope import ModelScope, first_line, quiet_recompilation
+from moec.model_scope import ModelScope, quiet_recompilation
 from moec.session import Session
 from moec.surroundings import is_traced, is_transformed
 
@@ -82,7 +81,7 @@ class BudgetScope(ModelScope):
             with quiet_recompilation():
                 result = compiled.run(module, *args, **kwargs)
         except TorchDynamoException as error:
-            raise self._explained(compiled.step, error) from error
+            raise self._explained(compiled.step, module, error) from error
         self.served += 1
         return result
 
@@ -121,14 +120,10 @@ class BudgetScope(ModelScope):
         unit = _UNIT.get(device.type, 1)
         return max(self.budget.reserve, -(-found // unit) * unit)
 
-    def _explained(self, step: PlannedStep, error: Exception) -> Exception:
-        if step.error is not None:
-            return step.error
-        return CompileError(
-            f"{self.name} cannot be planned as a whole: its step is no single graph"
-            f" ({first_line(error)}). Leave memory_budget out, or compile with a budget the part of"
-            " the model that is one (model.layer = moec.compile(model.layer, memory_budget=...))"
-        )
+    def _explained(self, step: PlannedStep, module: nn.Module, error: Exception) -> Exception:
+        from moec.budget.uncaptured import uncaptured
+
+        return step.error or uncaptured(module, self.name, error)
 
     def lines(self) -> list[str]:
         """What :func:`moec.explain` says about it."""
