@@ -12,6 +12,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from moec.budget.model_plan import CapturedModel, ModelStep, capture_model, largest_length
+from moec.budget.problem import BOUNDARY
 from moec.budget.summary import held_between, repeated, summary_lines
 from moec.cli import app
 from moec.errors import BudgetError, CompileError
@@ -47,7 +48,7 @@ def test_the_problem_is_that_of_the_target(step: ModelStep) -> None:
     assert all(size % 512 == 0 for node in problem.nodes for size in node.outputs)
     assert problem.resident >= step.parameters
     boundary = problem.nodes[step.planned.boundary]
-    assert boundary.name == "boundary" and not boundary.rematable
+    assert boundary.name == BOUNDARY and not boundary.rematable
 
 
 def test_the_summary_counts_what_the_plan_does(step: ModelStep, tight: Any) -> None:
@@ -61,6 +62,7 @@ def test_the_summary_counts_what_the_plan_does(step: ModelStep, tight: Any) -> N
     free = sum(i.bytes for i in held_between(step, problem.order))
     assert 0 < sum(i.bytes for i in held_between(step, plan.sequence)) < free
     text = "\n".join(summary_lines(step, plan, budget))
+    assert plan.is_optimal or "the best found in time, at most" in text
     assert "model.layers.*.mlp: region" in text and "modeling_olmoe.py:" in text
     assert "traced.py" not in text, "places are the model's, not moec's"
 
@@ -83,6 +85,11 @@ def test_an_impossible_budget_is_refused_with_the_least_known(step: ModelStep) -
         step.solved(step.parameters, 2.0)
     known = caught.value.least_known
     assert step.parameters < known <= step.unplanned.peak
+    text = str(caught.value)
+    assert text.count("\n") == 6, "the five largest, and what it is for"
+    assert "input_ids.shape[1] = 48 and the worst routing" in text
+    assert f"{step.planned.problem.resident} bytes" in text
+    assert "\n" + 12 * " " in text and "(loss_utils.py:" in text
     assert step.solved(known, 2.0).peak <= known
 
 

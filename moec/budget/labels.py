@@ -41,9 +41,12 @@ def operation(node: fx.Node) -> str:
 
 
 def label(node: fx.Node, is_backward: bool) -> str:
-    """A name for people: "model.layers.3.self_attn.q_proj: mm (backward)"."""
+    """A name for people: "model.layers.3.self_attn.q_proj: mm (backward)"; of what is of no module
+    "_log_softmax (loss_utils.py:42)".
+    """
     path = module_path(node)
-    name = f"{path}: {operation(node)}" if path else f"{operation(node)} ({node.name})"
+    place = source_line(node) or node.name
+    name = f"{path}: {operation(node)}" if path else f"{operation(node)} ({place})"
     return f"{name} (backward)" if is_backward else name
 
 

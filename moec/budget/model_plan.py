@@ -19,6 +19,7 @@ from moec.budget.measure import workspace_on
 from moec.budget.problem import Sizes, StepProblem, step_problem
 from moec.budget.sizes import planned_sizes
 from moec.budget.steps import Captured
+from moec.budget.text import for_sizes
 from moec.errors import BudgetError, CompileError
 from moec.memory.buffers import GRANULES
 from moec.memory.model import bytes_of_parameters
@@ -54,7 +55,10 @@ class ModelStep:
             BudgetError: none was found.
         """
         problem = self.planned.problem
-        return solve(problem, budget, time_limit=seconds, gap=gap, progress=progress)
+        try:
+            return solve(problem, budget, time_limit=seconds, gap=gap, progress=progress)
+        except BudgetError as error:
+            raise for_sizes(error, self.sizes, "=", problem.resident) from error
 
 
 @dataclass(frozen=True)

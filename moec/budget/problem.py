@@ -14,6 +14,8 @@ from moec.budget.values import Memory, size_at
 from moec.plan import Node, Problem, make_problem
 
 Sizes = Mapping[sympy.Symbol, int]
+# What the caller makes between the passes
+BOUNDARY = "gradients of the outputs"
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def step_problem(
         about = Effort(0.0, 0) if step is None else effort(step)
         nodes.append(
             Node(
-                "boundary" if step is None else label(step.main, step.is_backward),
+                BOUNDARY if step is None else label(step.main, step.is_backward),
                 tuple(held(m) for m in makes),
                 about.seconds,
                 about.workspace,
@@ -102,4 +104,4 @@ def _each(captured: Captured, nodes: Sequence[fx.Node]) -> Iterator[Memory]:
         yield from captured.memories.of(node)
 
 
-__all__ = ["Effort", "Sizes", "StepProblem", "step_problem"]
+__all__ = ["BOUNDARY", "Effort", "Sizes", "StepProblem", "step_problem"]

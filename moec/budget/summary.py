@@ -89,7 +89,9 @@ def summary_lines(step: ModelStep, plan: Plan, budget: int, most: int = 8) -> It
     yield f"{step.name}: {dims}; {count} operations, parameters {shown_bytes(step.parameters)}"
     least = step.planned.problem.least_time
     yield f"  as captured   peak {shown_bytes(step.unplanned.peak):>11}   {1e3 * least:.1f} ms"
-    proof = "the least possible" if plan.is_optimal else f"at most {plan.gap:.3f} points too much"
+    proof = "the least possible"
+    if not plan.is_optimal:
+        proof = f"the best found in time, at most {plan.gap:.3f} points too much"
     yield (
         f"  planned       peak {shown_bytes(plan.peak):>11}   {1e3 * plan.time:.1f} ms,"
         f" {percent_above(plan.time, least):.2f}% more ({proof})"
@@ -105,7 +107,7 @@ def _table(title: str, items: Sequence[Item], most: int, timed: bool) -> Iterato
     yield f"  {title}:"
     for item in items[:most]:
         time = f" {1e3 * item.seconds:8.2f} ms" if timed else ""
-        place = f"  {item.place}" if item.place else ""
+        place = f"  {item.place}" if item.place not in item.name else ""
         yield f"    {item.count:4} x {shown_bytes(item.bytes):>11}{time}  {item.name}{place}"
     if len(items) > most:
         yield f"    and {len(items) - most} more"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from moec.errors import BudgetError
 from moec.plan import Plan
 
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
@@ -29,4 +30,18 @@ def plan_lines(plan: Plan, sizes: Mapping[str, int], unplanned: int) -> Iterator
     yield f"    {repeated} of {len(set(plan.sequence))} operations run again; {bound}"
 
 
-__all__ = ["plan_lines", "shown_bytes"]
+def for_sizes(
+    error: BudgetError, sizes: Mapping[str, int], relation: str, resident: int
+) -> BudgetError:
+    """An error of the planner with what it is for: these sizes, which routing, and the bytes that
+    are there all the time.
+    """
+    shown = ", ".join(f"{name} {relation} {size}" for name, size in sizes.items())
+    text = (
+        f"{error}\nThis is for {shown or 'these sizes'} and the worst routing; parameters, inputs"
+        f" and what is held in reserve are {resident} bytes of it."
+    )
+    return BudgetError(text, error.least_known, error.least_possible)
+
+
+__all__ = ["for_sizes", "plan_lines", "shown_bytes"]
