@@ -101,7 +101,7 @@ def test_training_with_accumulated_gradients_has_the_same_losses() -> None:
     model = build("olmoe")
     # gradients that are added to, and both moments of AdamW
     reserve = 3 * sum(p.nbytes for p in model.parameters())
-    budget = "1TiB"
+    budget: int | str = "1TiB"
     found = []
     for _ in range(2):
         compiled = planned(build("olmoe"), budget, reserve=reserve)
@@ -177,7 +177,9 @@ def test_ways_to_train(make: Callable[[], Any], around: Callable[[], Any]) -> No
 @pytest.fixture
 def one_process(tmp_path: Path) -> Iterator[None]:
     """A process group of this process alone."""
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    store = torch.distributed.FileStore(  # type: ignore[attr-defined]  # it is in its documentation
+        str(tmp_path / "store"), 1
+    )
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()

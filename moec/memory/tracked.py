@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
@@ -22,12 +23,16 @@ class Tracked:
         """The most that was held at once beyond what was held before, each allocation rounded up to
         a multiple of ``granule``.
         """
-        held = most = 0
+        return max(accumulate(self._rounded(granule), initial=0))
+
+    def held(self, granule: int = 1) -> int:
+        """What is still held when the call has returned, its result among it."""
+        return sum(self._rounded(granule))
+
+    def _rounded(self, granule: int) -> Iterator[int]:
         for change in self.changes:
             size = -(-abs(change) // granule) * granule
-            held += size if change > 0 else -size
-            most = max(most, held)
-        return most
+            yield size if change > 0 else -size
 
 
 def track(call: Callable[[], Any]) -> Tracked:
