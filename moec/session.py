@@ -35,6 +35,7 @@ from moec.runtime.tapes import Tapes
 from moec.surroundings import isolated
 from moec.targets import choose_target, has_descriptors, has_gluon
 from moec.trace_events import span
+from moec.tuning.file import shipped
 from moec.watching import Watching, from_environment
 
 # The mode of training artifacts for few tokens.
@@ -53,7 +54,8 @@ class Session:
     artifacts. ``gluon`` allows products in Gluon where a GPU runs them; artifacts for
     ``planned_target`` are looked at and not run here; ``mode`` is one of
     :data:`moec.api.MODES`; ``numerics`` one of :data:`moec.api.NUMERICS`; ``token_rounding``
-    the rows of a tile that experts are to fill in training, or 0; ``limits`` are those of the
+    the rows of a tile that experts are to fill in training, or 0; ``tuning`` the file of measured
+    tiles ("" for none, ``None`` for the one that comes with moec); ``limits`` are those of the
     declared inputs.
     """
 
@@ -66,6 +68,7 @@ class Session:
     mode: str = "default"
     numerics: str = "default"
     token_rounding: int = 0
+    tuning: str | None = None
     observers: Sequence[Observer] = ()
     watching: Watching = field(default_factory=from_environment)
     limits: Limits | None = None
@@ -283,6 +286,7 @@ class Session:
             self.gluon and has_gluon(device),
             self.is_repro,
             self.token_rounding,
+            shipped(device) if self.tuning is None else self.tuning,
         )
         if wanted is None:
             return text
