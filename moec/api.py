@@ -41,8 +41,8 @@ OPTIONS = {
     " needs the target triton (docs/numerics.md; default: default)",
     "token_rounding": "rows of a tile, say 128: in training, a few tokens go to other experts, so"
     " that these fill whole tiles (docs/routers.md; default: 0, all go where the router says)",
-    "tuning": "file of tiles that moec tune measured (docs/tuning.md; default: the one that comes with"
-    " moec for the GPU, if any; false: none)",
+    "tuning": "file of tiles that moec tune measured (docs/tuning.md; default: the one that comes"
+    " with moec for the GPU, if any; false: none)",
     "passes": "pipeline text in place of the default one",
     "reserve": "with a memory budget: bytes of it for what moec does not see, the state of an"
     " optimizer above all (default: 0; on a GPU what is allocated at a call, if that is more)",

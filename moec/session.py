@@ -135,8 +135,9 @@ class Session:
         exact = has_smaller_floats(graph)
         made = self._compile(graph, wanted, target, device, name, exact)
         if made is not None and target != "aten" and not self._runs(made, inputs):
-            self.demoted.add(graph.fingerprint)
-            made = self.artifact(graph, wanted, device, name=name)
+            if not self._drop_tuning(device):
+                self.demoted.add(graph.fingerprint)
+            made = self.artifact(graph, wanted, device, inputs, name)
         elif made is not None and self._rounds_apart(made, exact):
             few = self._compile(graph, wanted, target, device, name, True, FEW)
             made = replace(made, few=Once.made_of(few))
@@ -148,6 +149,15 @@ class Session:
             repeats = made.captures is None and not self.is_repro
             made = replace(made, tapes=Tapes(_varying(graph), large=LARGE)) if repeats else made
         self.artifacts[key] = made
+
+    def _tuning(self, device: torch.device) -> str:
+        """The file of measured tiles for a device, if any."""
+        return shipped(device) if self.tuning is None else self.tuning
+
+    def _drop_tuning(self, device: torch.device) -> bool:
+        """Choose tiles by rule from now on; whether some were chosen otherwise."""
+        was, self.tuning = self._tuning(device), ""
+        return bool(was) and not self.is_repro
 
     @property
     def is_repro(self) -> bool:
@@ -206,10 +216,15 @@ class Session:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             self.warn(
                 f"moec: the kernels of @{artifact.graph.name} do not compile here ({reason}); "
-                f"the aten target takes over. Emitted module: {artifact.path}. {reproducer.text}"
+                f"{self._next(artifact)}. Emitted module: {artifact.path}. {reproducer.text}"
             )
             return False
         return True
+
+    def _next(self, artifact: Artifact) -> str:
+        """What takes over from an artifact that does not run, in words."""
+        was_tuned = any(step.call.options.get("tuning") for step in artifact.history)
+        return "tiles by rule take over" if was_tuned else "the aten target takes over"
 
     def _compile(
         self,
@@ -286,7 +301,7 @@ class Session:
             self.gluon and has_gluon(device),
             self.is_repro,
             self.token_rounding,
-            shipped(device) if self.tuning is None else self.tuning,
+            self._tuning(device),
         )
         if wanted is None:
             return text

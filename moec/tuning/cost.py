@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from moec.codegen.triton.tiles import SHARED_BYTES, Tile
 from moec.ir.types import SIZES
 from moec.tuning.kernels import OUTER, Kernel
-from moec.tuning.space import sums, shared_bytes, tiles
+from moec.tuning.space import shared_bytes, sums, tiles
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ class Candidate:
     ms: float
 
 
-def estimate(kernel: Kernel, template: str, tile: Tile, rows: int, machine: Machine = H100) -> float:
+def estimate(
+    kernel: Kernel, template: str, tile: Tile, rows: int, machine: Machine = H100
+) -> float:
     """Milliseconds of a product over so many rows, evenly spread over the experts."""
     size = SIZES[kernel.dtype]
     pieces, depth = _pieces(kernel, tile, rows)
@@ -54,7 +56,8 @@ def estimate(kernel: Kernel, template: str, tile: Tile, rows: int, machine: Mach
     one = max(work, moved / (machine.cached / machine.processors))
     programs = machine.processors * _resident(kernel, template, tile)
     waves = math.ceil(pieces / programs) * programs / machine.processors
-    return 1e3 * max(waves * one, _total_bytes(kernel, template, rows) / machine.bytes)
+    parts = waves * one, _total_bytes(kernel, template, rows) / machine.bytes
+    return 1e3 * (max(parts) + min(parts) / 4)  # the smaller is hidden for the most part
 
 
 def _pieces(kernel: Kernel, tile: Tile, rows: int) -> tuple[float, float]:
@@ -67,8 +70,9 @@ def _pieces(kernel: Kernel, tile: Tile, rows: int) -> tuple[float, float]:
 
 
 def _stalls(kernel: Kernel, tile: Tile) -> float:
-    """How much longer an inner loop takes whose few stages or narrow tiles hide less."""
-    return (1 + 1 / (4 * tile.stages)) * (1 + 16 / tile.rows + 16 / (kernel.parts * tile.columns))
+    """How much longer an inner loop takes whose stages, steps or sides hide little."""
+    sides = 1 + 16 / tile.rows + 16 / (kernel.parts * tile.columns)
+    return (1 + 1 / (4 * tile.stages)) * (1 + 8 / tile.depth) * sides
 
 
 def _outside(kernel: Kernel, tile: Tile) -> int:

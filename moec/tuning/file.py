@@ -83,7 +83,7 @@ def show_tuning(tuning: Tuning) -> str:
 
 
 def _data(entry: Entry) -> dict[str, Any]:
-    measured = {"ms": round(entry.ms, 5), "default_ms": round(entry.default_ms, 5)}
+    measured = {"ms": entry.ms, "default_ms": entry.default_ms}
     tile = list(entry.tile.attribute)
     rows = [entry.low, entry.high]
     return {**entry.kernel.data, "rows": rows, "template": entry.template, "tile": tile} | measured
@@ -165,9 +165,11 @@ class _Reader:
             self.fail(f"no kernel {kind[:40]!r} of {dtype[:40]!r} in {template[:40]!r}")
         if not isinstance(data.get("transposed"), bool):
             self.fail('"transposed" is not true or false')
-        sizes = (self.whole(data.get(n), n) for n in ("experts", "depth", "columns", "parts"))
+        names = ("experts", "depth", "columns", "parts")
+        experts, depth, columns, parts = (self.whole(data.get(n), n) for n in names)
         reads = self.whole(data.get("reads"), "reads")
         low, high = self.wholes(data, "rows", 2)
+        sizes = (experts, depth, columns, parts)
         kernel = Kernel(kind, dtype, *sizes, data["transposed"], gather, reads)
         tile = Tile(*self.wholes(data, "tile", 5))
         times = self.time(data, "ms"), self.time(data, "default_ms")
@@ -238,7 +240,7 @@ def is_foreign(tuning: Tuning) -> str:
 
 def versions() -> dict[str, str]:
     """The versions that times depend on."""
-    found = {"torch": torch.__version__}
+    found = {"torch": str(torch.__version__)}
     for name in ("moec", "triton"):
         try:
             found[name] = version(name)
