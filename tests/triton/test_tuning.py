@@ -4,9 +4,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from moec.codegen.triton.tiles import Tile
+from moec.inputs import random_inputs
 from moec.ir import Graph
+from moec.runtime.artifact import Artifact
+from moec.session import Session
 from moec.tuning.file import Entry, Tuning, show_tuning
 from moec.tuning.kernels import GEMM, kernel_of
 from moec.tuning.search import all_sizes, tune_graph, wanted
@@ -30,7 +34,27 @@ def tuned(graph: Graph, path: Path) -> Graph:
     return made
 
 
-def test_a_worker_times_each_kernel_in_its_place(tmp_path: Path) -> None:
+def test_tiles_that_do_not_run_give_way_to_the_rules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(made: Artifact, inputs: object) -> None:
+        if any(step.call.options.get("tuning") for step in made.history):
+            raise RuntimeError("out of resources")
+
+    monkeypatch.setattr("moec.session.choose_target", lambda asked, device: "triton")
+    monkeypatch.setattr(Artifact, "try_out", fails)
+    graph, path = build(OLMOE).graph, tmp_path / "a.json"
+    tuned(graph, path)
+    session = Session(cache=str(tmp_path), tuning=str(path))
+    inputs = random_inputs(graph, {"T": 3})
+    with pytest.warns(UserWarning, match="tiles by rule take over"):
+        made = session.artifact(graph, None, torch.device("cpu"), inputs)
+    assert made is not None and made.target == "triton"
+    assert not any("tuning" in step.call.options for step in made.history)
+
+
+def test_a_worker_times_each_kernel_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moec.tuning.timing.ROUNDS", 1)
     graph = lowered(build(OLMOE).graph, SMALL)
     kernels = wanted(graph, sizes := all_sizes(graph, 4), ("pointer",), 1)
     with Timer(sizes) as timer:
