@@ -64,7 +64,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, Callable[[Any], Any]]] = {
 def make_model(small: bool, experts: str, device: str) -> Any:
     """The model with random weights, the same for every implementation of the experts."""
     torch.manual_seed(0)
-    config = OlmoeConfig(**SIZES[small], use_cache=False, attention_dropout=0.0)
+    config = OlmoeConfig(**SIZES[small], use_cache=False, eos_token_id=None, pad_token_id=None)
     config._attn_implementation = "sdpa"
     with torch.device(device):
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
