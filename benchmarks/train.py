@@ -4,6 +4,7 @@ Run from the project's root:
 
     python -m benchmarks.train --json out/train.json --picture out/train.png
     python -m benchmarks.train --quick --only s7b-n256      without eager, compiled and errors
+    python -m benchmarks.train --only s7b-n256 qwen3-30b --implementations moec sonicmoe
     python -m benchmarks.train --device cpu --only tiny     the script at work, anywhere
 
 How it is measured. Blocks are transformers' own (a softmax router, SwiGLU experts) with random bf16
@@ -15,12 +16,17 @@ forward, twice that backward), while the times include the router. `held` is wha
 two without input and output, `peak` the most of the step without gradients. `bound` is the six
 products alone as library products of equal groups: no routing, gathering, activation or
 combination. Errors are relative, in norm, to float64, and inputs are drawn so that rounding cannot
-change the routing. In sizes with `zipf` the busiest expert gets many times the mean.
+change the routing. In sizes with `zipf` the busiest expert gets many times the mean. The last two
+columns say how many times as fast moec is, and a table at the end has their geometric means.
+`sonicmoe` is left out where it is not installed; its results are compared with grouped_mm's before
+it is timed. A row's time limit begins when the GPU is its own; compiling and tuning are within it.
 """
 
 import argparse
 import fcntl
 import json
+import math
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,14 +37,18 @@ from typing import Any
 
 import torch
 
-from .report import describe, environment, markdown_table, write_json
+from . import sonic
+from .report import describe, environment, markdown_table, version_of, write_json
 from .train_step import MODELS, SIZES, measure
 
 LOCK = Path(tempfile.gettempdir()) / "moec_benchmark.lock"  # held by the process that measures
 QUICK = ("moec", "grouped_mm", "bound")
+WORKERS = 3  # processes at a time: one measures, the others import
+RATIOS = ("forward", "backward")
 HEADER = (
     *("implementation", "forward ms", "both ms", "forward TFLOP/s", "backward TFLOP/s"),
     *("both TFLOP/s", "held MiB", "peak MiB", "error output", "error gradients"),
+    *("moec forward x", "moec backward x"),
 )
 FIGURES = {"forward_ms": ".3f", "both_ms": ".3f", "forward_tflops": ".0f", "backward_tflops": ".0f"}
 FIGURES |= {"both_tflops": ".0f", "held_mib": ".0f", "peak_mib": ".0f"}
@@ -49,15 +59,33 @@ def run(arguments: argparse.Namespace, name: str, implementation: str) -> dict[s
     command = [sys.executable, "-m", "benchmarks.train", "--worker", name, implementation]
     command += ["--device", arguments.device, *(["--quick"] if arguments.quick else [])]
     row = {"size": name, "implementation": implementation}
+    if implementation == "sonicmoe" and not sonic.is_installed():
+        return row | {"failed": "left out: sonicmoe is not installed"}
+    command += ["--limit", str(arguments.limit)]
+    waiting = WORKERS * (arguments.limit + 60)  # others may go first; the worker ends itself
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.limit)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=waiting)
     except subprocess.TimeoutExpired:
+        return row | {"failed": f"stopped after {waiting} s"}
+    if done.returncode == -signal.SIGALRM:
         return row | {"failed": f"stopped after {arguments.limit} s"}
     for line in reversed(done.stdout.splitlines()):
         if line.startswith("{"):
             found: dict[str, Any] = json.loads(line)
             return found
     return row | {"failed": (done.stderr.strip().splitlines() or ["no output"])[-1][:160]}
+
+
+def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of one size, with how many times as fast moec is where it ran."""
+    own = next((r for r in rows if r["implementation"] == "moec" and "failed" not in r), None)
+    if own is None:
+        return rows
+    parts = [f"{part}_tflops" for part in RATIOS]
+    return [
+        r | {f"{p}_ratio": own[n] / r[n] for p, n in zip(RATIOS, parts, strict=True) if n in r}
+        for r in rows
+    ]
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -68,7 +96,22 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     found = dict(row.get("errors", {}))
     output = found.pop("output", None)
     accuracy = ("-", "-") if output is None else (f"{output:.2e}", f"{max(found.values()):.2e}")
-    return (row["implementation"], *figures, *accuracy)
+    faster = (f"{row[n]:.2f}" if n in row else "-" for n in (f"{p}_ratio" for p in RATIOS))
+    return (row["implementation"], *figures, *accuracy, *faster)
+
+
+def means(rows: list[dict[str, Any]]) -> str:
+    """A table: the geometric means, over the sizes, of how many times as fast moec is."""
+    found = list[tuple[str, ...]]()
+    for name in dict.fromkeys(r["implementation"] for r in rows if r["implementation"] != "moec"):
+        mine = [r for r in rows if r["implementation"] == name and "forward_ratio" in r]
+        if mine:
+            mean = (
+                math.exp(sum(math.log(r[f"{p}_ratio"]) for r in mine) / len(mine)) for p in RATIOS
+            )
+            found.append((name, str(len(mine)), *(f"{m:.3f}" for m in mean)))
+    header = ("moec against", "sizes", *(f"{p} x" for p in RATIOS))
+    return markdown_table(header, found) if found else ""
 
 
 def title(name: str) -> str:
@@ -112,7 +155,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", choices=SIZES, default=[n for n in SIZES if n != "tiny"]
     )
-    parser.add_argument("--against", nargs="+", choices=everything)
+    parser.add_argument("--implementations", "--against", nargs="+", choices=everything)
     parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)}; no errors")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--limit", type=int, default=240, help="seconds for each row")
@@ -123,14 +166,16 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device here; --device cpu --only tiny shows the script at work")
     arguments.worker = arguments.worker or ()
-    arguments.against = arguments.against or (QUICK if arguments.quick else everything)
+    chosen = arguments.implementations or (QUICK if arguments.quick else everything)
+    arguments.implementations = chosen
     return arguments
 
 
 def worker(arguments: argparse.Namespace) -> None:
-    """Measure one row, alone on the GPU, and print it."""
+    """Measure one row, alone on the GPU and within the time limit, and print it."""
     with LOCK.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        signal.alarm(arguments.limit)  # ends the process, whatever it is stuck in
         name, implementation = arguments.worker
         row = measure(name, implementation, arguments.device, accurate=not arguments.quick)
     print(json.dumps(row), flush=True)
@@ -143,17 +188,20 @@ def main() -> None:
         worker(arguments)
         return
     facts = environment(arguments.device)
+    if "sonicmoe" in arguments.implementations and sonic.is_installed():
+        facts |= {name: version_of(name) for name in sonic.PACKAGES}
     print(describe(facts), flush=True)
     rows: list[dict[str, Any]] = []
-    wanted = [(n, i) for n in arguments.only for i in arguments.against]
-    with ThreadPoolExecutor(3) as pool:
+    wanted = [(n, i) for n in arguments.only for i in arguments.implementations]
+    with ThreadPoolExecutor(WORKERS) as pool:
         for row in pool.map(partial(run, arguments), *zip(*wanted, strict=True)):
-            rows.append(row)
+            found = ratios([*(r for r in rows if r["size"] == row["size"]), row])
+            rows = [r for r in rows if r["size"] != row["size"]] + found
             write_json(arguments.json, {"environment": facts, "rows": rows})
-            found = [r for r in rows if r["size"] == row["size"]]
-            if len(found) == len(arguments.against):
+            if len(found) == len(arguments.implementations):
                 table = markdown_table(HEADER, map(cells, found))
                 print(f"\n{title(row['size'])}\n\n{table}", flush=True)
+    print(f"\n{means(rows)}")
     if arguments.picture is not None:
         draw(rows, arguments.picture)
 

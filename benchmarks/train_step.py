@@ -17,6 +17,7 @@ import moec
 from .block import compiled_grouped, with_experts
 from .hf_blocks import LOGIT_MARGIN, ROTATION, Shape, olmoe, random_block
 from .reference import Weights, clear_choices, reference, relative_error
+from .sonic import SonicMoE, check_equal, in_order
 
 MILLISECONDS = 400.0  # that one measurement may take
 
@@ -68,7 +69,9 @@ MODELS: dict[str, Callable[[Any], Any]] = {
     "grouped_mm": lambda block: with_experts(block, "grouped_mm"),
     "grouped_mm + torch.compile": compiled_grouped,
     "eager": lambda block: with_experts(block, "eager"),
+    "sonicmoe": SonicMoE,
 }
+NAMES = ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
 
 OTHER_ROUTING = "moec token rounding"  # there is no error against the routing that is another
 
@@ -92,7 +95,7 @@ class Step:
     """Forward, and forward with backward, of a model on rotating inputs."""
 
     def __init__(self, model: Any, block: Any, inputs: list[Tensor]) -> None:
-        self.model, self.parameters = model, list(block.parameters())
+        self.model, self.parameters = model, _parameters(model, block)
         self.inputs = [x.requires_grad_() for x in inputs]
         self.gradient = torch.randn_like(inputs[0])
 
@@ -104,6 +107,19 @@ class Step:
         """Gradients of the input and of every parameter."""
         x = self.inputs[turn % ROTATION]
         return torch.autograd.grad(self.model(x), [x, *self.parameters], self.gradient)
+
+    def results(self) -> dict[str, Tensor]:
+        """Output, and gradients by the block's own names, of the first input."""
+        found = dict(zip(("hidden", *NAMES), self.both(0), strict=True))
+        if isinstance(self.model, SonicMoE):
+            found[NAMES[1]] = in_order(found[NAMES[1]])
+        return found | {"output": self.forward(0).detach()}
+
+
+def _parameters(model: Any, block: Any) -> list[Tensor]:
+    """Router, first and second projection: the block's own, but for what needs another order."""
+    found = [block.get_parameter(name) for name in NAMES]
+    return [found[0], model.gate_up, found[2]] if isinstance(model, SonicMoE) else found
 
 
 def median_ms(call: Callable[[int], object], device: str) -> float:
@@ -158,17 +174,15 @@ def errors(step: Step, block: Any, size: Size) -> dict[str, float]:
         activation=experts.act_fn,
         kept=kept,
     )
-    names = [name for name, _ in block.named_parameters()]
-    output, gradients = step.forward(0), step.both(0)
+    actual = step.results()
     found = {
-        "output": relative_error(output[0], expected.output),
-        "hidden": relative_error(gradients[0][0], expected.hidden),
+        "output": relative_error(actual["output"][0], expected.output),
+        "hidden": relative_error(actual["hidden"][0], expected.hidden),
+        "router": relative_error(actual["gate.weight"], expected.router),
     }
-    by_name = dict(zip(names, gradients[1:], strict=True))
-    found["router"] = relative_error(by_name["gate.weight"], expected.router)
     for name, wanted in (("gate_up_proj", expected.gate_up), ("down_proj", expected.down)):
-        actual = by_name[f"experts.{name}"]
-        found[name] = max(relative_error(actual[e], value) for e, value in wanted.items())
+        gradient = actual[f"experts.{name}"]
+        found[name] = max(relative_error(gradient[e], value) for e, value in wanted.items())
     return found
 
 
@@ -203,6 +217,9 @@ def measure(name: str, implementation: str, device: str, accurate: bool) -> dict
         return row | rates(size, bound(size, device))
     block = random_block(size.shape, device, torch.bfloat16 if device == "cuda" else torch.float32)
     step = Step(MODELS[implementation](block), block, draw(block, size))
+    if implementation == "sonicmoe":
+        _check_as_grouped(step, block)
+        gc.collect()
     if accurate and implementation != OTHER_ROUTING:
         row["errors"] = errors(step, block, size)
         gc.collect()
@@ -212,6 +229,13 @@ def measure(name: str, implementation: str, device: str, accurate: bool) -> dict
         "both_ms": median_ms(step.both, device),
     }
     return row | rates(size, found) | (memory(step) if device == "cuda" else {})
+
+
+def _check_as_grouped(step: Step, block: Any) -> None:
+    """Compare what is not moec's with transformers' own products, before it is timed."""
+    same = Step(MODELS["grouped_mm"](block), block, step.inputs)
+    same.gradient = step.gradient
+    check_equal(step.results(), same.results())
 
 
 def rates(size: Size, found: dict[str, float]) -> dict[str, float]:

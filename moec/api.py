@@ -41,6 +41,8 @@ OPTIONS = {
     " needs the target triton (docs/numerics.md; default: default)",
     "token_rounding": "rows of a tile, say 128: in training, a few tokens go to other experts, so"
     " that these fill whole tiles (docs/routers.md; default: 0, all go where the router says)",
+    "tuning": "file of tiles that moec tune measured (docs/tuning.md; default: the one that comes"
+    " with moec for the GPU, if any; false: none)",
     "passes": "pipeline text in place of the default one",
     "reserve": "with a memory budget: bytes of it for what moec does not see, the state of an"
     " optimizer above all (default: 0; on a GPU what is allocated at a call, if that is more)",
@@ -245,6 +247,7 @@ def _session(
         mode=mode,
         numerics=numerics,
         token_rounding=_token_rounding(options, numerics),
+        tuning=_tuning(options),
         watching=watching,
     )
 
@@ -268,6 +271,24 @@ def _token_rounding(options: Mapping[str, Any], numerics: str) -> int:
             f" round-tokens{{tile={rows}}} between raise-router and grad"
         )
     return rows if rows > 1 else 0
+
+
+def _tuning(options: Mapping[str, Any]) -> str | None:
+    """The option of that name: a path, "" for none; ``None`` if it was not given."""
+    given = options.get("tuning")
+    if given is None or given is False:
+        return "" if given is False else None
+    if not isinstance(given, str | os.PathLike) or set(str(given)) & set("{},#\n") or not given:
+        raise CompileError(
+            f"option 'tuning' is the path of a file (without braces, commas and #) or false, got"
+            f" {given!r}"
+        )
+    if options.get("passes") is not None:
+        raise CompileError(
+            f"option 'tuning' is for the default pipeline; with option 'passes', end with"
+            f" lower{{tuning={given}}}"
+        )
+    return str(Path(given).absolute())
 
 
 def _numerics(options: Mapping[str, Any], target: str | None) -> str:

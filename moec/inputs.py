@@ -176,9 +176,15 @@ def _clamped(size: int, bounds: Range | None) -> int:
 
 
 def random_inputs(
-    graph: Graph, dims: Mapping[str, int], *, seed: int = 0, float64: bool = False
+    graph: Graph,
+    dims: Mapping[str, int],
+    *,
+    seed: int = 0,
+    float64: bool = False,
+    device: str = "cpu",
 ) -> list[torch.Tensor]:
-    """CPU tensors for a graph's inputs, then for its cotangents, the same for the same ``seed``.
+    """Tensors for a graph's inputs, then for its cotangents, the same for the same ``seed`` and
+    ``device``, where floats are drawn.
 
     Floats have unit scale (weights: such that their product has), in the declared dtypes or all in
     float64. Integers are valid for the ops that read them: expert indices are distinct a token;
@@ -191,8 +197,8 @@ def random_inputs(
     check_dims(graph, dims)
     values = (*graph.inputs, *graph.cotangents)
     _check_memory(graph, values, dims, float64)
-    maker = _Maker(graph, dims, seed, float64)
-    return [maker.make(value) for value in values]
+    maker = _Maker(graph, dims, seed, float64, device)
+    return [maker.make(value).to(device) for value in values]
 
 
 def check_dims(graph: Graph, dims: Mapping[str, int]) -> None:
@@ -229,8 +235,11 @@ def _check_memory(
 class _Maker:
     """Makes tensors one after the other; values that belong to one dispatch share it."""
 
-    def __init__(self, graph: Graph, dims: Mapping[str, int], seed: int, float64: bool) -> None:
+    def __init__(
+        self, graph: Graph, dims: Mapping[str, int], seed: int, float64: bool, device: str
+    ) -> None:
         self.dims, self.float64 = dims, float64
+        self.drawing = torch.Generator(device).manual_seed(seed + 1) if device != "cpu" else None
         self.roles = roles(graph)
         self.generator = torch.Generator().manual_seed(seed)
         self.choices: dict[int, int] = {}
@@ -267,8 +276,12 @@ class _Maker:
 
     def floats(self, type_: Type, shape: tuple[int, ...], role: Role) -> torch.Tensor:
         dtype = torch.float64 if self.float64 else DTYPES[type_.dtype]
-        drawn = torch.randn(shape, generator=self.generator, dtype=torch.float64)
         inner = self.size(role.bound) if role.kind == "weight" else 1
+        if self.drawing is not None:  # in the dtype itself: the largest weights fill half a GPU
+            there = self.drawing.device
+            drawn = torch.randn(shape, generator=self.drawing, dtype=dtype, device=there)
+            return drawn.div_(math.sqrt(max(inner, 1)))
+        drawn = torch.randn(shape, generator=self.generator, dtype=torch.float64)
         return (drawn / math.sqrt(max(inner, 1))).to(dtype)
 
     def index(self, shape: tuple[int, ...], role: Role) -> torch.Tensor:

@@ -26,6 +26,7 @@ def pipeline(
     gluon: bool = False,
     repro: bool = False,
     token_rounding: int = 0,
+    tuning: str = "",
 ) -> str:
     """The passes for a target ("triton" or "aten"), joined by commas.
 
@@ -35,6 +36,7 @@ def pipeline(
     the module's own, and their gradients round as autograd's; the experts' outputs are kept for
     them. ``repro``: a token's bits must not depend on the other tokens, for "triton" alone.
     ``token_rounding``: for training, experts get multiples of so many tokens (0: what they get).
+    ``tuning``: the file of measured tiles, which ``repro`` does not use.
     """
     stages = [CLEAN if exact else RAISE]
     if training:
@@ -48,5 +50,7 @@ def pipeline(
         if repro:
             stages.append(INVARIANT)
             allowed += ",repro=true"
+        elif tuning:
+            allowed += f",tuning={tuning}"
         stages += [FUSE, f"lower{{{allowed}}}"]
     return ", ".join(stages)

@@ -35,6 +35,7 @@ from moec.runtime.tapes import Tapes
 from moec.surroundings import isolated
 from moec.targets import choose_target, has_descriptors, has_gluon
 from moec.trace_events import span
+from moec.tuning.file import shipped
 from moec.watching import Watching, from_environment
 
 # The mode of training artifacts for few tokens.
@@ -53,7 +54,8 @@ class Session:
     artifacts. ``gluon`` allows products in Gluon where a GPU runs them; artifacts for
     ``planned_target`` are looked at and not run here; ``mode`` is one of
     :data:`moec.api.MODES`; ``numerics`` one of :data:`moec.api.NUMERICS`; ``token_rounding``
-    the rows of a tile that experts are to fill in training, or 0; ``limits`` are those of the
+    the rows of a tile that experts are to fill in training, or 0; ``tuning`` the file of measured
+    tiles ("" for none, ``None`` for the one that comes with moec); ``limits`` are those of the
     declared inputs.
     """
 
@@ -66,6 +68,7 @@ class Session:
     mode: str = "default"
     numerics: str = "default"
     token_rounding: int = 0
+    tuning: str | None = None
     observers: Sequence[Observer] = ()
     watching: Watching = field(default_factory=from_environment)
     limits: Limits | None = None
@@ -132,8 +135,9 @@ class Session:
         exact = has_smaller_floats(graph)
         made = self._compile(graph, wanted, target, device, name, exact)
         if made is not None and target != "aten" and not self._runs(made, inputs):
-            self.demoted.add(graph.fingerprint)
-            made = self.artifact(graph, wanted, device, name=name)
+            if not self._drop_tuning(device):
+                self.demoted.add(graph.fingerprint)
+            made = self.artifact(graph, wanted, device, inputs, name)
         elif made is not None and self._rounds_apart(made, exact):
             few = self._compile(graph, wanted, target, device, name, True, FEW)
             made = replace(made, few=Once.made_of(few))
@@ -145,6 +149,15 @@ class Session:
             repeats = made.captures is None and not self.is_repro
             made = replace(made, tapes=Tapes(_varying(graph), large=LARGE)) if repeats else made
         self.artifacts[key] = made
+
+    def _tuning(self, device: torch.device) -> str:
+        """The file of measured tiles for a device, if any."""
+        return shipped(device) if self.tuning is None else self.tuning
+
+    def _drop_tuning(self, device: torch.device) -> bool:
+        """Choose tiles by rule from now on; whether some were chosen otherwise."""
+        was, self.tuning = self._tuning(device), ""
+        return bool(was) and not self.is_repro
 
     @property
     def is_repro(self) -> bool:
@@ -203,10 +216,15 @@ class Session:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             self.warn(
                 f"moec: the kernels of @{artifact.graph.name} do not compile here ({reason}); "
-                f"the aten target takes over. Emitted module: {artifact.path}. {reproducer.text}"
+                f"{self._next(artifact)}. Emitted module: {artifact.path}. {reproducer.text}"
             )
             return False
         return True
+
+    def _next(self, artifact: Artifact) -> str:
+        """What takes over from an artifact that does not run, in words."""
+        was_tuned = any(step.call.options.get("tuning") for step in artifact.history)
+        return "tiles by rule take over" if was_tuned else "the aten target takes over"
 
     def _compile(
         self,
@@ -283,6 +301,7 @@ class Session:
             self.gluon and has_gluon(device),
             self.is_repro,
             self.token_rounding,
+            self._tuning(device),
         )
         if wanted is None:
             return text

@@ -9,6 +9,7 @@ from moec.errors import PassError
 from moec.ir.builder import make_op
 from moec.ir.graph import Graph, Op
 from moec.manager import register
+from moec.tuning.file import load_tuning
 
 
 @register("lower")
@@ -23,6 +24,7 @@ def lower(
     block_n: int = 0,
     block_k: int = 0,
     block: int = 0,
+    tuning: str = "",
 ) -> Graph:
     """Set ``template`` and ``tile`` of every product's kernel.
 
@@ -33,7 +35,9 @@ def lower(
     products have tiles of few rows, whose programs read the weights of one expert each. ``repro``
     says that a token's bits must not depend on the other tokens: what is emitted then is refused
     where it could. The block sizes override the rules' choice of rows, columns and depth of
-    products, and of the vectors of the other kernels.
+    products, and of the vectors of the other kernels. ``tuning`` is a file of measured tiles: what
+    it says of a kernel that can have the tile goes before the rules, but not before ``few``,
+    ``repro`` and block sizes.
 
     Raises:
         PassError: ``repro`` with ``few``, whose tiles are others than those for many tokens.
@@ -41,6 +45,8 @@ def lower(
     if few and repro:
         raise PassError("lower: few and repro exclude each other: tiles for few tokens add apart")
     limits = Limits(descriptors, gluon, few, block_m, block_n, block_k, block, repro)
+    if tuning and not (few or repro):
+        limits = replace(limits, tuning=load_tuning(tuning))
     ops = tuple(_lowered(op, limits) if op.kind.startswith("kern.") else op for op in graph.ops)
     return (
         graph if all(a is b for a, b in zip(ops, graph.ops, strict=True)) else graph.with_ops(ops)

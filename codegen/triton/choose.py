@@ -10,6 +10,8 @@ from moec.codegen.gluon.grouped_outer import TILE as GLUON_OUTER
 from moec.codegen.gluon.grouped_outer import GluonOuter
 from moec.codegen.triton.descriptor_gemm import DescriptorGemm
 from moec.codegen.triton.descriptor_outer import DescriptorOuter
+from moec.codegen.triton.grouped_gemm import PointerGemm
+from moec.codegen.triton.grouped_outer import PointerOuter
 from moec.codegen.triton.grouped_outer import analyse as analyse_outer
 from moec.codegen.triton.hoist import hoist
 from moec.codegen.triton.invariance import REPRO
@@ -25,7 +27,11 @@ from moec.codegen.triton.tiles import (
     row_tile_reason,
 )
 from moec.ir.graph import Op
+from moec.ir.prove import bounds
 from moec.reasons import decline, fired
+from moec.tuning.file import Tuning
+from moec.tuning.kernels import Kernel, kernel_of
+from moec.tuning.space import refusal
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class Limits:
     block_k: int = 0
     block: int = 0
     repro: bool = False
+    tuning: Tuning | None = None
 
 
 def attributes(op: Op, limits: Limits) -> dict[str, Any]:
@@ -52,6 +59,9 @@ def _choice(op: Op, limits: Limits) -> dict[str, Any]:
         return {"template": ONE_PROGRAM, "tile": few_routing(op)}
     if op.kind not in ("kern.grouped_gemm", "kern.grouped_outer"):
         return {"tile": (limits.block,)} if limits.block else {}
+    tuned = _tuned(op, limits)
+    if tuned:
+        return tuned
     if limits.gluon:
         problem = no_gluon(op)
         if not problem:
@@ -74,6 +84,53 @@ def _choice(op: Op, limits: Limits) -> dict[str, Any]:
         decline("template tma", op, problem)
     fired("tile", op, "{}", _Reason(op, tile, limits, template))
     return {"template": template, "tile": tile.attribute}
+
+
+def _tuned(op: Op, limits: Limits) -> dict[str, Any]:
+    """What was measured to be best, where nothing else was asked for; empty if nothing was."""
+    asked = limits.few or limits.repro or limits.block_m or limits.block_n or limits.block_k
+    kernel = None if limits.tuning is None or asked else kernel_of(op)
+    if limits.tuning is None or kernel is None:
+        return {}
+    ranges = op.body.ranges if op.body is not None else {}
+    entry = limits.tuning.find(kernel, bounds(kernel.rows, ranges)[1])
+    if entry is None:
+        return {}
+    problem = _is_off(entry.template, limits) or misfit(op, kernel, entry.template, entry.tile)
+    if problem:
+        decline("tuned tile", op, problem)
+        return {}
+    times = f"{entry.ms:.3f} ms where the rule's took {entry.default_ms:.3f}"
+    fired("tile", op, "{}", f"{entry.tile}, template {entry.template}: measured, {times}")
+    return {"template": entry.template, "tile": entry.tile.attribute}
+
+
+def _is_off(template: str, limits: Limits) -> str:
+    """Why a template may not be used on the target; empty if it may."""
+    allowed = {"gluon": limits.gluon, "tma": limits.descriptors, "pointer": True}
+    return "" if allowed.get(template) else f"the template {template} is off"
+
+
+def misfit(op: Op, kernel: Kernel, template: str, tile: Tile) -> str:
+    """Why a kernel cannot have a template and a tile; empty if it can."""
+    problem = refusal(kernel, template, tile)
+    if problem:
+        return problem
+    tiled = replace(op, attrs={**op.attrs, "template": template, "tile": tile.attribute})
+    if template == "gluon":
+        return no_gluon(tiled)
+    if template == "tma":
+        return no_descriptors(hoist(tiled).op)
+    return _no_pointer(hoist(tiled).op)
+
+
+def _no_pointer(op: Op) -> str:
+    """Why the portable template cannot express a kernel; empty if it can."""
+    try:
+        PointerGemm(op, "trial") if op.kind == "kern.grouped_gemm" else PointerOuter(op, "trial")
+    except Unsupported as error:
+        return str(error)
+    return ""
 
 
 def _default(op: Op, template: str) -> Tile:

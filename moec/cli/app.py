@@ -17,6 +17,7 @@ from moec.cli.explain import explain
 from moec.cli.plan import plan
 from moec.cli.reduce import reduce
 from moec.cli.show import show
+from moec.cli.tune import tune
 from moec.reproducer import version_of
 
 HELP = """A compiler for Mixture-of-Experts models in PyTorch: look at what it does to a model.
@@ -79,6 +80,7 @@ for _command in (
     diff,
     show,
     plan,
+    tune,
     lists.passes,
     lists.ops,
 ):

@@ -36,6 +36,7 @@ from moec.capture.model_spec import read_config
 from moec.cli.console import calls_for
 from moec.cli.graphs import read_sizes
 from moec.codegen import emit_module
+from moec.codegen.triton.tiles import Tile
 from moec.errors import CodegenError, DimError, MoecError
 from moec.files import decoded
 from moec.fuzz.mutate import mutated
@@ -48,6 +49,8 @@ from moec.ir.verify import verify
 from moec.manager import PassManager, parse_pipeline
 from moec.pipeline import pipeline
 from moec.reproducer import check_of, emission_of
+from moec.tuning.file import Entry, Tuning, parse_tuning, show_tuning
+from moec.tuning.kernels import Kernel
 
 _T = TypeVar("_T")
 SEEDS = Path(__file__).parents[2] / "tests" / "corpus" / "seeds"
@@ -182,6 +185,14 @@ def _put(path: Path, data: bytes, outside: Path) -> None:
         path.write_bytes(data)
 
 
+def read_tuning(data: bytes) -> str:
+    """A tuning file: refused with a place, or one that reads back."""
+    made = _placed(lambda: parse_tuning(decoded(data, _NAME, MAX_BYTES), _NAME))
+    if parse_tuning(show_tuning(made), _NAME) != made:
+        raise Finding("a tuning file reads back as another")
+    return "taken"
+
+
 def _placed(read: Callable[[], _T]) -> _T:
     """The result; a refusal must name a place."""
     try:
@@ -218,6 +229,7 @@ def formats(folder: Path) -> list[Format]:
         Format("sizes", 2, read_size, (b"T=33", b"B=2 S=17"), (MoecError, typer.BadParameter)),
         Format("cache", 3, read_cache, (_EMITTED.encode(),)),
         Format("configurations", 3, read_configuration, _configurations()),
+        Format("tuning", 3, read_tuning, _tunings()),
     ]
 
 
@@ -232,6 +244,15 @@ _DIMS = (
     "(T + 1)^3",
     "-T + 4096",
 )
+
+
+def _tunings() -> tuple[bytes, ...]:
+    gemm = Kernel("grouped_gemm", "bf16", 8, 64, 32, 2, gather="left", reads=1)
+    outer = Kernel("grouped_outer", "f32", 8, 32, 64, transposed=True)
+    tile = Tile(128, 32, 64, 8, 3)
+    entries = tuple(Entry(k, "pointer", tile, 0.5, 0.75, 16, 4096) for k in (gemm, outer))
+    made = Tuning("a GPU", {"triton": "3.6.0"}, "2026-11-23", entries)
+    return (show_tuning(made).encode(),)
 
 
 def _configurations() -> tuple[bytes, ...]:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from tests.test_observers import BLOCK
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def with_odd_tiles(target: str, *options: bool) -> str:
+def with_odd_tiles(target: str, *options: Any) -> str:
     """The usual passes, but tiles have rows that are no power of two."""
     return pipeline(target, *options).replace("lower{", "lower{block-m=48,")
 
