@@ -46,6 +46,8 @@ OPTIONS = {
     "passes": "pipeline text in place of the default one",
     "reserve": "with a memory budget: bytes of it for what moec does not see, the state of an"
     " optimizer above all (default: 0; on a GPU what is allocated at a call, if that is more)",
+    "fuse_groups": "with a memory budget: compile groups of light operations with TorchInductor"
+    " (default: true on a GPU, false elsewhere)",
     "plan_seconds": "with a memory budget: how long to plan at most (default: 20)",
     "model_backend": "scope model: the torch.compile backend of what is not MoE (inductor)",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,12 +12,13 @@ from torch._dynamo.backends.common import aot_autograd
 
 from moec.budget.boxed import boxed_function
 from moec.budget.effort import RATES, Efforts
+from moec.budget.fused import Fused, fused_steps
 from moec.budget.labels import size_names
 from moec.budget.measure import workspace_on
 from moec.budget.problem import StepProblem, step_problem
 from moec.budget.schedule import scheduled, split
 from moec.budget.sizes import planned_sizes
-from moec.budget.steps import read_joint
+from moec.budget.steps import Step, read_joint
 from moec.budget.text import plan_lines
 from moec.errors import BudgetError, MoecError
 from moec.memory.buffers import GRANULES
@@ -30,7 +32,9 @@ class PlannedStep:
     """A backend of ``torch.compile`` that plans the step that it is given.
 
     ``budget``: bytes of the step with all that the caller holds; ``reserve``: bytes that others
-    hold; ``is_declared``: the caller declared ranges of sizes. After a capture ``planned`` and
+    hold; ``is_declared``: the caller declared ranges of sizes; ``fuse``: compile groups of light
+    operations, ``None`` where the device is a GPU; ``warn`` is told what cannot be compiled. After
+    a capture ``planned`` and
     ``plan`` say what was found; ``error`` is what went wrong, which Dynamo would hide in its own.
     """
 
@@ -41,9 +45,13 @@ class PlannedStep:
         reserve: int = 0,
         time_limit: float = 20.0,
         is_declared: bool = False,
+        fuse: bool | None = None,
+        warn: Callable[[str], None] = warnings.warn,
     ) -> None:
         self.name, self.budget, self.reserve = name, budget, reserve
         self.time_limit, self.is_declared = time_limit, is_declared
+        self.fuse, self.warn = fuse, warn
+        self.fused: Mapping[Step, Fused] = {}
         self.planned: StepProblem | None = None
         self.plan: Plan | None = None
         self.sizes: Mapping[str, int] = {}
@@ -77,17 +85,21 @@ class PlannedStep:
     def _planned_passes(
         self, joint: fx.GraphModule, forward_outputs: int
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        captured = read_joint(joint.graph, forward_outputs)
         sizes = planned_sizes(joint.graph, self.is_declared)
+        device = _device_of(joint.graph.find_nodes(op="placeholder"))
+        kind = "cuda" if device.type == "cuda" else "cpu"
+        is_fused = kind == "cuda" if self.fuse is None else self.fuse
+        captured = read_joint(joint.graph, forward_outputs, sizes if is_fused else None)
         names = size_names(joint.graph)
         self.sizes = {names[symbol]: size for symbol, size in sizes.items()}
-        device = _device_of(captured.inputs)
-        kind = "cuda" if device.type == "cuda" else "cpu"
-        efforts = Efforts(captured.memories, sizes, RATES[kind], workspace_on(device))
+        if is_fused:
+            self.fused = fused_steps(captured, sizes, device, self.warn)
+        workspace = workspace_on(device)
+        efforts = Efforts(captured.memories, sizes, RATES[kind], workspace, self.fused)
         granule = GRANULES["triton" if kind == "cuda" else "aten"]
         self.planned = step_problem(self.name, captured, sizes, efforts.of, granule, self.reserve)
         self.plan = self._solved(self.planned)
-        found = scheduled(captured, self.planned, self.plan.sequence)
+        found = scheduled(captured, self.planned, self.plan.sequence, self.fused)
         return split(joint, found, forward_outputs)
 
     def _solved(self, planned: StepProblem) -> Plan:

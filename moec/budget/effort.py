@@ -13,10 +13,11 @@ from torch import fx
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
+from moec.budget.fused import Fused
 from moec.budget.problem import Effort, Sizes
 from moec.budget.region_effort import region_effort
 from moec.budget.steps import Step, is_light
-from moec.budget.values import Memories, Memory, size_at, tensors_of
+from moec.budget.values import Memories, Memory, number_at, size_at, tensor_at, tensors_of
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,10 @@ class Efforts:
         sizes: Sizes,
         rates: Rates,
         workspace: Callable[[fx.Node, tuple[Any, ...], Mapping[str, Any]], int] | None = None,
+        fused: Mapping[Step, Fused] | None = None,
     ) -> None:
         self.memories, self.sizes, self.rates = memories, sizes, rates
-        self.workspace = workspace
+        self.workspace, self.fused = workspace, fused or {}
 
     def of(self, step: Step) -> Effort:
         """Seconds and bytes of one execution of a step."""
@@ -73,6 +75,9 @@ class Efforts:
 
     def _inside(self, step: Step) -> int:
         """The most that a group's own operations hold beyond its result."""
+        fused = self.fused.get(step)
+        if fused is not None and fused.workspace is not None:
+            return fused.workspace
         made = {m: None for n in step.nodes for m in self.memories.made_by(n)}
         final = {m: n for n in step.nodes for s in n.all_input_nodes for m in self.memories.of(s)}
         live: set[Memory] = set()
@@ -105,15 +110,10 @@ class Efforts:
             return value
         found = value.meta.get("val")
         if isinstance(found, (list, tuple)):
-            return [self._tensor(t) for t in tensors_of(value)]
-        return self._tensor(found) if isinstance(found, torch.Tensor) else self._number(found)
-
-    def _tensor(self, fake: torch.Tensor) -> torch.Tensor:
-        shape, strides = map(self._number, fake.shape), map(self._number, fake.stride())
-        return torch.empty_strided(tuple(shape), tuple(strides), dtype=fake.dtype, device="meta")
-
-    def _number(self, value: Any) -> Any:
-        return size_at(value.node.expr, self.sizes) if isinstance(value, torch.SymInt) else value
+            return [tensor_at(t, self.sizes) for t in tensors_of(value)]
+        if isinstance(found, torch.Tensor):
+            return tensor_at(found, self.sizes)
+        return number_at(found, self.sizes)
 
 
 __all__ = ["RATES", "Efforts", "Rates"]

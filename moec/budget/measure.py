@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
+from moec.memory.buffers import GRANULES
+from moec.memory.tracked import track
 from moec.surroundings import isolated
 
 Workspace = Callable[[fx.Node, tuple[Any, ...], Mapping[str, Any]], int]
 aten = torch.ops.aten
+_GRANULE = GRANULES["aten"]
 
 # Products have no workspace of their own but the library's, which stays.
 _WITHOUT = frozenset([aten.mm, aten.bmm, aten.addmm, aten.embedding])
@@ -59,6 +63,23 @@ def _tried(target: Any, args: Any, kwargs: Any, device: torch.device) -> int:
     return isolated(run, device)
 
 
+def workspace_of_call(
+    call: Callable[..., torch.Tensor], args: Sequence[Any], device: torch.device
+) -> int | None:
+    """What a call needs beyond its arguments, meta tensors that say their layout, and its result;
+    on the CPU it is not known while somebody else profiles.
+    """
+    if device.type == "cuda":
+        return _tried(call, tuple(args), {}, device)
+    if torch.autograd.profiler._is_profiler_enabled:
+        return None
+    with torch.no_grad(), _disable_current_modes():  # not in a thread: profilers start in one
+        real = [_filled(a, device) if isinstance(a, torch.Tensor) else a for a in args]
+        tracked = track(lambda: call(*real))
+    own: int = tracked.result.untyped_storage().nbytes()
+    return max(0, tracked.peak(_GRANULE) - -(-own // _GRANULE) * _GRANULE)
+
+
 def _assumed(node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     if "scaled_dot_product" not in str(node.target):
         return 0
@@ -82,4 +103,4 @@ def _seen(target: Any, args: Any, kwargs: Any, device: torch.device) -> int:
     return max(0, torch.cuda.max_memory_allocated(device) - before - size)
 
 
-__all__ = ["Workspace", "workspace_on"]
+__all__ = ["Workspace", "workspace_of_call", "workspace_on"]

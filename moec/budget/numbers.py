@@ -26,6 +26,23 @@ _OPERATORS: Mapping[type, Callable[[Any, Any], Any]] = {
 }
 
 
+def evaluated(expression: sympy.Expr, values: Mapping[sympy.Symbol, Any]) -> Any:
+    """An expression of sizes from the values of its symbols, numbers of a tracer among them, two
+    operands at a time.
+
+    Raises:
+        PlanError: it has an operation that sizes do not have, or another symbol.
+    """
+    if expression.is_Integer:
+        return int(expression)
+    if expression in values:
+        return values[expression]
+    function = _OPERATORS.get(expression.func)
+    if function is None:
+        raise PlanError(f"the size {expression} cannot be computed from {sorted(map(str, values))}")
+    return functools.reduce(function, (evaluated(part, values) for part in expression.args))
+
+
 class Numbers:
     """Writes sizes into a graph; ``symbols`` are the nodes that bind the symbols."""
 
@@ -66,4 +83,4 @@ class Numbers:
         return node
 
 
-__all__ = ["Numbers"]
+__all__ = ["Numbers", "evaluated"]

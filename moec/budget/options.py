@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,9 +17,10 @@ def read_budget(given: Any, options: dict[str, Any]) -> Budget | None:
     Raises:
         CompileError: it is no size, or an option is there without it.
     """
-    reserve, seconds = options.pop("reserve", None), options.pop("plan_seconds", None)
+    taken = {name: options.pop(name, None) for name in ("reserve", "plan_seconds", "fuse_groups")}
+    reserve, seconds, fuse = taken.values()
     if given is None:
-        for name, value in (("reserve", reserve), ("plan_seconds", seconds)):
+        for name, value in taken.items():
             if value is not None:
                 raise CompileError(f"option {name!r} goes with memory_budget, which is not given")
         return None
@@ -27,8 +29,12 @@ def read_budget(given: Any, options: dict[str, Any]) -> Budget | None:
         raise CompileError(f"memory_budget needs {' and '.join(missing)}: pip install moec[plan]")
     if seconds is not None and (not isinstance(seconds, int | float) or not seconds > 0):
         raise CompileError(f"option 'plan_seconds' is a number of seconds, got {seconds!r}")
-    found = Budget(_bytes("memory_budget", given), _bytes("option 'reserve'", reserve or 0))
-    return found if seconds is None else Budget(found.bytes, found.reserve, float(seconds))
+    if fuse is not None and not isinstance(fuse, bool):
+        raise CompileError(f"option 'fuse_groups' is true or false, got {fuse!r}")
+    found = Budget(
+        _bytes("memory_budget", given), _bytes("option 'reserve'", reserve or 0), fuse=fuse
+    )
+    return found if seconds is None else replace(found, seconds=float(seconds))
 
 
 def _bytes(what: str, given: Any) -> int:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from moec.budget.fused import Fused
 from moec.budget.numbers import Numbers
 from moec.budget.problem import StepProblem
 from moec.budget.steps import Captured, Step, draws_random_numbers, is_tangent
 from moec.budget.values import Memory, is_number
+from moec.budget.views import drop_idle_views
 from moec.errors import PlanError
 
 _ENDS = frozenset(["placeholder", "output"])
@@ -30,13 +32,19 @@ class Scheduled:
     numbers: tuple[fx.Node, ...]
 
 
-def scheduled(captured: Captured, planned: StepProblem, sequence: Sequence[int]) -> Scheduled:
-    """The joint graph that executes ``sequence``, nodes of the planning problem.
+def scheduled(
+    captured: Captured,
+    planned: StepProblem,
+    sequence: Sequence[int],
+    fused: Mapping[Step, Fused] | None = None,
+) -> Scheduled:
+    """The joint graph that executes ``sequence``, nodes of the planning problem; steps that are in
+    ``fused`` as one call each.
 
     Raises:
         PlanError: a size is read from an intermediate result.
     """
-    writer = _Writer(captured)
+    writer = _Writer(captured, fused or {})
     for number in sequence:
         step = planned.steps[number]
         if step is None:
@@ -49,8 +57,8 @@ def scheduled(captured: Captured, planned: StepProblem, sequence: Sequence[int])
 class _Writer:
     """Copies nodes into a new graph; ``now`` is the latest copy of each that may be read."""
 
-    def __init__(self, captured: Captured) -> None:
-        self.captured, self.graph = captured, fx.Graph()
+    def __init__(self, captured: Captured, fused: Mapping[Step, Fused]) -> None:
+        self.captured, self.fused, self.graph = captured, fused, fx.Graph()
         self.numbers = Numbers(self.graph)
         self.now: dict[fx.Node, Any] = {}
         self.shown: dict[Memory, list[fx.Node]] = {}
@@ -81,15 +89,25 @@ class _Writer:
 
     def execute(self, step: Step) -> None:
         """Run the operations of a step; what they made before is no longer read."""
-        own: dict[fx.Node, fx.Node] = {}
-        for node in step.nodes:
-            sources = {s: own[s] if s in own else self._current(s) for s in node.all_input_nodes}
-            own[node] = self._copied(node, sources)
+        fused = self.fused.get(step)
+        own = self._written(step) if fused is None else {step.main: self._called(fused, step.main)}
         for memory in step.makes:
             for node in self.shown[memory]:
                 self.now.pop(node, None)
         made = set(step.makes)
         self.now.update((n, c) for n, c in own.items() if made.issuperset(self._memory(n)))
+
+    def _written(self, step: Step) -> dict[fx.Node, fx.Node]:
+        own: dict[fx.Node, fx.Node] = {}
+        for node in step.nodes:
+            sources = {s: own[s] if s in own else self._current(s) for s in node.all_input_nodes}
+            own[node] = self._copied(node, sources)
+        return own
+
+    def _called(self, fused: Fused, result: fx.Node) -> fx.Node:
+        call = self.graph.call_function(fused.run, tuple(map(self._current, fused.inputs)))
+        call.meta = dict(result.meta)
+        return call
 
     def _memory(self, node: fx.Node) -> Sequence[Memory]:
         return self.captured.memories.of(node)
@@ -153,6 +171,8 @@ def split(
     )
     ahead.graph.eliminate_dead_code(lambda n: n.op in _ENDS or draws_random_numbers(n))
     behind.graph.eliminate_dead_code(lambda n: n.op in _ENDS)
+    drop_idle_views(ahead.graph)
+    drop_idle_views(behind.graph)
     return ahead, behind
 
 

@@ -3,20 +3,23 @@ leads to one result.
 
 Light operations (pointwise, reductions, casts) cost what they read and write. One whose result
 nothing but a single group needs belongs to that group; its result is never kept. A cast belongs to
-every group that reads it.
+every group that reads it. Where groups are compiled, so does any pointwise operation that reads no
+more bytes than it makes: then it costs nothing there, and less is kept.
 """
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
-from moec.budget.values import Memories, Memory, is_number
+from moec.budget.values import Memories, Memory, is_number, number_at, size_at
 from moec.errors import PlanError
 
 aten = torch.ops.aten
@@ -96,8 +99,11 @@ class Captured:
     tangents: tuple[fx.Node, ...]
 
 
-def read_joint(graph: fx.Graph, forward_outputs: int) -> Captured:
-    """Read a joint graph of which the first ``forward_outputs`` outputs are the forward's.
+def read_joint(
+    graph: fx.Graph, forward_outputs: int, fused_at: Mapping[sympy.Symbol, int] | None = None
+) -> Captured:
+    """Read a joint graph of which the first ``forward_outputs`` outputs are the forward's;
+    ``fused_at``: sizes of a step whose groups are compiled, ``None`` if they run one by one.
 
     Raises:
         PlanError: an operation changes its input, which no plan may run again or move.
@@ -109,7 +115,7 @@ def read_joint(graph: fx.Graph, forward_outputs: int) -> Captured:
     memories = Memories(graph)
     ahead = _nodes(returned[:forward_outputs])
     behind = _nodes(returned[forward_outputs:])
-    steps = _Grouping(graph, memories, tangents, {*ahead, *behind}).steps()
+    steps = _Grouping(graph, memories, tangents, {*ahead, *behind}, fused_at).steps()
     inputs = tuple(n for n in placeholders if not is_tangent(n))
     return Captured(graph, memories, tuple(steps), forward_outputs, ahead, behind, inputs, tangents)
 
@@ -132,8 +138,9 @@ class _Grouping:
         memories: Memories,
         tangents: Sequence[fx.Node],
         returned: set[fx.Node],
+        fused_at: Mapping[sympy.Symbol, int] | None,
     ) -> None:
-        self.memories, self.returned = memories, returned
+        self.memories, self.returned, self.fused_at = memories, returned, fused_at
         self.place = {node: place for place, node in enumerate(graph.nodes)}
         self.operations = [node for node in graph.nodes if self._is_operation(node)]
         for node in self.operations:
@@ -206,11 +213,42 @@ class _Grouping:
             inside = is_light(node) and node not in self.returned
             inside = inside and all(r in roots and is_light(r) for r in readers)
             groups = {root for r in readers for root in roots.get(r, ())} if inside else set()
-            if not groups or (len(groups) > 1 and not is_cast(node)):
+            if not groups or (len(groups) > 1 and not self._is_repeated(node, readers)):
                 roots[node] = (node,)
             else:
                 roots[node] = tuple(sorted(groups, key=self.place.__getitem__))
         return roots
+
+    def _is_repeated(self, node: fx.Node, readers: Iterable[fx.Node]) -> bool:
+        """Whether every group that reads an operation has it: a cast, or what is no more to read
+        than its result is, and is computed for no more elements.
+        """
+        if is_cast(node) or self.fused_at is None:
+            return is_cast(node)
+        if torch.Tag.pointwise not in getattr(node.target, "tags", ()):
+            return False
+        reads = {m for source in node.all_input_nodes for m in self._before_casts(source)}
+        (made,) = self.memories.of(node)
+        bytes_read = sum(size_at(m.size, self.fused_at) for m in reads)
+        elements = _elements(node, self.fused_at)
+        is_broadcast = any(
+            torch.Tag.pointwise in getattr(r.target, "tags", ())
+            and _elements(r, self.fused_at) > elements
+            for r in readers
+        )
+        return bytes_read <= size_at(made.size, self.fused_at) and not is_broadcast
+
+    def _before_casts(self, node: fx.Node) -> Iterator[Memory]:
+        """The memory that a group reads for a node; casts are made in the group."""
+        for memory in self.memories.of(node):
+            if memory.maker.op == "call_function" and is_cast(memory.maker):
+                yield from self._before_casts(memory.maker.all_input_nodes[0])
+            else:
+                yield memory
+
+
+def _elements(node: fx.Node, sizes: Mapping[sympy.Symbol, int]) -> int:
+    return math.prod(number_at(size, sizes) for size in node.meta["val"].shape)
 
 
 def _is_resident(node: fx.Node) -> bool:

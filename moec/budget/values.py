@@ -74,6 +74,18 @@ def size_at(size: Size, sizes: Mapping[sympy.Symbol, int]) -> int:
     return size if isinstance(size, int) else int(size.xreplace(dict(sizes)))
 
 
+def number_at(value: Any, sizes: Mapping[sympy.Symbol, int]) -> Any:
+    """A number of a capture where the symbols have these values."""
+    return size_at(value.node.expr, sizes) if isinstance(value, torch.SymInt) else value
+
+
+def tensor_at(fake: torch.Tensor, sizes: Mapping[sympy.Symbol, int]) -> torch.Tensor:
+    """A tensor of the layout of a captured one, of definite sizes, on the meta device."""
+    shape = [number_at(size, sizes) for size in fake.shape]
+    strides = [number_at(step, sizes) for step in fake.stride()]
+    return torch.empty_strided(shape, strides, dtype=fake.dtype, device="meta")
+
+
 class Memories:
     """The memory of every node of a graph; ``of(node)`` is what it shows, made by itself or not."""
 
@@ -114,4 +126,14 @@ def _storage(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-__all__ = ["Memories", "Memory", "Size", "bytes_of", "is_number", "size_at", "tensors_of"]
+__all__ = [
+    "Memories",
+    "Memory",
+    "Size",
+    "bytes_of",
+    "is_number",
+    "number_at",
+    "size_at",
+    "tensor_at",
+    "tensors_of",
+]
