@@ -5,6 +5,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from moec.plan.chains import burden, repeat_chain
 from moec.plan.changes import (
     Search,
     do_insert,
@@ -33,9 +34,6 @@ TRIES = 30
 # Shares of random choices; found by trial on random layered graphs.
 CROWDED_SHARE = 0.8
 EARLY_SHARE = 0.2
-# How likely an input is repeated too, where holding it costs more, and where not
-CHAINED = 0.6
-CHAINED_ANYWAY = 0.02
 
 
 @njit
@@ -45,16 +43,6 @@ def relief(state: State, first: int, final: int, size: int) -> int:
     found = 0
     for k in range(first, final + 1):
         found += max(0, min(size, state.memory[k] - limit))
-    return found
-
-
-@njit
-def burden(state: State, first: int, final: int, size: int) -> int:
-    """By how much holding ``size`` bytes more between two places raises what is above it."""
-    limit = state.totals[LIMIT]
-    found = 0
-    for k in range(first, final + 1):
-        found += min(size, max(0, state.memory[k] + size - limit))
     return found
 
 
@@ -150,37 +138,7 @@ def repeat(graph: Arrays, state: State, search: Search, slack: float) -> bool:
     target = after
     if draw(search) < EARLY_SHARE:
         target = before + 1 + draw_below(search, after - before)
-    repeat_at(graph, state, search, node, target)
-    return True
-
-
-@njit
-def repeat_at(graph: Arrays, state: State, search: Search, node: int, place: int) -> None:
-    """Insert a run; inputs that were idle for long are, by chance, repeated before it."""
-    waiting = np.empty(64, np.int32)
-    waiting[0] = do_insert(graph, state, search, node, place)
-    count, head = 1, 0
-    while head < count:
-        run = waiting[head]
-        head += 1
-        reader = state.node[run]
-        for k in range(graph.input_start[reader], graph.input_start[reader + 1]):
-            source = graph.input_node[k]
-            if count >= len(waiting) or not may_repeat(graph, state, search, source):
-                continue
-            at = state.place[run]
-            made = run_before(state, source, at)
-            if state.last[made, graph.input_output[k]] != run:
-                continue
-            value = graph.input_value[k]
-            before = state.place[last_use(graph, state, made, value, at)]
-            if before >= at - 2:
-                continue
-            gain = search.price[0] * gain_of(graph, state, made, value, before, at)
-            chance = CHAINED if gain > graph.duration[source] else CHAINED_ANYWAY
-            if draw(search) < chance:
-                waiting[count] = do_insert(graph, state, search, source, at)
-                count += 1
+    return repeat_chain(graph, state, search, node, target, before, slack - cost)
 
 
 @njit
@@ -266,7 +224,9 @@ def exchange(graph: Arrays, state: State, search: Search, slack: float) -> bool:
             break
         if not may_repeat(graph, state, search, node):
             break
-        repeat_at(graph, state, search, node, after)
+        room = start + slack - energy(state, search) - cost + graph.duration[node]
+        if not repeat_chain(graph, state, search, node, after, before, room):
+            break
         if energy(state, search) - start <= slack:
             break
     return True

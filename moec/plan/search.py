@@ -30,16 +30,20 @@ from moec.plan.sequence import (
     nodes_of,
 )
 
-# Changes for each node in the first round, and how much longer each round is than the last
+# Changes for each node in the first round, how much longer each round is than the last, and in the
+# longest: many searches of this length find more than one that is longer.
 FIRST_ROUND = 50
 GROWTH = 2.0
+LONGEST_ROUND = 2000
 # How a search begins, in turns: the temperature in mean durations, and the price of a byte above
 # the budget, in units of that at which a mean output above it for ten places costs a mean
 # duration. Loose budgets gain from the first, tight ones from the others.
-FRESH = ((3.0, 1.0), (3.0, 3.0), (1.0, 30.0))
-# Temperatures at which the best plan is improved, in turns; at which one that does not fit is
-# changed, and with which price; and at the end of all
-WARM, UNFIT, COLD = (0.1, 0.5, 0.02), (1.0, 10.0), 0.003
+FRESH = ((3.0, 1.0), (3.0, 30.0), (1.0, 10.0))
+# The same where nothing fits yet
+TIGHT = ((1.0, 10.0), (1.0, 30.0), (3.0, 30.0))
+# Temperatures at which the best plan is improved, in turns; a price with which it is shaken up, as
+# is one that does not fit; and the temperature at the end of all
+WARM, SHAKEN, COLD = (0.1, 0.5, 0.02), (1.0, 10.0), 0.003
 # Rounds without improvement after which the search ends
 PATIENCE = 8
 
@@ -79,7 +83,8 @@ def search(
     searcher = _Searcher(problem, budget, fixed)
     others = [searcher.measure(start) for start in starts]
     best = min([searcher.given, *others], key=lambda c: c.cost)
-    moves = FIRST_ROUND * len(problem.nodes)
+    count = len(problem.nodes)
+    moves = FIRST_ROUND * count
     stale = number = 0
     with ThreadPoolExecutor(2) as threads:
         while stale < PATIENCE and time.monotonic() < deadline:
@@ -97,7 +102,7 @@ def search(
             stale = 0 if found.cost < best.cost else stale + 1
             best = min(best, found, key=lambda c: c.cost)
             yield best
-            moves, number = int(moves * GROWTH), number + 1
+            moves, number = min(int(moves * GROWTH), LONGEST_ROUND * count), number + 1
 
 
 @dataclass(frozen=True)
@@ -145,16 +150,21 @@ class _Searcher:
         """What a round anneals: the given order, or at first every second time one of the other
         starts; and the best candidate.
         """
-        hot, factor = FRESH[(number // 2 if number < 2 * len(others) else number) % len(FRESH)]
-        explore = Job(self.given, hot, self.given.price * factor, 0.5)
-        if number % 2 == 0 and number < 2 * len(others):
-            other = others[number // 2]
-            explore = Job(other, WARM[0], other.price, 0.0)
+        others_left = others[number // 2 :] if number % 2 == 0 else ()
+        if others_left:
+            explore = Job(others_left[0], WARM[0], others_left[0].price, 0.0)
+        else:
+            explore = self._fresh(FRESH[number % len(FRESH)])
         if best.over and number % 2:
-            return explore, Job(self.given, 1.0, self.given.price, 0.5)
-        if best.over:
-            return explore, Job(best, UNFIT[0], self.given.price * UNFIT[1], 0.0)
-        return explore, Job(best, WARM[number % len(WARM)], best.price, 0.0)
+            return explore, self._fresh(TIGHT[number // 2 % len(TIGHT)])
+        turn = number % (len(WARM) + 1)
+        if best.over or turn == len(WARM):
+            return explore, Job(best, SHAKEN[0], self.price * SHAKEN[1], 0.0)
+        return explore, Job(best, WARM[turn], best.price, 0.0)
+
+    def _fresh(self, start: tuple[float, float]) -> Job:
+        hot, factor = start
+        return Job(self.given, hot, self.price * factor, 0.5)
 
     def run(self, job: Job, seed: int, moves: int) -> Candidate:
         """Anneal once."""
