@@ -121,10 +121,21 @@ def quiet_recompilation() -> Iterator[None]:
     changes: dict[str, Any] = {
         "recompile_limit": 16,
         "accumulated_recompile_limit": 256,
-        "ignore_logger_methods": torch._dynamo.config.ignore_logger_methods | _logging_methods(),
+        "ignore_logger_methods": _Functions(
+            torch._dynamo.config.ignore_logger_methods | _logging_methods()
+        ),
     }
     with torch._dynamo.config.patch(changes):
         yield
+
+
+class _Functions(set[Any]):
+    """Functions, of which iteration gives the names: torch 2.11 sorts and writes what its settings
+    hold, for its metrics, and logs a traceback where it cannot.
+    """
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(repr(function) for function in set.__iter__(self)))
 
 
 def _logging_methods() -> set[Any]:

@@ -5,6 +5,7 @@ reason.
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 import moec
 from moec.compiled import model_scope_of
 from moec.errors import CompileError
+from moec.model_scope import quiet_recompilation
 
 from .models import assert_equal_gradients, build, gradients, relative_error, tokens
 
@@ -144,3 +146,10 @@ def test_wrong_scopes_and_backends_are_refused() -> None:
         moec.compile(model, options={"model_backend": "inductor"})
     with pytest.raises(CompileError, match="compiled already"):
         moec.compile(whole(model))
+
+
+def test_what_dynamo_is_told_of_loggers_can_be_written() -> None:
+    with quiet_recompilation():
+        ignored = torch._dynamo.config.ignore_logger_methods
+        assert logging.Logger.info in ignored
+        assert any("Logger.info" in name for name in json.loads(json.dumps(sorted(ignored))))
