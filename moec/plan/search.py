@@ -38,9 +38,7 @@ LONGEST_ROUND = 2000
 # How a search begins, in turns: the temperature in mean durations, and the price of a byte above
 # the budget, in units of that at which a mean output above it for ten places costs a mean
 # duration. Loose budgets gain from the first, tight ones from the others.
-FRESH = ((3.0, 1.0), (3.0, 30.0), (1.0, 10.0))
-# The same where nothing fits yet
-TIGHT = ((1.0, 10.0), (1.0, 30.0), (3.0, 30.0))
+FRESH = ((3.0, 1.0), (1.0, 30.0), (3.0, 30.0), (1.0, 10.0))
 # Temperatures at which the best plan is improved, in turns; a price with which it is shaken up, as
 # is one that does not fit; and the temperature at the end of all
 WARM, SHAKEN, COLD = (0.1, 0.5, 0.02), (1.0, 10.0), 0.003
@@ -89,16 +87,14 @@ def search(
     with ThreadPoolExecutor(2) as threads:
         while stale < PATIENCE and time.monotonic() < deadline:
             first = 2 * number + 2 + 1000003 * seed
-            jobs = [
-                threads.submit(searcher.run, job, first + k, moves)
-                for k, job in enumerate(searcher.jobs(number, best, others))
-            ]
+            jobs = searcher.jobs(number, best, others)
+            runs = [threads.submit(searcher.run, j, first + k, moves) for k, j in enumerate(jobs)]
             try:
-                wait(jobs, min(deadline - time.monotonic(), threading.TIMEOUT_MAX))
+                wait(runs, min(deadline - time.monotonic(), threading.TIMEOUT_MAX))
             finally:
                 # Also on Ctrl-C: the threads end at once, with what they have.
-                searcher.stop[0] = any(not job.done() for job in jobs)
-            found = min((job.result() for job in jobs), key=lambda c: c.cost)
+                searcher.stop[0] = any(not run.done() for run in runs)
+            found = min((run.result() for run in runs), key=lambda c: c.cost)
             stale = 0 if found.cost < best.cost else stale + 1
             best = min(best, found, key=lambda c: c.cost)
             yield best
@@ -154,16 +150,16 @@ class _Searcher:
         if others_left:
             explore = Job(others_left[0], WARM[0], others_left[0].price, 0.0)
         else:
-            explore = self._fresh(FRESH[number % len(FRESH)])
+            explore = self._fresh(number)
         if best.over and number % 2:
-            return explore, self._fresh(TIGHT[number // 2 % len(TIGHT)])
+            return explore, self._fresh(number + 1)
         turn = number % (len(WARM) + 1)
         if best.over or turn == len(WARM):
             return explore, Job(best, SHAKEN[0], self.price * SHAKEN[1], 0.0)
         return explore, Job(best, WARM[turn], best.price, 0.0)
 
-    def _fresh(self, start: tuple[float, float]) -> Job:
-        hot, factor = start
+    def _fresh(self, number: int) -> Job:
+        hot, factor = FRESH[number % len(FRESH)]
         return Job(self.given, hot, self.price * factor, 0.5)
 
     def run(self, job: Job, seed: int, moves: int) -> Candidate:
