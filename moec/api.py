@@ -48,6 +48,8 @@ OPTIONS = {
     " optimizer above all (default: 0; on a GPU what is allocated at a call, if that is more)",
     "fuse_groups": "with a memory budget: compile groups of light operations with TorchInductor"
     " (default: true on a GPU, false elsewhere)",
+    "rates": "with a memory budget: file of what moec calibrate measured of this device, from which"
+    " times are modelled (docs/budget.md; default: moec's own guesses)",
     "plan_seconds": "with a memory budget: how long to plan at most (default: 20)",
     "model_backend": "scope model: the torch.compile backend of what is not MoE (inductor)",
 }

@@ -14,8 +14,9 @@ from torch import fx, nn
 
 import moec
 from moec.budget.capture import captured_step
-from moec.budget.effort import RATES, Efforts
+from moec.budget.effort import Efforts
 from moec.budget.problem import step_problem
+from moec.budget.rates import RATES
 from moec.budget.schedule import scheduled, split
 from moec.budget.sizes import planned_sizes
 from moec.budget.values import Memories

@@ -30,13 +30,15 @@ _UNIT = {"cuda": 2 << 20}
 class Budget:
     """Bytes that a step of training may need in all: ``bytes``, of which ``reserve`` are for what
     moec does not see (the state of an optimizer); ``seconds`` for planning; ``fuse``: whether
-    groups of light operations are compiled, ``None`` for the device's default.
+    groups of light operations are compiled, ``None`` for the device's default; ``rates``: a file of
+    what the device does in a second.
     """
 
     bytes: int
     reserve: int = 0
     seconds: float = 20.0
     fuse: bool | None = None
+    rates: str | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class BudgetScope(ModelScope):
         from moec.budget.backend import PlannedStep
 
         limit, is_declared = self.budget.seconds, self.check is not None
-        about = reserve, limit, is_declared, self.budget.fuse, self.session.warn
+        about = reserve, limit, is_declared, self.budget.fuse, self.budget.rates, self.session.warn
         step = PlannedStep(self.name, self.budget.bytes, *about)
         run = torch.compile(self._forward(module), fullgraph=True, dynamic=True, backend=step)
         return _Compiled(step, run)
