@@ -90,7 +90,7 @@ class CapturedModel:
         captured, efforts = self._executed(sizes)
         found = self._problem(captured, sizes, efforts)
         order = replay(found.problem, found.problem.order)
-        shown = {names[symbol]: size for symbol, size in sizes.items()}
+        shown = {names[symbol]: size for symbol, size in sizes.items() if symbol in names}
         basis = _basis(len(efforts.compiled), self.device)
         return ModelStep(self.name, found, shown, self.parameters, order, basis)
 

@@ -13,8 +13,10 @@ from torch.utils import _pytree as pytree
 
 from moec.budget.sizes import class_of
 from moec.budget.text import shown_bytes
+from moec.errors import CompileError
 from moec.model_scope import ModelScope, quiet_recompilation
 from moec.session import Session
+from moec.share import is_managed
 from moec.surroundings import is_traced, is_transformed
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ class Budget:
     """Bytes that a step of training may need in all: ``bytes``, of which ``reserve`` are for what
     moec does not see (the state of an optimizer); ``seconds`` for planning; ``fuse``: whether
     groups of light operations are compiled, ``None`` for the device's default; ``rates``: a file of
-    what the device does in a second.
+    what the device does in a second; ``count_others``: on a GPU count all that is allocated.
     """
 
     bytes: int
@@ -39,6 +41,7 @@ class Budget:
     seconds: float = 20.0
     fuse: bool | None = None
     rates: str | None = None
+    count_others: bool = True
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,12 @@ class BudgetScope(ModelScope):
                 " not reach; compile it alone"
             )
             return NotImplemented
+        _check_is_whole(module, self.name)
         tensors = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
         reserve = self._reserve(module, tensors)
         compiled = self._step(module, class_of(tensors), reserve)
         try:
-            with quiet_recompilation():
+            with quiet_recompilation(), torch._dynamo.config.patch(_settings(module)):
                 result = compiled.run(module, *args, **kwargs)
         except TorchDynamoException as error:
             raise self._explained(compiled.step, module, error) from error
@@ -114,14 +118,16 @@ class BudgetScope(ModelScope):
         """Bytes that are held beside parameters, buffers and inputs: gradients of earlier steps
         that this one adds to, and on a GPU all else that PyTorch's allocator has given out.
         """
-        own = {t.untyped_storage().data_ptr(): t for t in (*module.parameters(), *module.buffers())}
+        every = [_local(t) for t in (*module.parameters(), *module.buffers())]
+        own = {t.untyped_storage().data_ptr(): t for t in every}
         known = sum(t.untyped_storage().nbytes() for t in own.values())
-        grads = sum(p.grad.nbytes for p in module.parameters() if p.grad is not None)
+        given = [_local(p.grad) for p in module.parameters() if p.grad is not None]
+        grads = sum(g.nbytes for g in given)
         found = grads
         device = next((t.device for t in own.values()), torch.device("cpu"))
-        if device.type == "cuda":
-            given = sum(t.untyped_storage().nbytes() for t in inputs)
-            found = max(grads, torch.cuda.memory_allocated(device) - known - given)
+        if device.type == "cuda" and self.budget.count_others:
+            taken = sum(t.untyped_storage().nbytes() for t in inputs)
+            found = max(grads, torch.cuda.memory_allocated(device) - known - taken)
         unit = _UNIT.get(device.type, 1)
         return max(self.budget.reserve, -(-found // unit) * unit)
 
@@ -136,6 +142,34 @@ class BudgetScope(ModelScope):
         if not self.steps:
             return [f"{head}, planned at the first call with gradients"]
         return [head, *(line for c in self.steps.values() for line in c.step.lines())]
+
+
+def _check_is_whole(module: nn.Module, name: str) -> None:
+    """Refuse a model whose parts FSDP2 gathers and frees on the way."""
+    parts = [path for path, m in module.named_modules() if path and is_managed(m)]
+    if parts:
+        raise CompileError(
+            f"{name} cannot be planned as a whole: FSDP2 gathers and frees the weights of"
+            f" {', '.join(parts[:2])}{' ...' if len(parts) > 2 else ''} while it runs, which no"
+            " single graph has. Give the memory budget to each part that is sharded, before"
+            f" fully_shard: model.set_submodule('{parts[0]}', fully_shard(moec.compile("
+            f"model.get_submodule('{parts[0]}'), memory_budget=...,"
+            " options={'count_others': False}))); or shard the model as one unit. See"
+            " docs/budget.md"
+        )
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """How the tracer is to see a model. DDP would cut its graph into pieces, each with the whole
+    budget. What FSDP2 manages would have its numbers, as the width of a head, taken for sizes.
+    """
+    managed = any(getattr(m, "_is_fsdp_managed_module", False) for m in module.modules())
+    return {"optimize_ddp": False, **({"specialize_int": True} if managed else {})}
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """What of a tensor this process holds."""
+    return tensor._local_tensor if hasattr(tensor, "_local_tensor") else tensor
 
 
 __all__ = ["Budget", "BudgetScope"]
