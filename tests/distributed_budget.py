@@ -6,7 +6,6 @@ Trains tiny models of which steps are planned under a memory budget, in two proc
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 from pathlib import Path
@@ -16,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
 import moec
 from moec.compiled import model_scope_of
@@ -25,20 +23,21 @@ from tests.distributed import STEPS, WORLD, loss_of
 from tests.models import build, tokens
 
 ROWS, LENGTH = 3, 40
-# Budgets that need some operations to run again, of a whole model of one layer and of a layer
-WHOLE, LAYER = "1.55MiB", "1.16MiB"
+LAYERS = 2
+# With it some operations of a layer run again
+BUDGET = "1.16MiB"
 
 
-def model_of(layers: int) -> Any:
+def small() -> Any:
     """A model in float64, in which another order of additions does not show."""
-    return build("olmoe", num_hidden_layers=layers).double()
+    return build("olmoe", num_hidden_layers=LAYERS).double()
 
 
-def planned(module: Any, budget: str) -> Any:
+def planned(module: Any) -> Any:
     """With a budget, planned in little time; room is kept for gradients that are added to."""
     grads = sum(p.numel() * p.element_size() for p in module.parameters())
     options = {"plan_seconds": 1, "reserve": grads, "count_others": False}
-    return moec.compile(module, memory_budget=budget, options=options)
+    return moec.compile(module, memory_budget=BUDGET, options=options)
 
 
 def half(rank: int, number: int) -> dict[str, torch.Tensor]:
@@ -56,9 +55,8 @@ def train(model: nn.Module, ranks: list[int]) -> list[float]:
         total = torch.zeros((), dtype=torch.float64)
         for rank in ranks:
             for number in range(2):
-                with _unsynchronised(model, number == 0):
-                    loss = loss_of(model, half(rank, number)) / len(ranks)
-                    loss.backward()  # type: ignore[no-untyped-call]
+                loss = loss_of(model, half(rank, number)) / len(ranks)
+                loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()
         optimizer.step()
         optimizer.zero_grad()
@@ -69,28 +67,23 @@ def train(model: nn.Module, ranks: list[int]) -> list[float]:
     return found
 
 
-def _unsynchronised(model: nn.Module, wanted: bool) -> Any:
-    is_ddp = isinstance(model, DistributedDataParallel)
-    return model.no_sync() if wanted and is_ddp else contextlib.nullcontext()
-
-
 def extras(model: nn.Module) -> list[float]:
     """The extra time of each plan of a model or its parts, in percent."""
     scopes: list[Any] = [model_scope_of(m) for m in model.modules()]
     return [c.step.plan.extra for s in scopes if s is not None for c in s.steps.values()]
 
 
-def in_parts(budget: str) -> Any:
-    """A model of two layers, each with a budget and sharded, and then the rest."""
-    model = model_of(2)
+def in_parts() -> Any:
+    """A model of which each layer has a budget and is sharded, and then the rest."""
+    model = small()
     for place, layer in enumerate(model.model.layers):
-        model.model.layers[place] = fully_shard(planned(layer, budget))
+        model.model.layers[place] = fully_shard(planned(layer))
     return fully_shard(model)
 
 
 def refusal() -> str:
     """What a budget for the whole of a model says whose layers are sharded."""
-    model = planned(model_of(2), WHOLE)
+    model = planned(small())
     for layer in model.model.layers:
         fully_shard(layer)
     try:
@@ -105,15 +98,8 @@ def main() -> None:
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=WORLD)
-    ways = {
-        "ddp": DistributedDataParallel(planned(model_of(1), WHOLE), bucket_cap_mb=1),
-        "fsdp whole": fully_shard(planned(model_of(1), WHOLE)),
-        "fsdp parts": in_parts(LAYER),
-    }
-    found: dict[str, Any] = {"refusal": refusal()}
-    for name, model in ways.items():
-        found[name] = train(model, [rank])
-        found[f"{name} extra"] = extras(model)
+    model = in_parts()
+    found = {"refusal": refusal(), "losses": train(model, [rank]), "extras": extras(model)}
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import fx, nn
+from torch.distributed.fsdp import fully_shard
 
 import moec
 from moec.budget.capture import captured_step
@@ -187,10 +188,47 @@ def one_process(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_process")
-def test_data_parallel_training() -> None:
-    compiled, batch = planned(_whole(), "1GiB"), tokens(3, 40)
-    loss, grads = trained(compiled, batch)
-    wrapped = nn.parallel.DistributedDataParallel(compiled)
+def test_data_parallel_training_in_one_graph() -> None:
+    # parameters of several buckets, at which DDP would have the tracer cut the graph
+    compiled = planned(build("olmoe", num_hidden_layers=1, vocab_size=20000), "1GiB")
+    batch = tokens(3, 40)
+    wrapped = nn.parallel.DistributedDataParallel(compiled, bucket_cap_mb=1)
     found_loss, found = trained(wrapped, batch)
+    loss, grads = trained(compiled, batch)
+    assert len(step_of(compiled).planned.problem.nodes) > 50, "and so one plan has all"
     assert torch.equal(loss, found_loss)
     assert all(torch.equal(found[f"module.{name}"], grads[name]) for name in grads)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_model_that_is_sharded_as_one_unit_has_the_same_bits() -> None:
+    batch = tokens(3, 40)
+    free = planned(_whole(), "1TiB")
+    loss, grads = trained(free, batch)
+    sharded: Any = fully_shard(planned(_whole(), tight_budget(free)))
+    for _ in range(2):  # weights are freed and gathered anew between the steps
+        found_loss, found = trained(sharded, batch)
+        assert torch.equal(loss, found_loss)
+        local = {name: grad.to_local() for name, grad in found.items()}  # type: ignore[attr-defined]
+        assert all(torch.equal(local[name], grads[name]) for name in grads)
+    assert step_of(sharded).plan.extra > 0
+
+
+@pytest.mark.filterwarnings("ignore:moec. found no MoE block")
+def test_losses_may_be_added_and_gradients_asked_for_twice() -> None:
+    model, x, z = _Comparing(), torch.randn(7, 16), torch.randn(7, 16)
+    compiled = planned(model, "1GiB")
+
+    def gradient(loss: torch.Tensor, **how: Any) -> torch.Tensor:
+        loss.backward(**how)  # type: ignore[no-untyped-call]
+        found = model.linear.weight.grad
+        model.zero_grad()
+        assert found is not None
+        return found
+
+    with torch._functorch.config.patch(donated_buffer=False):  # as torch.compile asks for
+        loss = compiled(x).square().sum()
+        once = gradient(loss, retain_graph=True)
+        assert torch.equal(gradient(loss), once)
+    both = gradient(compiled(x).square().sum() + compiled(z).square().sum())
+    torch.testing.assert_close(both - once, gradient(compiled(z).square().sum()))

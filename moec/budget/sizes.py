@@ -45,8 +45,9 @@ def _of_bases(node: fx.Node, known: Container[sympy.Symbol]) -> Mapping[sympy.Sy
     if not isinstance(size, torch.SymInt):
         return {}
     env = size.node.shape_env
+    hint = getattr(env, "guarding_hint_or_throw", env.size_hint)  # its name since PyTorch 2.13
     own = (s for s in size.node.expr.free_symbols if s not in known)
-    return {s: rounded_up(int(env.size_hint(s))) for s in own}
+    return {s: rounded_up(int(hint(s))) for s in own}
 
 
 def _largest(size: torch.SymInt, is_declared: bool) -> int:
