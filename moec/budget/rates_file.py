@@ -52,7 +52,8 @@ def device_name(device: torch.device) -> str:
     """What a device is called in a file; of a CPU with the threads that PyTorch uses."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
-    return f"{_processor()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _processor() -> str:
