@@ -181,12 +181,12 @@ def test_attention_counts_on_every_device(heads: int, is_causal: bool) -> None:
     for target, rest in kernels:
         work = work_of(target, (query, key, value, *rest), {}, None)
         assert work is not None and (work.kind, work.dtype) == ("attention", "bf16")
-        assert work.flops == sdpa_flop_count(*shapes) / share
+        assert work.flops == sdpa_flop_count(*shapes) / share  # type: ignore[no-untyped-call]
     target = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
     given = (query, query, key, value, query, query, 0.0, is_causal)
     work = work_of(target, given, {}, None)
     assert work is not None and work.kind == "attention_backward"
-    assert work.flops == sdpa_backward_flop_count(shapes[0], *shapes) / share
+    assert work.flops == sdpa_backward_flop_count(shapes[0], *shapes) / share  # type: ignore[no-untyped-call]
 
 
 def test_products_have_the_rate_of_their_dtype() -> None:

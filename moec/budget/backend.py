@@ -93,7 +93,10 @@ class PlannedStep:
         is_fused = kind == "cuda" if self.fuse is None else self.fuse
         captured = read_joint(joint.graph, forward_outputs, sizes if is_fused else None)
         names = size_names(joint.graph)
-        self.sizes = {names[s]: size for s, size in sizes.items() if s in names}
+        # an input may be a view of a tensor with sizes of its own
+        self.sizes = {
+            names[s].replace("._base", ""): size for s, size in sizes.items() if s in names
+        }
         if is_fused:
             self.fused = fused_steps(captured, sizes, device, self.warn)
         workspace = workspace_on(device)

@@ -48,6 +48,7 @@ class Budget:
 class _Compiled:
     step: PlannedStep
     run: Any
+    settings: dict[str, Any]
 
 
 class BudgetScope(ModelScope):
@@ -81,12 +82,11 @@ class BudgetScope(ModelScope):
                 " not reach; compile it alone"
             )
             return NotImplemented
-        _check_is_whole(module, self.name)
         tensors = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
         reserve = self._reserve(module, tensors)
         compiled = self._step(module, class_of(tensors), reserve)
         try:
-            with quiet_recompilation(), torch._dynamo.config.patch(_settings(module)):
+            with quiet_recompilation(), torch._dynamo.config.patch(compiled.settings):
                 result = compiled.run(module, *args, **kwargs)
         except TorchDynamoException as error:
             raise self._explained(compiled.step, module, error) from error
@@ -108,11 +108,12 @@ class BudgetScope(ModelScope):
     def _planned(self, module: nn.Module, reserve: int) -> _Compiled:
         from moec.budget.backend import PlannedStep
 
+        _check_is_whole(module, self.name)
         limit, is_declared = self.budget.seconds, self.check is not None
         about = reserve, limit, is_declared, self.budget.fuse, self.budget.rates, self.session.warn
         step = PlannedStep(self.name, self.budget.bytes, *about)
         run = torch.compile(self._forward(module), fullgraph=True, dynamic=True, backend=step)
-        return _Compiled(step, run)
+        return _Compiled(step, run, _settings(module))
 
     def _reserve(self, module: nn.Module, inputs: Sequence[torch.Tensor]) -> int:
         """Bytes that are held beside parameters, buffers and inputs: gradients of earlier steps
