@@ -26,7 +26,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,15 @@ from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.flop_counter import register_flop_formula
 
-from moec.budget.effort import RATES, Efforts
+from moec.budget.effort import Efforts
 from moec.budget.measure import workspace_on
 from moec.budget.model_plan import CapturedModel, ModelStep, capture_model
-from moec.budget.problem import step_problem
+from moec.budget.problem import StepProblem, step_problem
+from moec.budget.rates import RATES
 from moec.budget.region_effort import region_effort
 from moec.budget.schedule import scheduled, split
 from moec.budget.sizes import planned_sizes
+from moec.budget.steps import Captured
 from moec.budget.values import size_at
 from moec.capture.model_spec import load_layers
 from moec.errors import BudgetError
@@ -109,10 +111,12 @@ class Comparison:
 
     def __init__(self, model: CapturedModel, seconds: float) -> None:
         self.captured, self.seconds = model.captured, seconds
-        self.step: ModelStep = model.at()
-        self.resident = self.step.planned.problem.resident
         self.sizes = planned_sizes(self.captured.graph)
         self.reserve = model.shared
+        planned = self._problem(self.captured)
+        order = replay(planned.problem, planned.problem.order)
+        self.step: ModelStep = replace(model.at(), planned=planned, unplanned=order)
+        self.resident = planned.problem.resident
         module = self.captured.graph.owning_module
         self.module = torch.nn.Module() if module is None else module
         self.plans: dict[int, tuple[Measured, float]] = {}
@@ -120,11 +124,18 @@ class Comparison:
     def measured(self, ahead: fx.GraphModule, behind: fx.GraphModule) -> Measured:
         """Replay two graphs."""
         joint = joined(ahead.graph, behind.graph, self.captured.forward_count)
-        workspaces = workspace_on(torch.device("cpu"))
-        efforts = Efforts(joint.memories, self.sizes, RATES["cuda"], workspaces)
-        problem = step_problem("", joint, self.sizes, efforts.of, 512, self.reserve).problem
+        problem = self._problem(joint).problem
         found = replay(problem, problem.order)
         return Measured(found.peak, found.time)
+
+    def _problem(self, joint: Captured) -> StepProblem:
+        """The problem of a joint graph whose groups of light operations are one kernel each, and
+        hold what their operations make.
+        """
+        workspaces = workspace_on(torch.device("cpu"))
+        groups = dict.fromkeys(joint.steps)
+        efforts = Efforts(joint.memories, self.sizes, RATES["cuda"], workspaces, groups)
+        return step_problem("", joint, self.sizes, efforts.of, 512, self.reserve)
 
     def by_torch(self, fraction: float, solver: str, counted: bool) -> Measured:
         """torch's cut of the joint graph."""

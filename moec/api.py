@@ -46,8 +46,12 @@ OPTIONS = {
     "passes": "pipeline text in place of the default one",
     "reserve": "with a memory budget: bytes of it for what moec does not see, the state of an"
     " optimizer above all (default: 0; on a GPU what is allocated at a call, if that is more)",
+    "count_others": "with a memory budget: false where it is for a part of a model, so that what"
+    " else is allocated on a GPU is no part of it (default: true)",
     "fuse_groups": "with a memory budget: compile groups of light operations with TorchInductor"
     " (default: true on a GPU, false elsewhere)",
+    "rates": "with a memory budget: file of what moec calibrate measured of this device, from which"
+    " times are modelled (docs/budget.md; default: moec's own guesses)",
     "plan_seconds": "with a memory budget: how long to plan at most (default: 20)",
     "model_backend": "scope model: the torch.compile backend of what is not MoE (inductor)",
 }

@@ -77,7 +77,7 @@ def _shells(model: nn.Module, memo: dict[int, Any]) -> list[tuple[nn.Module, nn.
     """Empty twins of the modules that ``fully_shard`` or ``replicate`` manages; they refuse to be
     copied.
     """
-    managed = [m for m in model.modules() if _is_managed(m)]
+    managed = [m for m in model.modules() if is_managed(m)]
     pairs = [(m, object.__new__(type(m))) for m in managed]  # their own __new__ is for indexing
     memo.update({id(old): new for old, new in pairs})
     memo.update({id(state): state for m in managed for state in _states_of(m)})
@@ -92,7 +92,8 @@ def _states_of(module: nn.Module) -> Iterator[Any]:
                 yield item
 
 
-def _is_managed(module: nn.Module) -> bool:
+def is_managed(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` or ``replicate`` was called on a module."""
     refusal = getattr(type(module), "__deepcopy__", None)
     return getattr(refusal, "__module__", "").startswith("torch.distributed.")
 

@@ -26,31 +26,31 @@ if TYPE_CHECKING:
     from moec.region import Region
 
 # A number must not keep a model alive: the model's modules hold their regions.
-_REGIONS: weakref.WeakValueDictionary[int, Region] = weakref.WeakValueDictionary()
+_REGIONS: weakref.WeakValueDictionary[str, Region] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
 
 
-def number(region: Region) -> int:
-    """A number for a region: tracers can take it as a constant."""
-    n = next(_NUMBERS)
+def number(region: Region) -> str:
+    """A number for a region, as text: tracers take that for a constant, and may vary a number."""
+    n = str(next(_NUMBERS))
     _REGIONS[n] = region
     return n
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
-def _names(region: int) -> tuple[str, ...]:
+def _names(region: str) -> tuple[str, ...]:
     """The parameters of the module's forward."""
     return parameters(type(_REGIONS[region].candidate.module))[0]
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
-def _limits(region: int) -> tuple[tuple[str, int], ...]:
+def _limits(region: str) -> tuple[tuple[str, int], ...]:
     """The largest B, S and T that the declared inputs of the model give."""
     limits = _REGIONS[region].session.limits
     return () if limits is None else tuple(limits.tokens.items())
 
 
-def _is_within_limits(region: int, x: torch.Tensor) -> bool:
+def _is_within_limits(region: str, x: torch.Tensor) -> bool:
     """Whether the tracer knows that the tokens keep to the limits of the declared inputs."""
     limits = _limits(region)
     sizes = {"T": x.shape[0]} if x.dim() == 2 else {"B": x.shape[0], "S": x.shape[1]}
@@ -63,7 +63,7 @@ def _is_within_limits(region: int, x: torch.Tensor) -> bool:
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def _prepare(
-    region: int,
+    region: str,
     training: bool,
     dtype: str,
     rank: int,
@@ -169,6 +169,8 @@ def _compared(now: Any, then: Any) -> Any:
     """
     if isinstance(then, float):
         return 1 if now == then else 0  # a branch: a comparison alone may stay open
+    if type(now) is int:
+        return range(now).stop  # a number where the tracer would vary it
     if isinstance(then, dict):
         return tuple([(k, _compared(now[k], then[k])) if k in now else k for k in then]), len(now)
     if isinstance(then, tuple | list):
@@ -177,7 +179,7 @@ def _compared(now: Any, then: Any) -> Any:
 
 
 def run_experts(
-    module: nn.Module, region: int, data: Sequence[torch.Tensor], settings: tuple[Any, ...] = ()
+    module: nn.Module, region: str, data: Sequence[torch.Tensor], settings: tuple[Any, ...] = ()
 ) -> Any:
     """The result of an experts region's op for tokens, indices and weights, or
     ``NotImplemented``.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,23 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+from moec.budget import fused as fused_module
+from moec.budget.effort import Efforts
+from moec.budget.groups import Group, groups_of
 from moec.budget.model_plan import CapturedModel, ModelStep, capture_model, largest_length
 from moec.budget.problem import BOUNDARY
+from moec.budget.rates import RATES
+from moec.budget.sizes import planned_sizes
+from moec.budget.steps import Captured, read_joint
 from moec.budget.summary import held_between, repeated, summary_lines
+from moec.budget.values import tensors_of
 from moec.cli import app
 from moec.errors import BudgetError, CompileError
 from moec.plan import check
 from moec.report.step import write_report
 
-from .models import build
+from .models import build, tokens
+from .test_budget import planned, step_of
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +61,61 @@ def test_the_problem_is_that_of_the_target(step: ModelStep) -> None:
     assert boundary.name == BOUNDARY and not boundary.rematable
 
 
+def names_of(step: Any) -> list[str]:
+    """The nodes of a problem; compiled regions have numbers of their own."""
+    return [re.sub(r"region_\d+", "region", node.name) for node in step.planned.problem.nodes]
+
+
+def groups_at(captured: Captured) -> list[tuple[str, ...]]:
+    """The groups of light operations that are compiled for a GPU, by the operations in them."""
+    read = read_joint(captured.graph, captured.forward_count, planned_sizes(captured.graph))
+    found = groups_of(read).values()
+    return [tuple(node.name for node in (*g.tensors, *g.nodes)) for g in found]
+
+
+def test_groups_are_those_that_a_call_compiles(
+    captured: CapturedModel, step: ModelStep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def uncompiled(group: Group) -> Any:
+        return lambda *arguments: group.run(arguments)
+
+    monkeypatch.setattr(fused_module, "compiled", uncompiled)
+    torch._dynamo.reset()
+    called = planned(build("olmoe").train(), "1GiB", fuse_groups=True)
+    ids = tokens(2, 48)["input_ids"]
+    called(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert names_of(step_of(called)) == names_of(step)
+    count = len(step_of(called).fused)
+    assert count == len(groups_at(captured.captured)) > 30
+    assert step.basis.startswith(f"{count} groups of light operations compiled; rates of an H100")
+
+
+def test_groups_are_the_same_on_another_device(captured: CapturedModel) -> None:
+    before = groups_at(captured.captured)
+    fakes = {id(t): t for node in captured.captured.graph.nodes for t in tensors_of(node)}
+    tensors: list[Any] = list(fakes.values())
+    devices = [tensor.fake_device for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor.fake_device = torch.device("cuda")
+        assert {tensor.device.type for tensor in tensors} == {"cuda"}
+        assert groups_at(captured.captured) == before
+    finally:
+        for tensor, device in zip(tensors, devices, strict=True):
+            tensor.fake_device = device
+
+
+def test_a_group_may_need_as_much_again_as_it_reads_and_makes(captured: CapturedModel) -> None:
+    sizes = planned_sizes(captured.captured.graph)
+    read, efforts = captured._executed(sizes)
+    alone = Efforts(read.memories, sizes, RATES["cuda"])
+    for step, workspace in efforts.compiled.items():
+        assert workspace is not None and 0 <= workspace <= alone.of(step).workspace
+        assert efforts.of(step).seconds < alone.of(step).seconds, "one kernel, not several"
+    one_by_one = replace(captured, target="aten").at()
+    assert one_by_one.basis.startswith("operations one by one")
+
+
 def test_the_summary_counts_what_the_plan_does(step: ModelStep, tight: Any) -> None:
     plan, budget = tight
     problem = step.planned.problem
@@ -62,6 +127,7 @@ def test_the_summary_counts_what_the_plan_does(step: ModelStep, tight: Any) -> N
     free = sum(i.bytes for i in held_between(step, problem.order))
     assert 0 < sum(i.bytes for i in held_between(step, plan.sequence)) < free
     text = "\n".join(summary_lines(step, plan, budget))
+    assert f"assumed       {step.basis}" in text
     assert plan.is_optimal or "the best found in time, at most" in text
     assert "model.layers.*.mlp: region" in text and "modeling_olmoe.py:" in text
     assert "traced.py" not in text, "places are the model's, not moec's"
@@ -115,6 +181,7 @@ def test_the_largest_length_grows_with_a_plan(captured: CapturedModel) -> None:
         (["--report", "step.pdf"], "ends in .html"),
         (["--reserve", "lots"], "--reserve"),
         (["--fits", "8GiB"], "do not go with --budget"),
+        (["--rates"], "requires an argument"),
     ],
 )
 def test_wrong_usage_is_refused_before_anything_is_built(

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch import fx, nn
+from torch.distributed.fsdp import fully_shard
 
 import moec
 from moec.budget.capture import captured_step
-from moec.budget.effort import RATES, Efforts
+from moec.budget.effort import Efforts
 from moec.budget.problem import step_problem
+from moec.budget.rates import RATES
 from moec.budget.schedule import scheduled, split
 from moec.budget.sizes import planned_sizes
 from moec.budget.values import Memories
@@ -186,10 +188,57 @@ def one_process(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_process")
-def test_data_parallel_training() -> None:
-    compiled, batch = planned(_whole(), "1GiB"), tokens(3, 40)
-    loss, grads = trained(compiled, batch)
-    wrapped = nn.parallel.DistributedDataParallel(compiled)
+def test_data_parallel_training_in_one_graph() -> None:
+    # parameters of several buckets, at which DDP would have the tracer cut the graph
+    compiled = planned(build("olmoe", num_hidden_layers=1, vocab_size=20000), "1GiB")
+    batch = tokens(3, 40)
+    wrapped = nn.parallel.DistributedDataParallel(compiled, bucket_cap_mb=1)
     found_loss, found = trained(wrapped, batch)
+    loss, grads = trained(compiled, batch)
+    assert len(step_of(compiled).planned.problem.nodes) > 50, "and so one plan has all"
     assert torch.equal(loss, found_loss)
     assert all(torch.equal(found[f"module.{name}"], grads[name]) for name in grads)
+
+
+def stepped(model: nn.Module) -> list[float]:
+    """The losses of a few steps under autocast, the last after three updates."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    found = []
+    for _ in range(4):
+        with _autocast():
+            loss = model(**tokens(3, 40)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_model_that_is_sharded_as_one_unit_has_the_same_losses_under_autocast() -> None:
+    free = planned(_whole(), "1TiB")
+    losses = stepped(free)
+    sharded: Any = fully_shard(planned(_whole(), tight_budget(free)))
+    assert stepped(sharded) == losses and len(set(losses)) == 4
+    assert step_of(sharded).plan.extra > 0
+    assert losses == pytest.approx(stepped(_whole()), rel=0.02)
+
+
+@pytest.mark.filterwarnings("ignore:moec. found no MoE block")
+def test_losses_may_be_added_and_gradients_asked_for_twice() -> None:
+    model, x, z = _Comparing(), torch.randn(7, 16), torch.randn(7, 16)
+    compiled = planned(model, "1GiB")
+
+    def gradient(loss: torch.Tensor, **how: Any) -> torch.Tensor:
+        loss.backward(**how)  # type: ignore[no-untyped-call]
+        found = model.linear.weight.grad
+        model.zero_grad()
+        assert found is not None
+        return found
+
+    with torch._functorch.config.patch(donated_buffer=False):  # as torch.compile asks for
+        loss = compiled(x).square().sum()
+        once = gradient(loss, retain_graph=True)
+        assert torch.equal(gradient(loss), once)
+    both = gradient(compiled(x).square().sum() + compiled(z).square().sum())
+    torch.testing.assert_close(both - once, gradient(compiled(z).square().sum()))

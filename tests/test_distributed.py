@@ -25,9 +25,14 @@ ROOT = Path(__file__).resolve().parents[1]
 @functools.cache
 def results() -> tuple[dict[str, Any], ...]:
     """What each of the two processes found."""
+    return launched("distributed.py")
+
+
+def launched(script: str) -> tuple[dict[str, Any], ...]:
+    """What each process of a script found."""
     with tempfile.TemporaryDirectory() as folder:
         settings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, str(ROOT / "tests" / "distributed.py")]
+        command = [sys.executable, str(ROOT / "tests" / script)]
         processes = [
             subprocess.Popen(
                 [*command, str(rank), folder],

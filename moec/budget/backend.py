@@ -11,11 +11,12 @@ from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 
 from moec.budget.boxed import boxed_function
-from moec.budget.effort import RATES, Efforts
+from moec.budget.effort import Efforts
 from moec.budget.fused import Fused, fused_steps
 from moec.budget.labels import size_names
 from moec.budget.measure import workspace_on
 from moec.budget.problem import StepProblem, step_problem
+from moec.budget.rates_file import calibration_on
 from moec.budget.schedule import scheduled, split
 from moec.budget.sizes import planned_sizes
 from moec.budget.steps import Step, read_joint
@@ -33,8 +34,8 @@ class PlannedStep:
 
     ``budget``: bytes of the step with all that the caller holds; ``reserve``: bytes that others
     hold; ``is_declared``: the caller declared ranges of sizes; ``fuse``: compile groups of light
-    operations, ``None`` where the device is a GPU; ``warn`` is told what cannot be compiled. After
-    a capture ``planned`` and
+    operations, ``None`` where the device is a GPU; ``rates``: a file of what the device does in a
+    second; ``warn`` is told what cannot be compiled or used. After a capture ``planned`` and
     ``plan`` say what was found; ``error`` is what went wrong, which Dynamo would hide in its own.
     """
 
@@ -46,11 +47,12 @@ class PlannedStep:
         time_limit: float = 20.0,
         is_declared: bool = False,
         fuse: bool | None = None,
+        rates: str | None = None,
         warn: Callable[[str], None] = warnings.warn,
     ) -> None:
         self.name, self.budget, self.reserve = name, budget, reserve
         self.time_limit, self.is_declared = time_limit, is_declared
-        self.fuse, self.warn = fuse, warn
+        self.fuse, self.rates, self.warn = fuse, rates, warn
         self.fused: Mapping[Step, Fused] = {}
         self.planned: StepProblem | None = None
         self.plan: Plan | None = None
@@ -91,11 +93,16 @@ class PlannedStep:
         is_fused = kind == "cuda" if self.fuse is None else self.fuse
         captured = read_joint(joint.graph, forward_outputs, sizes if is_fused else None)
         names = size_names(joint.graph)
-        self.sizes = {names[symbol]: size for symbol, size in sizes.items()}
+        # an input may be a view of a tensor with sizes of its own
+        self.sizes = {
+            names[s].replace("._base", ""): size for s, size in sizes.items() if s in names
+        }
         if is_fused:
             self.fused = fused_steps(captured, sizes, device, self.warn)
         workspace = workspace_on(device)
-        efforts = Efforts(captured.memories, sizes, RATES[kind], workspace, self.fused)
+        rates = calibration_on(device, self.rates, self.warn).rates
+        compiled = {step: fused.workspace for step, fused in self.fused.items()}
+        efforts = Efforts(captured.memories, sizes, rates, workspace, compiled)
         granule = GRANULES["triton" if kind == "cuda" else "aten"]
         self.planned = step_problem(self.name, captured, sizes, efforts.of, granule, self.reserve)
         self.plan = self._solved(self.planned)

@@ -4,43 +4,28 @@ only while it runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import flop_registry
 
-from moec.budget.fused import Fused
 from moec.budget.problem import Effort, Sizes
+from moec.budget.rates import GROUPED, Rates
 from moec.budget.region_effort import region_effort
 from moec.budget.steps import Step, is_light
 from moec.budget.values import Memories, Memory, number_at, size_at, tensor_at, tensors_of
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What a device does in a second: operations of products, bytes moved; and the seconds that one
-    more kernel takes at least.
-    """
-
-    flops: float
-    bytes: float
-    launch: float
-
-    def seconds(self, flops: float, moved: float) -> float:
-        """The time of one kernel, which waits for the slower of the two."""
-        return self.launch + max(flops / self.flops, moved / self.bytes)
-
-
-# Of an H100 in bfloat16, what large products and copies reach; of a CPU, of a few cores.
-RATES = {"cuda": Rates(6e14, 2.7e12, 4e-6), "cpu": Rates(1e11, 2e10, 4e-6)}
+from moec.budget.work import dtype_of, work_of
 
 
 class Efforts:
-    """The effort of every step of a captured graph at given sizes."""
+    """The effort of every step of a captured graph at given sizes.
+
+    ``workspace`` is asked what an operation needs beyond its arguments and results. ``compiled``
+    are the steps that are one kernel, with the bytes that each needs beyond what it reads and
+    makes, ``None`` where all that its operations make may be needed.
+    """
 
     def __init__(
         self,
@@ -48,36 +33,61 @@ class Efforts:
         sizes: Sizes,
         rates: Rates,
         workspace: Callable[[fx.Node, tuple[Any, ...], Mapping[str, Any]], int] | None = None,
-        fused: Mapping[Step, Fused] | None = None,
+        compiled: Mapping[Step, int | None] | None = None,
     ) -> None:
         self.memories, self.sizes, self.rates = memories, sizes, rates
-        self.workspace, self.fused = workspace, fused or {}
+        self.workspace, self.compiled = workspace, compiled or {}
 
     def of(self, step: Step) -> Effort:
         """Seconds and bytes of one execution of a step."""
-        flops = sum(self._flops(n) for n in step.nodes)
-        moved = sum(self._bytes(m) for m in (*self._read(step), *step.makes))
-        region = region_effort(step.main, self._concrete(step.main.args))
+        arguments = self._concrete(step.main.args)
+        region = region_effort(step.main, arguments)
         if region is not None:
-            seconds = self.rates.seconds(region.flops, region.moved)
-            return Effort(seconds, region.workspace)
+            computing = region.flops / self.rates.of(GROUPED, dtype_of(arguments))
+            return Effort(self.rates.seconds(computing, region.moved), region.workspace)
         own = self._workspace(step.main) if not is_light(step.main) else 0
-        return Effort(self.rates.seconds(flops, moved), max(self._inside(step), own))
+        return Effort(self._seconds(step), max(self._inside(step), own))
+
+    def _seconds(self, step: Step) -> float:
+        """The time of a step's kernels: of a compiled group one, else one an operation."""
+        if step in self.compiled:
+            computing = sum(map(self._computing, step.nodes))
+            return self.rates.seconds(computing, self._moved(step.nodes, step.makes))
+        return sum(self._alone(node) for node in step.nodes if any(self.memories.made_by(node)))
+
+    def _alone(self, node: fx.Node) -> float:
+        moved = self._moved([node], self.memories.made_by(node))
+        return self.rates.seconds(self._computing(node), moved)
+
+    def _moved(self, nodes: Sequence[fx.Node], makes: Iterable[Memory]) -> int:
+        return sum(map(self._bytes, (*self._read(nodes), *makes)))
+
+    def assumed(self, step: Step) -> int:
+        """What a group that is compiled may need beyond what it reads and makes, where it cannot be
+        tried: not more than its operations one by one, nor than to read and make all again.
+        """
+        return min(self._inside(step), self._moved(step.nodes, step.makes))
+
+    def _computing(self, node: fx.Node) -> float:
+        """Seconds of a node's products or attention; 0 for what only moves bytes."""
+        args, kwargs = self._concrete(node.args), self._concrete(node.kwargs)
+        found = work_of(node.target, args, kwargs, self._concrete(node))
+        return found.flops / self.rates.of(found.kind, found.dtype) if found else 0.0
 
     def _bytes(self, memory: Memory) -> int:
         return size_at(memory.size, self.sizes)
 
-    def _read(self, step: Step) -> Iterator[Memory]:
-        """What a step reads, parameters too; of a long tensor that it shows a part of, all."""
-        own = set(step.nodes)
-        sources = dict.fromkeys(s for n in step.nodes for s in n.all_input_nodes if s not in own)
+    def _read(self, nodes: Sequence[fx.Node]) -> Iterator[Memory]:
+        """What nodes read, parameters too; of a long tensor that one shows a part of, all."""
+        own = set(nodes)
+        sources = dict.fromkeys(s for n in nodes for s in n.all_input_nodes if s not in own)
         return iter(dict.fromkeys(m for s in sources for m in self.memories.of(s)))
 
     def _inside(self, step: Step) -> int:
         """The most that a group's own operations hold beyond its result."""
-        fused = self.fused.get(step)
-        if fused is not None and fused.workspace is not None:
-            return fused.workspace
+        measured = self.compiled.get(step)
+        if measured is not None:
+            return measured
         made = {m: None for n in step.nodes for m in self.memories.made_by(n)}
         final = {m: n for n in step.nodes for s in n.all_input_nodes for m in self.memories.of(s)}
         live: set[Memory] = set()
@@ -87,14 +97,6 @@ class Efforts:
             most = max(most, sum(map(self._bytes, live)))
             live = {m for m in live if final.get(m) is not node}
         return max(0, most - sum(map(self._bytes, step.makes)))
-
-    def _flops(self, node: fx.Node) -> float:
-        packet = getattr(node.target, "overloadpacket", None)
-        if packet not in flop_registry:
-            return 0.0
-        args, kwargs = self._concrete(node.args), self._concrete(node.kwargs)
-        result = self._concrete(node)
-        return float(flop_registry[packet](*args, **kwargs, out_val=result))
 
     def _workspace(self, node: fx.Node) -> int:
         if self.workspace is None:
@@ -116,4 +118,4 @@ class Efforts:
         return number_at(found, self.sizes)
 
 
-__all__ = ["RATES", "Efforts", "Rates"]
+__all__ = ["Efforts"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +14,14 @@ from torch import nn
 import moec
 from moec.api import regions
 from moec.budget.capture import captured_step
-from moec.budget.effort import RATES, Efforts
+from moec.budget.effort import Efforts
+from moec.budget.groups import groups_of
 from moec.budget.labels import size_names
 from moec.budget.measure import workspace_on
 from moec.budget.problem import Sizes, StepProblem, step_problem
+from moec.budget.rates_file import Calibration, calibration_for
 from moec.budget.sizes import planned_sizes
-from moec.budget.steps import Captured
+from moec.budget.steps import Captured, read_joint
 from moec.budget.text import for_sizes
 from moec.errors import BudgetError, CompileError
 from moec.memory.buffers import GRANULES
@@ -32,7 +35,8 @@ LENGTH = "input_ids.shape[1]"
 @dataclass(frozen=True)
 class ModelStep:
     """The step of a model as a planning problem; ``sizes`` are those of its inputs, ``parameters``
-    bytes; ``unplanned`` is the step in the order in which it was captured.
+    bytes; ``unplanned`` is the step in the order in which it was captured; ``basis`` says what is
+    assumed of how it is executed.
     """
 
     name: str
@@ -40,6 +44,7 @@ class ModelStep:
     sizes: Mapping[str, int]
     parameters: int
     unplanned: Replay
+    basis: str
 
     def solved(
         self,
@@ -64,7 +69,8 @@ class ModelStep:
 @dataclass(frozen=True)
 class CapturedModel:
     """A model's step, captured for all lengths of its sequences; ``parameters`` in bytes, of which
-    ``shared`` take no memory here; ``reserve``: bytes that are held beside the step's.
+    ``shared`` take no memory here; ``reserve``: bytes that are held beside the step's; ``device``:
+    what the step is planned for does in a second.
     """
 
     name: str
@@ -73,6 +79,7 @@ class CapturedModel:
     parameters: int
     shared: int
     reserve: int
+    device: Calibration
 
     def at(self, length: int | None = None) -> ModelStep:
         """The step on sequences of a length; without one, of the length it was captured with."""
@@ -80,27 +87,49 @@ class CapturedModel:
         sizes = planned_sizes(self.captured.graph)
         if length is not None:
             sizes.update({symbol: length for symbol, name in names.items() if name == LENGTH})
-        found = self._problem(sizes)
+        captured, efforts = self._executed(sizes)
+        found = self._problem(captured, sizes, efforts)
         order = replay(found.problem, found.problem.order)
-        shown = {names[symbol]: size for symbol, size in sizes.items()}
-        return ModelStep(self.name, found, shown, self.parameters, order)
+        shown = {names[symbol]: size for symbol, size in sizes.items() if symbol in names}
+        basis = _basis(len(efforts.compiled), self.device)
+        return ModelStep(self.name, found, shown, self.parameters, order, basis)
 
-    def _problem(self, sizes: Sizes) -> StepProblem:
-        rates = RATES["cuda" if self.target == "triton" else "cpu"]
-        workspace = workspace_on(torch.device("cpu"))
-        efforts = Efforts(self.captured.memories, sizes, rates, workspace)
-        reserve = self.reserve + self.shared
-        granule = GRANULES[self.target]
-        return step_problem(self.name, self.captured, sizes, efforts.of, granule, reserve)
+    def _executed(self, sizes: Sizes) -> tuple[Captured, Efforts]:
+        """The steps as they are executed for the target, and their efforts: on a GPU groups of
+        light operations are compiled, which groups there are follows from the graph alone.
+        """
+        rates, workspace = self.device.rates, workspace_on(torch.device("cpu"))
+        if self.target != "triton":
+            return self.captured, Efforts(self.captured.memories, sizes, rates, workspace)
+        found = read_joint(self.captured.graph, self.captured.forward_count, sizes)
+        alone = Efforts(found.memories, sizes, rates, workspace)
+        compiled = {step: alone.assumed(step) for step in groups_of(found)}
+        return found, Efforts(found.memories, sizes, rates, workspace, compiled)
+
+    def _problem(self, captured: Captured, sizes: Sizes, efforts: Efforts) -> StepProblem:
+        reserve, granule = self.reserve + self.shared, GRANULES[self.target]
+        return step_problem(self.name, captured, sizes, efforts.of, granule, reserve)
+
+
+def _basis(groups: int, device: Calibration) -> str:
+    """What is assumed of the execution, in words."""
+    how = f"{groups} groups of light operations compiled" if groups else "operations one by one"
+    return f"{how}; rates of {device.device}{f' ({device.date})' if device.date else ''}"
 
 
 def capture_model(
-    model: nn.Module, batch: int, length: int, target: str, reserve: int = 0
+    model: nn.Module,
+    batch: int,
+    length: int,
+    target: str,
+    reserve: int = 0,
+    device: Calibration | None = None,
 ) -> CapturedModel:
     """The step of a causal language model of Hugging Face, on ``batch`` sequences of ``length``
     tokens, with its MoE blocks compiled for ``target``.
 
-    Weights that share memory count in full. ``reserve``: bytes that are held beside the step's.
+    Weights that share memory count in full. ``reserve``: bytes that are held beside the step's;
+    ``device``: whose rates times are modelled from, moec's guesses if absent.
 
     Raises:
         CompileError: it takes no tokens and labels, or its step is no single graph.
@@ -119,7 +148,9 @@ def capture_model(
     captured = captured_step(compiled, (), {"input_ids": ids, "labels": ids})
     parameters = bytes_of_parameters(model)
     shared = parameters - sum(_storages(model).values())
-    return CapturedModel(type(model).__name__, captured, target, parameters, shared, reserve)
+    held = parameters, shared, reserve
+    known = device or calibration_for("cuda" if target == "triton" else "cpu", None, warnings.warn)
+    return CapturedModel(type(model).__name__, captured, target, *held, known)
 
 
 def _storages(model: nn.Module) -> dict[Any, int]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from moec.budget.scope import Budget
 from moec.byte_sizes import parse_bytes
 from moec.errors import CompileError, PlanError
+
+# The options that go with a budget
+NAMES = ("reserve", "plan_seconds", "fuse_groups", "rates", "count_others")
 
 
 def read_budget(given: Any, options: dict[str, Any]) -> Budget | None:
@@ -17,8 +22,8 @@ def read_budget(given: Any, options: dict[str, Any]) -> Budget | None:
     Raises:
         CompileError: it is no size, or an option is there without it.
     """
-    taken = {name: options.pop(name, None) for name in ("reserve", "plan_seconds", "fuse_groups")}
-    reserve, seconds, fuse = taken.values()
+    taken = {name: options.pop(name, None) for name in NAMES}
+    reserve, seconds, fuse, rates, others = taken.values()
     if given is None:
         for name, value in taken.items():
             if value is not None:
@@ -29,10 +34,17 @@ def read_budget(given: Any, options: dict[str, Any]) -> Budget | None:
         raise CompileError(f"memory_budget needs {' and '.join(missing)}: pip install moec[plan]")
     if seconds is not None and (not isinstance(seconds, int | float) or not seconds > 0):
         raise CompileError(f"option 'plan_seconds' is a number of seconds, got {seconds!r}")
-    if fuse is not None and not isinstance(fuse, bool):
-        raise CompileError(f"option 'fuse_groups' is true or false, got {fuse!r}")
+    for name in ("fuse_groups", "count_others"):
+        if not isinstance(taken[name], bool | None):
+            raise CompileError(f"option {name!r} is true or false, got {taken[name]!r}")
+    if rates is not None and (not isinstance(rates, str | os.PathLike) or not str(rates)):
+        raise CompileError(f"option 'rates' is the path of a file, got {rates!r}")
     found = Budget(
-        _bytes("memory_budget", given), _bytes("option 'reserve'", reserve or 0), fuse=fuse
+        _bytes("memory_budget", given),
+        _bytes("option 'reserve'", reserve or 0),
+        fuse=fuse,
+        rates=None if rates is None else str(Path(rates).absolute()),
+        count_others=others is not False,
     )
     return found if seconds is None else replace(found, seconds=float(seconds))
 

@@ -13,8 +13,10 @@ from torch.utils import _pytree as pytree
 
 from moec.budget.sizes import class_of
 from moec.budget.text import shown_bytes
+from moec.errors import CompileError
 from moec.model_scope import ModelScope, quiet_recompilation
 from moec.session import Session
+from moec.share import is_managed
 from moec.surroundings import is_traced, is_transformed
 
 if TYPE_CHECKING:
@@ -30,19 +32,23 @@ _UNIT = {"cuda": 2 << 20}
 class Budget:
     """Bytes that a step of training may need in all: ``bytes``, of which ``reserve`` are for what
     moec does not see (the state of an optimizer); ``seconds`` for planning; ``fuse``: whether
-    groups of light operations are compiled, ``None`` for the device's default.
+    groups of light operations are compiled, ``None`` for the device's default; ``rates``: a file of
+    what the device does in a second; ``count_others``: on a GPU count all that is allocated.
     """
 
     bytes: int
     reserve: int = 0
     seconds: float = 20.0
     fuse: bool | None = None
+    rates: str | None = None
+    count_others: bool = True
 
 
 @dataclass(frozen=True)
 class _Compiled:
     step: PlannedStep
     run: Any
+    settings: dict[str, Any]
 
 
 class BudgetScope(ModelScope):
@@ -80,7 +86,7 @@ class BudgetScope(ModelScope):
         reserve = self._reserve(module, tensors)
         compiled = self._step(module, class_of(tensors), reserve)
         try:
-            with quiet_recompilation():
+            with quiet_recompilation(), torch._dynamo.config.patch(compiled.settings):
                 result = compiled.run(module, *args, **kwargs)
         except TorchDynamoException as error:
             raise self._explained(compiled.step, module, error) from error
@@ -102,24 +108,27 @@ class BudgetScope(ModelScope):
     def _planned(self, module: nn.Module, reserve: int) -> _Compiled:
         from moec.budget.backend import PlannedStep
 
+        _check_is_whole(module, self.name)
         limit, is_declared = self.budget.seconds, self.check is not None
-        about = reserve, limit, is_declared, self.budget.fuse, self.session.warn
+        about = reserve, limit, is_declared, self.budget.fuse, self.budget.rates, self.session.warn
         step = PlannedStep(self.name, self.budget.bytes, *about)
         run = torch.compile(self._forward(module), fullgraph=True, dynamic=True, backend=step)
-        return _Compiled(step, run)
+        return _Compiled(step, run, _settings(module))
 
     def _reserve(self, module: nn.Module, inputs: Sequence[torch.Tensor]) -> int:
         """Bytes that are held beside parameters, buffers and inputs: gradients of earlier steps
         that this one adds to, and on a GPU all else that PyTorch's allocator has given out.
         """
-        own = {t.untyped_storage().data_ptr(): t for t in (*module.parameters(), *module.buffers())}
+        every = [_local(t) for t in (*module.parameters(), *module.buffers())]
+        own = {t.untyped_storage().data_ptr(): t for t in every}
         known = sum(t.untyped_storage().nbytes() for t in own.values())
-        grads = sum(p.grad.nbytes for p in module.parameters() if p.grad is not None)
+        given = [_local(p.grad) for p in module.parameters() if p.grad is not None]
+        grads = sum(g.nbytes for g in given)
         found = grads
         device = next((t.device for t in own.values()), torch.device("cpu"))
-        if device.type == "cuda":
-            given = sum(t.untyped_storage().nbytes() for t in inputs)
-            found = max(grads, torch.cuda.memory_allocated(device) - known - given)
+        if device.type == "cuda" and self.budget.count_others:
+            taken = sum(t.untyped_storage().nbytes() for t in inputs)
+            found = max(grads, torch.cuda.memory_allocated(device) - known - taken)
         unit = _UNIT.get(device.type, 1)
         return max(self.budget.reserve, -(-found // unit) * unit)
 
@@ -134,6 +143,34 @@ class BudgetScope(ModelScope):
         if not self.steps:
             return [f"{head}, planned at the first call with gradients"]
         return [head, *(line for c in self.steps.values() for line in c.step.lines())]
+
+
+def _check_is_whole(module: nn.Module, name: str) -> None:
+    """Refuse a model whose parts FSDP2 gathers and frees on the way."""
+    parts = [path for path, m in module.named_modules() if path and is_managed(m)]
+    if parts:
+        raise CompileError(
+            f"{name} cannot be planned as a whole: FSDP2 gathers and frees the weights of"
+            f" {', '.join(parts[:2])}{' ...' if len(parts) > 2 else ''} while it runs, which no"
+            " single graph has. Give the memory budget to each part that is sharded, before"
+            f" fully_shard: model.set_submodule('{parts[0]}', fully_shard(moec.compile("
+            f"model.get_submodule('{parts[0]}'), memory_budget=...,"
+            " options={'count_others': False}))); or shard the model as one unit. See"
+            " docs/budget.md"
+        )
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """How the tracer is to see a model. DDP would cut its graph into pieces, each with the whole
+    budget. What FSDP2 manages would have its numbers, as the width of a head, taken for sizes.
+    """
+    managed = any(getattr(m, "_is_fsdp_managed_module", False) for m in module.modules())
+    return {"optimize_ddp": False, **({"specialize_int": True} if managed else {})}
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """What of a tensor this process holds."""
+    return tensor._local_tensor if hasattr(tensor, "_local_tensor") else tensor
 
 
 __all__ = ["Budget", "BudgetScope"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
+from typing import Any
 
 import sympy
 import torch
@@ -32,7 +33,21 @@ def planned_sizes(graph: fx.Graph, is_declared: bool = False) -> dict[sympy.Symb
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol):
             found[value.node.expr] = _largest(value, is_declared)
+    for node in graph.find_nodes(op="placeholder"):
+        found.update(_of_bases(node, found))
     return found
+
+
+def _of_bases(node: fx.Node, known: Container[sympy.Symbol]) -> Mapping[sympy.Symbol, int]:
+    """The sizes of the tensor that an input is a view of, which may have symbols of their own."""
+    value = node.meta.get("val")
+    size: Any = value.untyped_storage().nbytes() if isinstance(value, torch.Tensor) else 0
+    if not isinstance(size, torch.SymInt):
+        return {}
+    env = size.node.shape_env
+    hint = getattr(env, "guarding_hint_or_throw", env.size_hint)  # its name since PyTorch 2.13
+    own = (s for s in size.node.expr.free_symbols if s not in known)
+    return {s: rounded_up(int(hint(s))) for s in own}
 
 
 def _largest(size: torch.SymInt, is_declared: bool) -> int:

@@ -97,6 +97,7 @@ def summary_lines(step: ModelStep, plan: Plan, budget: int, most: int = 8) -> It
         f" {percent_above(plan.time, least):.2f}% more ({proof})"
     )
     yield f"  budget             {shown_bytes(budget):>11}"
+    yield f"  assumed       {step.basis}"
     yield from _table("held between the passes", held_between(step, plan.sequence), most, False)
     yield from _table("runs again", repeated(step, plan.sequence), most, True)
 

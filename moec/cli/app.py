@@ -10,6 +10,7 @@ import typer
 from moec import logs
 from moec.cli import graphs, lists, models
 from moec.cli.bisect import bisect
+from moec.cli.calibrate import calibrate
 from moec.cli.console import DEBUG_FLAG, Commands
 from moec.cli.diff import diff
 from moec.cli.doctor import doctor
@@ -81,6 +82,7 @@ for _command in (
     show,
     plan,
     tune,
+    calibrate,
     lists.passes,
     lists.ops,
 ):

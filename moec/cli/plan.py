@@ -97,6 +97,15 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    rates: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="MODEL --budget: what moec calibrate measured of the device; moec's own guesses"
+            " if absent.",
+            show_default=False,
+        ),
+    ] = None,
     fits: Annotated[
         str | None,
         typer.Option(
@@ -168,11 +177,11 @@ def plan(
         _check_of_step(dims, fits, dim, tokens or 4096, batch)
         asked_step = StepQuestion(
             *(budget, 4096 if tokens is None else tokens, batch, target.value, dtype, reserve),
-            *(time_limit, largest, report, output),
+            *(time_limit, largest, report, output, rates),
         )
         plan_step(subject, asked_step)
         return
-    _check_of_graph(dims, fits, dtype, dim)
+    _check_of_graph(dims, fits, dtype, dim, rates)
     options = Options(time_limit, fixed_order, exact, seed)
     write_result(_schedule(Path(subject), budget, tokens, options), output)
 
@@ -204,7 +213,7 @@ def _check_of_graph(*of_models: object) -> None:
     """Refuse what is for models."""
     if any(of_models):
         raise typer.BadParameter(
-            "--fits, --dtype, --dim and sizes of dims are for models, not --budget"
+            "--fits, --dtype, --dim, --rates and sizes of dims are for models, not --budget"
         )
 
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class StepQuestion:
     """What is asked of a model: its budget, on ``batch`` sequences that have ``tokens`` tokens in
-    all, with ``reserve`` for what others hold; ``largest``: how long they may be at most.
+    all, with ``reserve`` for what others hold; ``largest``: how long they may be at most;
+    ``rates``: a file of what the device does in a second.
     """
 
     budget: str
@@ -34,11 +35,13 @@ class StepQuestion:
     largest: bool
     report: Path | None
     output: Path | None
+    rates: Path | None
 
 
 def plan_step(spec: str, asked: StepQuestion) -> None:
     """Print the plan of a model's step; write the schedule and the report that are asked for."""
     from moec.budget.model_plan import capture_model
+    from moec.budget.rates_file import calibration_for
     from moec.budget.summary import summary_lines
     from moec.capture.model_spec import load_layers
     from moec.cli.plan import progress_bar
@@ -46,11 +49,13 @@ def plan_step(spec: str, asked: StepQuestion) -> None:
 
     _check_report(asked.report)
     dtype, reserve = dtype_of(asked.dtype), _size("--reserve", asked.reserve)
+    path = None if asked.rates is None else str(asked.rates)
+    device = calibration_for("cuda" if asked.target == "triton" else "cpu", path, say)
     with working(f"building {spec}"):
         model = load_layers(spec, dtype).model
     with working("capturing the step"):
         length = asked.tokens // asked.batch
-        captured = capture_model(model, asked.batch, length, asked.target, reserve)
+        captured = capture_model(model, asked.batch, length, asked.target, reserve, device)
     step = captured.at()
     budget = _budget(asked.budget, step.unplanned.peak)
     if asked.largest:

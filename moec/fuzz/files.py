@@ -32,6 +32,8 @@ from typing import TypeVar
 import typer
 
 from moec import cache
+from moec.budget.rates import Rates
+from moec.budget.rates_file import Calibration, parse_calibration, show_calibration
 from moec.capture.model_spec import read_config
 from moec.cli.console import calls_for
 from moec.cli.graphs import read_sizes
@@ -193,6 +195,14 @@ def read_tuning(data: bytes) -> str:
     return "taken"
 
 
+def read_rates(data: bytes) -> str:
+    """A file of rates: refused with a place, or one that reads back."""
+    made = _placed(lambda: parse_calibration(decoded(data, _NAME, MAX_BYTES), _NAME))
+    if parse_calibration(show_calibration(made), _NAME) != made:
+        raise Finding("a file of rates reads back as another")
+    return "taken"
+
+
 def _placed(read: Callable[[], _T]) -> _T:
     """The result; a refusal must name a place."""
     try:
@@ -230,6 +240,7 @@ def formats(folder: Path) -> list[Format]:
         Format("cache", 3, read_cache, (_EMITTED.encode(),)),
         Format("configurations", 3, read_configuration, _configurations()),
         Format("tuning", 3, read_tuning, _tunings()),
+        Format("rates", 3, read_rates, _calibrations()),
     ]
 
 
@@ -253,6 +264,12 @@ def _tunings() -> tuple[bytes, ...]:
     entries = tuple(Entry(k, "pointer", tile, 0.5, 0.75, 16, 4096) for k in (gemm, outer))
     made = Tuning("a GPU", {"triton": "3.6.0"}, "2026-11-23", entries)
     return (show_tuning(made).encode(),)
+
+
+def _calibrations() -> tuple[bytes, ...]:
+    rates = Rates({"bf16": 6e14, "f32": 6e13}, {"bf16": 5e14}, {"bf16": 4e14}, {}, 2.7e12, 4e-6)
+    made = Calibration("a GPU", "cuda", {"torch": "2.13.0"}, "2026-11-23", rates)
+    return (show_calibration(made).encode(),)
 
 
 def _configurations() -> tuple[bytes, ...]:

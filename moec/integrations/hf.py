@@ -57,7 +57,7 @@ def own_forward(cls: type[nn.Module]) -> Any:
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
-def _number(experts: nn.Module) -> int:
+def _number(experts: nn.Module) -> str:
     return _region(experts).number
 
 

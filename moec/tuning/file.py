@@ -10,18 +10,18 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import math
 import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from moec.codegen.triton.tiles import Tile
+from moec.data_reader import DataReader
 from moec.errors import ParseError
 from moec.files import decoded, read_bounded, read_json
 from moec.ir.types import FLOATS
@@ -30,7 +30,7 @@ from moec.tuning.kernels import GEMM, OUTER, Kernel
 from moec.tuning.space import TEMPLATES
 
 FORMAT = "moec-tuning/1"
-MOST_BYTES, MOST_ENTRIES, MOST = 1 << 20, 4096, 1 << 40
+MOST_BYTES, MOST_ENTRIES = 1 << 20, 4096
 _LOG = logging.getLogger("moec.kernels")
 _warned: set[tuple[str, str]] = set()
 
@@ -108,8 +108,7 @@ def parse_tuning(text: str, name: str) -> Tuning:
     entries = (
         _Reader(name, text, place, one).entry() for place, one in zip(places, kernels, strict=True)
     )
-    versions = _Reader(name, text, 0, data.get("versions")).mapping('"versions"')
-    words = {str(k): top.word(versions, k) for k in versions}
+    words = top.words(data, "versions")
     return Tuning(top.word(data, "device"), words, top.word(data, "date"), tuple(entries))
 
 
@@ -128,33 +127,8 @@ def _places(text: str, count: int) -> list[int]:
     return found
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """A piece of a file's data, and where it stands in the text."""
-
-    name: str
-    text: str
-    place: int
-    value: Any
-
-    def fail(self, words: str) -> NoReturn:
-        """Raise with line and column."""
-        line = self.text.count("\n", 0, self.place) + 1
-        column = self.place - self.text.rfind("\n", 0, self.place)
-        raise ParseError(f"{self.name}:{line}:{column}: {words}")
-
-    def mapping(self, what: str) -> dict[str, Any]:
-        """The piece, which is an object."""
-        if not isinstance(self.value, dict):
-            self.fail(f"{what} is no object")
-        return self.value
-
-    def word(self, data: dict[str, Any], key: str) -> str:
-        """A short text."""
-        value = data.get(key)
-        if not isinstance(value, str) or len(value) > 200:
-            self.fail(f"{json.dumps(key)[:80]} is no short text")
-        return value
+class _Reader(DataReader):
+    """A piece of a tuning file."""
 
     def entry(self) -> Entry:
         """The piece as an entry."""
@@ -172,29 +146,8 @@ class _Reader:
         sizes = (experts, depth, columns, parts)
         kernel = Kernel(kind, dtype, *sizes, data["transposed"], gather, reads)
         tile = Tile(*self.wholes(data, "tile", 5))
-        times = self.time(data, "ms"), self.time(data, "default_ms")
+        times = self.number(data, "ms"), self.number(data, "default_ms")
         return Entry(kernel, template, tile, *times, low, high)
-
-    def wholes(self, data: dict[str, Any], key: str, count: int) -> list[int]:
-        """A list of so many whole numbers."""
-        value = data.get(key)
-        if not isinstance(value, list) or len(value) != count:
-            self.fail(f'"{key}" is no list of {count} numbers')
-        return [self.whole(v, key) for v in value]
-
-    def whole(self, value: Any, key: str) -> int:
-        """A whole number that is not negative."""
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST:
-            self.fail(f'"{key}" is no whole number from 0 to 2^40')
-        return value
-
-    def time(self, data: dict[str, Any], key: str) -> float:
-        """Milliseconds."""
-        value = data.get(key)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or value < 0:  # type: ignore[arg-type,operator]
-            self.fail(f'"{key}" is no time')
-        return float(value)  # type: ignore[arg-type]
 
 
 # what a compilation asks
