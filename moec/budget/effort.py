@@ -59,7 +59,7 @@ class Efforts:
         moved = sum(self._bytes(m) for m in (*self._read(step), *step.makes))
         region = region_effort(step.main, self._concrete(step.main.args))
         if region is not None:
-            seconds = self.rates.seconds(region.flops, region.moved)
+            seconds = sum(self.rates.seconds(*kernel) for kernel in region.kernels)
             return Effort(seconds, region.workspace)
         own = self._workspace(step.main) if not is_light(step.main) else 0
         return Effort(self.rates.seconds(flops, moved), max(self._inside(step), own))

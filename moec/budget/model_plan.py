@@ -95,10 +95,16 @@ class CapturedModel:
 
 
 def capture_model(
-    model: nn.Module, batch: int, length: int, target: str, reserve: int = 0
+    model: nn.Module,
+    batch: int,
+    length: int,
+    target: str,
+    reserve: int = 0,
+    in_parts: bool = True,
 ) -> CapturedModel:
     """The step of a causal language model of Hugging Face, on ``batch`` sequences of ``length``
-    tokens, with its MoE blocks compiled for ``target``.
+    tokens, with its MoE blocks compiled for ``target``; ``in_parts``: what each pass of a block is
+    in it, several operations or one.
 
     Weights that share memory count in full. ``reserve``: bytes that are held beside the step's.
 
@@ -116,7 +122,7 @@ def capture_model(
     for region in regions(compiled):
         region.session.planned_target = target
     ids = torch.zeros(batch, length, dtype=torch.int64)
-    captured = captured_step(compiled, (), {"input_ids": ids, "labels": ids})
+    captured = captured_step(compiled, (), {"input_ids": ids, "labels": ids}, in_parts)
     parameters = bytes_of_parameters(model)
     shared = parameters - sum(_storages(model).values())
     return CapturedModel(type(model).__name__, captured, target, parameters, shared, reserve)
