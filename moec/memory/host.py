@@ -164,13 +164,16 @@ class _Frame:
                 self.numbers[targets[0]] = self._number(value)
             case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr="empty" | "zeros")):
                 self._allocate(targets[0], self._type(targets[0], value))
+            case (
+                ast.Subscript(value=ast.Name(id=name), slice=ast.Slice(lower=ast.Name()))
+                | ast.Call(func=ast.Attribute(attr="aligned"), args=[ast.Name(id=name)])
+            ):  # rows of a block; what lies well, as all but inputs do
+                self.names[targets[0]] = self.names[name]
             case ast.Call(func=ast.Attribute(value=ast.Name(id="launch"), attr=function)):
                 numbers = [self._number(a) for a in value.args[:-1]]
                 self._allocate(targets[0], sizes.made_by(function, numbers))
             case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="contiguous")):
                 self._copy(targets[0], name)
-            case ast.Subscript(value=ast.Name(id=name), slice=ast.Slice(lower=ast.Name())):
-                self.names[targets[0]] = self.names[name]
             case ast.Call(func=ast.Attribute(value=ast.Name(id="moe"), attr="stack")):
                 kept = frozenset[Buffer]().union(*(h.buffers for h in self._read(value)))
                 self.names[targets[0]] = Held(kept)
