@@ -13,15 +13,17 @@ moec's model of an H100. The peak includes parameters, gradients, logits and the
 is the time beyond the faster of both without a budget. The solver ilp needs scipy; it is skipped
 without.
 
-MoE blocks are single operations for both. torch counts only built-in operations in its budget
-unless ``is_non_builtin_to_include`` is set: then it gets from moec the flops of a block, by
-``register_flop_formula`` ("counted"); without ("free"), it takes their recomputation for free. Both
-are measured. All its other settings are the defaults; it has its own estimate of times (flops).
+torch gets the graph as it is captured, each pass of an MoE block a single operation ("whole"), and
+also as moec plans it, where a pass is several ("parts"). torch counts only built-in operations in
+its budget unless ``is_non_builtin_to_include`` is set: then it gets from moec the flops of a block,
+by ``register_flop_formula`` ("counted"); without ("free"), it takes their recomputation for free.
+All are measured. All its other settings are the defaults; it has its own estimate of times (flops).
 """
 
 import argparse
 import copy
 import importlib.util
+import itertools
 import math
 import sys
 import tempfile
@@ -39,17 +41,19 @@ from torch.utils.flop_counter import register_flop_formula
 from moec.budget.effort import Efforts
 from moec.budget.measure import workspace_on
 from moec.budget.model_plan import CapturedModel, ModelStep, capture_model
+from moec.budget.parts import cut_regions
 from moec.budget.problem import StepProblem, step_problem
 from moec.budget.rates import RATES
 from moec.budget.region_effort import region_effort
 from moec.budget.schedule import scheduled, split
 from moec.budget.sizes import planned_sizes
-from moec.budget.steps import Captured
+from moec.budget.steps import Captured, read_joint
 from moec.budget.values import size_at
 from moec.capture.model_spec import load_layers
 from moec.errors import BudgetError
 from moec.plan import replay
 from moec.runtime.library import pass_of
+from moec.runtime.part_ops import part_of
 
 from .joined_passes import joined
 from .report import describe, environment, markdown_table, version_of, write_json
@@ -96,28 +100,36 @@ def gib(size: float) -> str:
 
 
 def captured_model(name: str, layers: int, tokens: int) -> CapturedModel:
-    """A model of that many layers on one sequence; it is never run."""
+    """A model of that many layers on one sequence, its blocks whole; it is never run."""
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(name, num_hidden_layers=layers, **SHAPES.get(name, {}))
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         model = load_layers(folder, torch.bfloat16).model
-    return capture_model(model, 1, tokens, "triton")
+    return capture_model(model, 1, tokens, "triton", in_parts=False)
+
+
+def in_parts(captured: Captured) -> Captured:
+    """The same step with the passes of blocks as their parts."""
+    graph = copy.deepcopy(captured.graph)
+    cut_regions(graph)
+    return read_joint(graph, captured.forward_count)
 
 
 class Comparison:
     """One captured step, what it is measured with, and moec's plans by their budgets."""
 
     def __init__(self, model: CapturedModel, seconds: float) -> None:
-        self.captured, self.seconds = model.captured, seconds
+        self.captured, self.seconds = in_parts(model.captured), seconds
+        self.graphs = {"whole": model.captured.graph, "parts": self.captured.graph}
         self.sizes = planned_sizes(self.captured.graph)
         self.reserve = model.shared
         planned = self._problem(self.captured)
         order = replay(planned.problem, planned.problem.order)
         self.step: ModelStep = replace(model.at(), planned=planned, unplanned=order)
         self.resident = planned.problem.resident
-        module = self.captured.graph.owning_module
+        module = model.captured.graph.owning_module
         self.module = torch.nn.Module() if module is None else module
         self.plans: dict[int, tuple[Measured, float]] = {}
 
@@ -137,9 +149,9 @@ class Comparison:
         efforts = Efforts(joint.memories, self.sizes, RATES["cuda"], workspaces, groups)
         return step_problem("", joint, self.sizes, efforts.of, 512, self.reserve)
 
-    def by_torch(self, fraction: float, solver: str, counted: bool) -> Measured:
+    def by_torch(self, fraction: float, solver: str, counted: bool, blocks: str) -> Measured:
         """torch's cut of the joint graph."""
-        joint = fx.GraphModule(self.module, copy.deepcopy(self.captured.graph))
+        joint = fx.GraphModule(self.module, copy.deepcopy(self.graphs[blocks]))
         settings: dict[str, Any] = {
             "activation_memory_budget": fraction,
             "activation_memory_budget_solver": solver,
@@ -185,8 +197,8 @@ class Comparison:
 
 
 def give_flops_of_regions(graph: fx.Graph) -> None:
-    """Tell torch's flop counter what a pass of a compiled block computes."""
-    targets = {n.target: n for n in graph.nodes if pass_of(n.target) is not None}
+    """Tell torch's flop counter what a pass of a compiled block, or a part of one, computes."""
+    targets = {n.target: n for n in graph.nodes if pass_of(n.target) or part_of(n.target)}
     for target, node in targets.items():
 
         def flops(*args: Any, out_val: Any = None, node: fx.Node = node, **kwargs: Any) -> int:
@@ -201,11 +213,10 @@ def torch_results(
     comparison: Comparison, solvers: Sequence[str]
 ) -> Iterator[tuple[tuple[str, str, float], Measured]]:
     """What torch finds, with its settings."""
-    for counted in (True, False):
-        for solver in solvers:
-            for fraction in FRACTIONS:
-                about = ("counted" if counted else "free", solver, fraction)
-                yield about, comparison.by_torch(fraction, solver, counted)
+    settings = itertools.product(("whole", "parts"), (True, False), solvers, FRACTIONS)
+    for blocks, counted, solver, fraction in settings:
+        about = (f"{blocks} {'counted' if counted else 'free'}", solver, fraction)
+        yield about, comparison.by_torch(fraction, solver, counted, blocks)
 
 
 def rows_of(comparison: Comparison, found: dict[tuple[str, str, float], Measured]) -> list[Row]:
@@ -223,7 +234,7 @@ def rows_of(comparison: Comparison, found: dict[tuple[str, str, float], Measured
 
 
 def named(settings: Sequence[tuple[str, str, float]]) -> str:
-    """Settings with one result: "counted dp 0.4 0.5; free dp ilp 0.1"."""
+    """Settings with one result: "whole counted dp 0.4 0.5; parts free dp ilp 0.1"."""
     by_fractions: dict[tuple[str, tuple[float, ...]], list[str]] = {}
     for blocks, solver in dict.fromkeys((b, s) for b, s, _ in settings):
         fractions = tuple(sorted(f for b, s, f in settings if (b, s) == (blocks, solver)))
@@ -248,8 +259,9 @@ def main() -> int:
     facts = environment("cpu") | {"scipy": version_of("scipy")}
     print(describe(facts), flush=True)
     model = captured_model(options.model, options.layers, options.tokens)
-    give_flops_of_regions(model.captured.graph)
     comparison = Comparison(model, options.time_limit)
+    for graph in comparison.graphs.values():
+        give_flops_of_regions(graph)
     found = dict(torch_results(comparison, solvers))
     rows = rows_of(comparison, found)
     least_planned = min(row.moec_peak for row in rows)

@@ -31,6 +31,22 @@ class Program:
     saved: tuple[Value, ...]
     backward_inputs: tuple[int, ...]
 
+    @property
+    def arguments(self) -> tuple[Value, ...]:
+        """What ``backward`` takes."""
+        inputs = (self.graph.inputs[i] for i in self.backward_inputs)
+        return (*inputs, *self.saved, *self.graph.cotangents)
+
+
+@dataclass(frozen=True)
+class Function:
+    """Some ops of a graph as a function of their own: it takes ``reads`` and returns ``makes``."""
+
+    name: str
+    reads: tuple[Value, ...]
+    ops: tuple[Op, ...]
+    makes: tuple[Value, ...]
+
 
 def partition(graph: Graph) -> Program:
     """Cut a graph at the outputs; constants are rebuilt on either side rather than kept."""
@@ -49,19 +65,22 @@ def partition(graph: Graph) -> Program:
     saved = tuple(v for v in read if v in made and v not in constants)
     behind_all = (*dict.fromkeys(again), *backward)
     given = {v for v in graph.inputs if v in read}
-    given |= _inputs_that_bind(graph, behind_all, [*given, *saved, *graph.cotangents])
+    sizes = [v for op in behind_all for v in op.results]
+    given |= set(that_bind(sizes, [*given, *saved, *graph.cotangents], graph.inputs))
     needed = tuple(i for i, v in enumerate(graph.inputs) if v in given)
     return Program(graph, forward, behind_all, saved, needed)
 
 
-def _inputs_that_bind(graph: Graph, ops: Sequence[Op], known: Sequence[Value]) -> set[Value]:
-    """Inputs that give the sizes which ``ops`` need and no known value has as an axis, as far as
-    any input has them.
+def that_bind(
+    values: Sequence[Value], known: Sequence[Value], others: Sequence[Value]
+) -> list[Value]:
+    """Those of ``others`` that give the sizes which ``values`` have and no known one has as an
+    axis, as far as any does.
     """
-    needed = {s for op in ops for v in op.results for d in v.type.shape for s in symbols(d)}
+    needed = {s for v in values for d in v.type.shape for s in symbols(d)}
     missing = needed - _bound(known)
-    giving = ([v for v in graph.inputs if name in _bound([v])] for name in sorted(missing))
-    return {inputs[0] for inputs in giving if inputs}
+    giving = ([v for v in others if name in _bound([v])] for name in sorted(missing))
+    return [found[0] for found in giving if found]
 
 
 def _bound(values: Sequence[Value]) -> set[str]:
@@ -91,13 +110,36 @@ def emit_host(
     writer.line(f"SAVED = {tuple(v.hint for v in program.saved)!r}")
     writer.line(f"BACKWARD_INPUTS = {program.backward_inputs!r}")
     writer.lines("", "")
-    taken = reserved | frozenset(graph.ranges) | frozenset(dim_names(graph))
+    taken = _taken(graph, reserved)
     first = ["region"] if ranges else []
     emit_op = _ranged(emit_op) if ranges else emit_op
     _emit_forward(writer, program, emit_op, training, PythonNames(taken), first, found)
     if training:
         writer.lines("", "")
         _emit_backward(writer, program, emit_op, PythonNames(taken), first)
+
+
+def emit_functions(
+    writer: Writer,
+    graph: Graph,
+    functions: Sequence[Function],
+    emit_op: EmitOp,
+    reserved: frozenset[str] = frozenset(),
+    found: Sequence[Requirement] = (),
+) -> None:
+    """Write functions of ops of a graph; the first one checks what was ``found`` to be required."""
+    for place, function in enumerate(functions):
+        names = PythonNames(_taken(graph, reserved))
+        writer.lines("", "")
+        with writer.block(f"def {function.name}({_signature([], function.reads, names)}):"):
+            _bind(writer, function.reads, names)
+            emit_checks(writer, graph, () if place else found)
+            _emit_ops(writer, function.ops, set(function.makes), names, emit_op)
+            writer.line(f"return {_tuple(function.makes, names)}")
+
+
+def _taken(graph: Graph, reserved: frozenset[str]) -> frozenset[str]:
+    return reserved | frozenset(graph.ranges) | frozenset(dim_names(graph))
 
 
 def _ranged(emit_op: EmitOp) -> EmitOp:
@@ -150,14 +192,9 @@ def _emit_backward(
     first: Sequence[str],
 ) -> None:
     graph = program.graph
-    arguments = [
-        *(graph.inputs[i] for i in program.backward_inputs),
-        *program.saved,
-        *graph.cotangents,
-    ]
-    with writer.block(f"def backward({_signature(first, arguments, names)}):"):
+    with writer.block(f"def backward({_signature(first, program.arguments, names)}):"):
         writer.line('"""Gradients of the inputs, in their order; None where none is needed."""')
-        _bind(writer, arguments, names)
+        _bind(writer, program.arguments, names)
         keep = {g for g in graph.gradients if g is not None}
         _emit_ops(writer, program.backward, keep, names, emit_op)
         returned = ", ".join("None" if g is None else names[g] for g in graph.gradients)

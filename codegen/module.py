@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import symtable
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeGuard
+from typing import Protocol
 
 from moec.codegen.blocked import emit_blocked
 from moec.codegen.expert_lists import emit_stack, kept_apart
-from moec.codegen.host import EmitOp, emit_aten, emit_host, partition
+from moec.codegen.host import EmitOp, Function, emit_aten, emit_functions, emit_host, partition
 from moec.codegen.names import RESERVED, PythonNames
 from moec.codegen.requirements import Requirement, of_ops
 from moec.codegen.writer import Writer
@@ -56,24 +56,40 @@ def emit_module(
     found = [*of_ops(graph), *emitter.requirements]
     emit_host(writer, partition(graph), follow, target, emitter.names, ranges, found)
     source = writer.text()
-    _refuse_unknown_sizes(graph, source)
+    _refuse_unknown_sizes(graph, source, ("forward", "backward"))
     return source
 
 
-def _refuse_unknown_sizes(graph: Graph, source: str) -> None:
+def emit_part_module(graph: Graph, target: str, functions: Sequence[Function]) -> str:
+    """Python source of a module with some functions of ops of a graph, the kernels of all its ops
+    among them: those that :func:`emit_module` writes.
+    """
+    writer, emitter = Writer(), emitter_of(graph, target, [f.ops for f in functions])
+    _emit_header(writer, graph, target)
+    emitter.emit_kernels(writer)
+    found = [*of_ops(graph), *emitter.requirements]
+    emit_functions(writer, graph, functions, emitter.emit_op, emitter.names, found)
+    source = writer.text()
+    _refuse_unknown_sizes(graph, source, [f.name for f in functions])
+    return source
+
+
+def _refuse_unknown_sizes(graph: Graph, source: str, hosts: Collection[str]) -> None:
     """Refuse code that reads a size which no tensor that it is given has as an axis."""
     names = {*graph.ranges, *dim_names(graph)}
     for table in symtable.symtable(source, "emitted", "exec").get_children():
-        unknown = sorted(names.intersection(table.get_globals())) if _is_host(table) else ()
+        unknown = _read_by(table, hosts) & names
         if unknown:
             raise CodegenError(
-                f"@{identifier(graph.name)}: {table.get_name()} needs the size {unknown[0]!r},"
+                f"@{identifier(graph.name)}: {table.get_name()} needs the size {min(unknown)!r},"
                 " which no tensor that it is given has as an axis"
             )
 
 
-def _is_host(table: symtable.SymbolTable) -> TypeGuard[symtable.Function]:
-    return isinstance(table, symtable.Function) and table.get_name() in ("forward", "backward")
+def _read_by(table: symtable.SymbolTable, hosts: Collection[str]) -> set[str]:
+    """What one of some functions reads that it does not bind."""
+    is_host = isinstance(table, symtable.Function) and table.get_name() in hosts
+    return set(table.get_globals()) if is_host else set()  # type: ignore[attr-defined]
 
 
 class Emitter(Protocol):
@@ -92,12 +108,14 @@ class Emitter(Protocol):
     def emit_op(self, writer: Writer, op: Op, names: PythonNames) -> bool: ...
 
 
-def emitter_of(graph: Graph, target: str) -> Emitter:
-    """The emitter of a graph for a target."""
+def emitter_of(graph: Graph, target: str, functions: Sequence[Sequence[Op]] = ()) -> Emitter:
+    """The emitter of a graph for a target; ``functions`` are the ops of each function that is to be
+    written, in order: by default of ``forward`` and ``backward``.
+    """
     if target == "triton":
         from moec.codegen.triton import TritonEmitter
 
-        return TritonEmitter(graph)
+        return TritonEmitter(graph, functions)
     return _AtenEmitter(kept_apart(graph, partition(graph).saved))
 
 

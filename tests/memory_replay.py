@@ -24,9 +24,14 @@ class NoKernel:
 def built(graph: Graph, target: str, folder: Path) -> Artifact:
     """The module emitted for a lowered graph, without its kernels: only host lines run."""
     compiled = build(graph, target, "training" if graph.cotangents else "inference", (), folder)
-    names: dict[str, Any] = compiled.forward.__globals__
-    names.update({k: NoKernel() for k, v in names.items() if isinstance(v, Kernel)})
+    leave_kernels_out(compiled.forward)
     return compiled
+
+
+def leave_kernels_out(function: Any) -> None:
+    """Let an emitted function, and all of its module, launch nothing."""
+    names: dict[str, Any] = function.__globals__
+    names.update({k: NoKernel() for k, v in names.items() if isinstance(v, Kernel)})
 
 
 def tracked_step(compiled: Artifact, arguments: Sequence[torch.Tensor]) -> Tracked:

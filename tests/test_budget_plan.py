@@ -129,7 +129,7 @@ def test_the_summary_counts_what_the_plan_does(step: ModelStep, tight: Any) -> N
     text = "\n".join(summary_lines(step, plan, budget))
     assert f"assumed       {step.basis}" in text
     assert plan.is_optimal or "the best found in time, at most" in text
-    assert "model.layers.*.mlp: region" in text and "modeling_olmoe.py:" in text
+    assert "model.layers.*.mlp: first projection (modeling_olmoe.py:" in text
     assert "traced.py" not in text, "places are the model's, not moec's"
 
 
@@ -155,7 +155,7 @@ def test_an_impossible_budget_is_refused_with_the_least_known(step: ModelStep) -
     assert text.count("\n") == 6, "the five largest, and what it is for"
     assert "input_ids.shape[1] = 48 and the worst routing" in text
     assert f"{step.planned.problem.resident} bytes" in text
-    assert "\n" + 12 * " " in text and "(loss_utils.py:" in text
+    assert "\n" + 12 * " " in text and "(modeling_olmoe.py:" in text
     assert step.solved(known, 2.0).peak <= known
 
 

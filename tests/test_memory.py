@@ -60,6 +60,16 @@ def test_host_lines_of_kernels_allocate_what_is_predicted(
         assert real <= predicted.step.at(T=tokens) <= 1.05 * real, tokens
 
 
+@pytest.mark.usefixtures("zeroed")
+def test_kernels_that_add_in_one_order_allocate_what_is_predicted(tmp_path: Path) -> None:
+    options = replace(OLMOE, hidden=64, inner=32, experts=8, dtype="f16")
+    graph = PassManager(pipeline("triton", True, repro=True)).run(build(options).graph)
+    predicted, compiled = predict(graph), built(graph, "triton", tmp_path)
+    for tokens in (0, 1, 33, 509):
+        real = tracked_step(compiled, random_inputs(graph, {"T": tokens})).peak(512)
+        assert real <= predicted.step.at(T=tokens) <= 1.05 * real, tokens
+
+
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("name", ["olmoe", "gpt_oss"])
 def test_library_calls_allocate_what_is_predicted(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -61,10 +62,14 @@ class Kernel(Protocol):
 
 
 class TritonEmitter:
-    """Emits the kernels of a graph, and then, op by op, the lines that launch them."""
+    """Emits the kernels of a graph, and then, op by op, the lines that launch them; ``functions``
+    are the ops of each function, in the order in which they are written: by default of ``forward``
+    and ``backward``.
+    """
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    def __init__(self, graph: Graph, functions: Sequence[Sequence[Op]] = ()) -> None:
+        program = partition(graph)
+        self.graph, self.functions = graph, functions or (program.forward, program.backward)
         self.kernels: dict[Op, Kernel] = {}
         self.reasons: dict[Op, str] = {}
         self.hoisted: dict[Op, Hoisted] = {}
@@ -265,14 +270,14 @@ class TritonEmitter:
         for context in self._contexts:
             if context.names is names:
                 return context
-        program = partition(self.graph)
-        ops = program.forward if op in program.forward else program.backward
+        # an op may be in several functions, and only those that are not yet written can follow
+        ops = next(ops for ops in self.functions[len(self._contexts) :] if op in ops)
         uses, lists = self._gathered_uses(ops), self._row_lists(ops)
         context = Context(self.graph, names, uses, lists, self.repro)
         self._contexts.append(context)
         return context
 
-    def _row_lists(self, ops: tuple[Op, ...]) -> list[RowList]:
+    def _row_lists(self, ops: Sequence[Op]) -> list[RowList]:
         """The lists of row tiles that the kernels of some ops read, in the order of their use."""
         found: list[RowList] = []
         for op in ops:
@@ -282,7 +287,7 @@ class TritonEmitter:
                 found.append(kernel.row_list(outer))
         return found
 
-    def _gathered_uses(self, ops: tuple[Op, ...]) -> dict[Gathered, int]:
+    def _gathered_uses(self, ops: Sequence[Op]) -> dict[Gathered, int]:
         """How many kernels by descriptors read each gathered value."""
         uses: dict[Gathered, int] = {}
         for op in ops:

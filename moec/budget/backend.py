@@ -15,6 +15,7 @@ from moec.budget.effort import Efforts
 from moec.budget.fused import Fused, fused_steps
 from moec.budget.labels import size_names
 from moec.budget.measure import workspace_on
+from moec.budget.parts import cut_regions
 from moec.budget.problem import StepProblem, step_problem
 from moec.budget.rates_file import calibration_on
 from moec.budget.schedule import scheduled, split
@@ -87,6 +88,7 @@ class PlannedStep:
     def _planned_passes(
         self, joint: fx.GraphModule, forward_outputs: int
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        cut_regions(joint.graph)
         sizes = planned_sizes(joint.graph, self.is_declared)
         device = _device_of(joint.graph.find_nodes(op="placeholder"))
         kind = "cuda" if device.type == "cuda" else "cpu"

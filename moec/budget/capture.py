@@ -10,6 +10,7 @@ from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import TorchDynamoException
 
+from moec.budget.parts import cut_regions
 from moec.budget.steps import Captured, read_joint
 from moec.budget.uncaptured import uncaptured
 from moec.errors import CompileError
@@ -20,11 +21,13 @@ class _Seen(Exception):
     """Ends a compilation when the joint graph is there."""
 
 
-def captured_step(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
+def captured_step(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], in_parts: bool = True
+) -> Captured:
     """The joint graph of a model's forward and backward pass for a call; nothing is computed.
 
     The sizes of ``args`` and ``kwargs`` stay symbols; a model from :func:`moec.compile` has its
-    regions in it as single operations.
+    regions in it: each pass as its parts, or as one operation without ``in_parts``.
 
     Raises:
         CompileError: the step is no single graph.
@@ -32,6 +35,8 @@ def captured_step(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, An
     found: list[Captured] = []
 
     def partition(joint: fx.GraphModule, _: Any, *, num_fwd_outputs: int, **__: Any) -> Any:
+        if in_parts:
+            cut_regions(joint.graph)
         found.append(read_joint(joint.graph, num_fwd_outputs))
         raise _Seen
 

@@ -43,8 +43,9 @@ class Efforts:
         arguments = self._concrete(step.main.args)
         region = region_effort(step.main, arguments)
         if region is not None:
-            computing = region.flops / self.rates.of(GROUPED, dtype_of(arguments))
-            return Effort(self.rates.seconds(computing, region.moved), region.workspace)
+            rate = self.rates.of(GROUPED, dtype_of(arguments))
+            kernels = ((flops / rate, moved) for flops, moved in region.kernels)
+            return Effort(sum(self.rates.seconds(*k) for k in kernels), region.workspace)
         own = self._workspace(step.main) if not is_light(step.main) else 0
         return Effort(self._seconds(step), max(self._inside(step), own))
 

@@ -10,6 +10,8 @@ import sympy
 import torch
 from torch import fx
 
+from moec.runtime.part_ops import part_of
+
 
 def module_path(node: fx.Node) -> str:
     """The module whose code a node is from, as "model.layers.3.mlp"; empty if it is not known."""
@@ -34,8 +36,12 @@ def source_line(node: fx.Node) -> str:
 
 
 def operation(node: fx.Node) -> str:
-    """The operation's short name, as "mm"."""
+    """The operation's short name, as "mm"; of a part of a region what it computes, and its line."""
     target: Any = node.target
+    found = part_of(target)
+    if found is not None:
+        loc = found.part.loc
+        return found.part.title if loc is None else f"{found.part.title} ({loc.file}:{loc.line})"
     packet = getattr(target, "overloadpacket", target)
     return str(getattr(packet, "__name__", packet)).split(".")[-1]
 

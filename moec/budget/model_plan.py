@@ -124,9 +124,11 @@ def capture_model(
     target: str,
     reserve: int = 0,
     device: Calibration | None = None,
+    in_parts: bool = True,
 ) -> CapturedModel:
     """The step of a causal language model of Hugging Face, on ``batch`` sequences of ``length``
-    tokens, with its MoE blocks compiled for ``target``.
+    tokens, with its MoE blocks compiled for ``target``; ``in_parts``: what each pass of a block is
+    in it, several operations or one.
 
     Weights that share memory count in full. ``reserve``: bytes that are held beside the step's;
     ``device``: whose rates times are modelled from, moec's guesses if absent.
@@ -145,7 +147,7 @@ def capture_model(
     for region in regions(compiled):
         region.session.planned_target = target
     ids = torch.zeros(batch, length, dtype=torch.int64)
-    captured = captured_step(compiled, (), {"input_ids": ids, "labels": ids})
+    captured = captured_step(compiled, (), {"input_ids": ids, "labels": ids}, in_parts)
     parameters = bytes_of_parameters(model)
     shared = parameters - sum(_storages(model).values())
     held = parameters, shared, reserve

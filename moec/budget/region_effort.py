@@ -12,46 +12,69 @@ import torch
 from torch import fx
 
 from moec.codegen.host import partition
-from moec.cost import Cost, op_cost
+from moec.codegen.parts import FREE
+from moec.cost import op_cost
 from moec.ir.dims import apply
 from moec.ir.graph import Op, Value
 from moec.memory import Prediction, predict
 from moec.memory.buffers import GRANULES
 from moec.runtime.artifact import Artifact
 from moec.runtime.library import pass_of
+from moec.runtime.part_ops import PartOp, part_of
 
 
 @dataclass(frozen=True)
 class RegionEffort:
-    """Operations of products, bytes moved, and bytes that are needed only meanwhile."""
+    """What each kernel computes and moves, in floating-point operations and bytes; and bytes that
+    are needed only meanwhile.
+    """
 
-    flops: float
-    moved: float
+    kernels: tuple[tuple[float, float], ...]
     workspace: int
+
+    @property
+    def flops(self) -> float:
+        """Operations of all kernels."""
+        return sum(flops for flops, _ in self.kernels)
 
 
 def region_effort(node: fx.Node, arguments: Sequence[Any]) -> RegionEffort | None:
-    """The effort of a node that is a pass of a compiled region; ``None`` if it is something else.
+    """The effort of a node that is a pass of a compiled region, or a part of one; ``None`` if it is
+    something else.
 
     ``arguments`` are the node's, with tensors of definite shapes.
     """
+    (tensors,) = arguments if len(arguments) == 1 else ((),)
+    part = part_of(node.target)
+    if part is not None:
+        return _part_effort(part, tensors)
     found = pass_of(node.target)
     if found is None:
         return None
     artifact, is_backward = found
     program = partition(artifact.graph)
-    (tensors,) = arguments
-    declared: Sequence[Value] = artifact.graph.inputs
-    if is_backward:
-        inputs = [artifact.graph.inputs[i] for i in program.backward_inputs]
-        declared = [*inputs, *program.saved, *artifact.graph.cotangents]
-    sizes = _binding(declared, tensors)
-    cost = _cost(program.backward if is_backward else program.forward)
-    return RegionEffort(
-        float(apply(cost.flops, sizes)),
-        float(apply(cost.bytes, sizes)),
-        _workspace(artifact, is_backward, sizes) + sum(map(_copied, tensors)),
-    )
+    sizes = _binding(artifact.signature(is_backward)[0], tensors)
+    workspace = _workspace(artifact, is_backward, sizes)
+    return _effort(program.backward if is_backward else program.forward, sizes, tensors, workspace)
+
+
+def _part_effort(part: PartOp, tensors: Sequence[torch.Tensor]) -> RegionEffort:
+    """The effort of a part of a pass."""
+    function, granule = part.part.function, GRANULES[part.artifact.target]
+    sizes = _binding(function.reads, tensors)
+    workspace = part.peak.at(**sizes) - _total(function.makes, sizes, granule)
+    return _effort(function.ops, sizes, tensors, max(0, workspace))
+
+
+def _effort(
+    ops: Sequence[Op],
+    sizes: Mapping[str, int],
+    tensors: Sequence[torch.Tensor],
+    workspace: int,
+) -> RegionEffort:
+    costs = [op_cost(op) for op in ops if op.kind not in FREE]
+    kernels = ((float(apply(c.flops, sizes)), float(apply(c.bytes, sizes))) for c in costs)
+    return RegionEffort(tuple(kernels), workspace + sum(map(_copied, tensors)))
 
 
 def _binding(declared: Sequence[Value], tensors: Sequence[torch.Tensor]) -> dict[str, int]:
@@ -61,10 +84,6 @@ def _binding(declared: Sequence[Value], tensors: Sequence[torch.Tensor]) -> dict
             if isinstance(size, sympy.Symbol):
                 found.setdefault(size.name, int(actual))
     return found
-
-
-def _cost(ops: Sequence[Op]) -> Cost:
-    return sum(map(op_cost, ops), Cost())
 
 
 def _copied(tensor: torch.Tensor) -> int:
@@ -83,7 +102,7 @@ def _workspace(artifact: Artifact, is_backward: bool, sizes: Mapping[str, int]) 
     about, graph = _prediction(artifact), artifact.graph
     granule = GRANULES[artifact.target]
     if not is_backward:
-        results = [*graph.outputs, *artifact.program_saved]
+        _, results = artifact.signature(is_backward)
         return max(0, about.forward.at(**sizes) - _total(results, sizes, granule))
     if about.backward is None or about.held is None:
         raise RuntimeError(f"@{graph.name} has no backward pass")

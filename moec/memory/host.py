@@ -10,7 +10,7 @@ import ast
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from moec.codegen.host import emit_host, partition
+from moec.codegen.host import Function, emit_functions, emit_host, partition
 from moec.codegen.module import emitter_of
 from moec.codegen.names import PythonNames
 from moec.codegen.writer import Writer
@@ -25,7 +25,7 @@ from moec.memory.expressions import Site, is_copy, is_view, layout, scratch
 
 @dataclass(frozen=True)
 class HostFunction:
-    """``forward`` or ``backward`` of an emitted module.
+    """``forward``, ``backward`` or a part of either in an emitted module.
 
     ``values`` says what each name stands for, ``makers`` the op that makes it, in whichever body.
     """
@@ -50,9 +50,12 @@ class Timeline:
     returned: tuple[tuple[Held, ...], ...]
 
 
-def host_functions(graph: Graph, target: str) -> list[HostFunction]:
-    """The functions that a lowered graph is emitted as: one, or two for a joint graph."""
-    emitter, writer = emitter_of(graph, target), Writer()
+def host_functions(graph: Graph, target: str, parts: Sequence[Function] = ()) -> list[HostFunction]:
+    """The functions that a lowered graph is emitted as: one, or two for a joint graph; or one for
+    each of ``parts``.
+    """
+    bodies = [part.ops for part in parts]
+    emitter, writer = emitter_of(graph, target, bodies), Writer()
     names: list[PythonNames] = []
     places = {op: place for place, op in enumerate(graph.ops)}
 
@@ -62,12 +65,16 @@ def host_functions(graph: Graph, target: str) -> list[HostFunction]:
         out.line(str(places[op]))  # a statement that marks the lines of the op
         return emitter.emit_op(out, op, given)
 
-    program = partition(graph)
-    emit_host(writer, program, emit, target, emitter.names)
+    if parts:
+        emit_functions(writer, graph, parts, emit, emitter.names)
+    else:
+        program = partition(graph)
+        bodies = [program.forward, program.backward]
+        emit_host(writer, program, emit, target, emitter.names)
     makers = dict(_makers(graph))
     functions = [f for f in ast.parse(writer.text()).body if isinstance(f, ast.FunctionDef)]
     found = []
-    for code, ops in zip(functions, (program.forward, program.backward), strict=False):
+    for code, ops in zip(functions, bodies, strict=False):
         values = names.pop(0).values if ops else {}
         found.append(HostFunction(code, graph, target, values, makers))
     return found
@@ -137,7 +144,7 @@ class _Frame:
         self.block = None
 
     def _return(self, groups: Sequence[ast.expr]) -> None:
-        if self.function.code.name == "backward":
+        if self.function.code.name != "forward":
             groups = [ast.Tuple(elts=list(groups))]
         self.returned = tuple(
             tuple(self.names[e.id] if isinstance(e, ast.Name) else Held() for e in group.elts)
@@ -157,13 +164,16 @@ class _Frame:
                 self.numbers[targets[0]] = self._number(value)
             case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr="empty" | "zeros")):
                 self._allocate(targets[0], self._type(targets[0], value))
+            case (
+                ast.Subscript(value=ast.Name(id=name), slice=ast.Slice(lower=ast.Name()))
+                | ast.Call(func=ast.Attribute(attr="aligned"), args=[ast.Name(id=name)])
+            ):  # rows of a block; what lies well, as all but inputs do
+                self.names[targets[0]] = self.names[name]
             case ast.Call(func=ast.Attribute(value=ast.Name(id="launch"), attr=function)):
                 numbers = [self._number(a) for a in value.args[:-1]]
                 self._allocate(targets[0], sizes.made_by(function, numbers))
             case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="contiguous")):
                 self._copy(targets[0], name)
-            case ast.Subscript(value=ast.Name(id=name), slice=ast.Slice(lower=ast.Name())):
-                self.names[targets[0]] = self.names[name]
             case ast.Call(func=ast.Attribute(value=ast.Name(id="moe"), attr="stack")):
                 kept = frozenset[Buffer]().union(*(h.buffers for h in self._read(value)))
                 self.names[targets[0]] = Held(kept)

@@ -6,10 +6,10 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from moec.codegen.host import Program, partition
+from moec.codegen.host import Function, Program, partition
 from moec.errors import DimError
 from moec.ir.dims import Dim, Range, apply, substitute, symbols
-from moec.ir.graph import Graph
+from moec.ir.graph import Graph, Value
 from moec.memory.buffers import GRANULES, Buffer, Held, Layout, Moment
 from moec.memory.envelope import Piece, pieces
 from moec.memory.host import Timeline, host_functions, walked
@@ -199,6 +199,35 @@ def predict(
     )
 
 
+def predict_parts(graph: Graph, target: str, parts: Sequence[Function]) -> list[Peak]:
+    """The most that each part of a graph holds beyond what it takes, for the worst routing, where
+    results that lie otherwise, or share memory with others, are copied in the end.
+
+    Raises:
+        CodegenError: nothing is known about a line of the emitted program.
+    """
+    peaks = []
+    for function, part in zip(host_functions(graph, target, parts), parts, strict=True):
+        seen = walked(function, [Held() for _ in part.reads])
+        (found,) = seen.returned
+        end = Moment(None, _buffers(found) | _copies(part.makes, found))
+        moments = _without_dominated([*seen.moments, end])
+        peaks.append(Peak(moments, GRANULES[target], graph.ranges))
+    return peaks
+
+
+def _copies(values: Sequence[Value], found: Sequence[Held]) -> frozenset[Buffer]:
+    """What an operation copies so that its results are rows in memory of their own."""
+    seen: set[Buffer] = set()
+    copies = set()
+    for value, held in zip(values, found, strict=True):
+        is_own = held.buffers and held.buffers.isdisjoint(seen)
+        if not is_own or held.layout is not Layout.ROWS:
+            copies.add(Buffer(f"copy of {value.hint}", value.type))
+        seen |= held.buffers
+    return frozenset(copies)
+
+
 def _buffers(group: Sequence[Held]) -> frozenset[Buffer]:
     return frozenset[Buffer]().union(*(h.buffers for h in group))
 
@@ -245,4 +274,4 @@ def _holds(other: Moment, moment: Moment) -> bool:
     return moment.live <= other.live and moment.scratch in (0, other.scratch)
 
 
-__all__ = ["Peak", "Prediction", "largest", "predict"]
+__all__ = ["Peak", "Prediction", "largest", "predict", "predict_parts"]

@@ -110,6 +110,15 @@ class Artifact:
             outputs = _Differentiable.apply(used, *contiguous)  # type: ignore[no-untyped-call]
             return outputs
 
+    def signature(self, is_backward: bool) -> tuple[Sequence[Value], Sequence[Value]]:
+        """What a pass takes and returns as an operation of a tracer's graph."""
+        graph = self.graph
+        if not is_backward:
+            return graph.inputs, (*graph.outputs, *self.program_saved)
+        inputs = (graph.inputs[i] for i in self.backward_inputs)
+        gradients = [g for g in graph.gradients if g is not None]
+        return (*inputs, *self.program_saved, *graph.cotangents), gradients
+
     def in_ranges(self, region: str) -> Artifact:
         """The same artifact, whose kernels a profiler shows under the name of a region."""
         region = region or f"@{self.graph.name}"

@@ -48,11 +48,11 @@ def pass_of(target: Any) -> tuple[Artifact, bool] | None:
     return _PASSES.get(name().split(".")[0]) if callable(name) else None
 
 
-def _contiguous(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def contiguous(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [t if t.is_contiguous() else t.contiguous() for t in tensors]
 
 
-def _define(
+def define(
     name: str,
     body: Callable[[Sequence[torch.Tensor]], Any],
     fake: Callable[[Sequence[torch.Tensor]], Any],
@@ -76,32 +76,31 @@ def _register_inference(artifact: Artifact, name: str) -> None:
 
     def body(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         run = _named(artifact).forward
-        return _owned(run(*_contiguous(inputs))[0], inputs)
+        return owned(run(*contiguous(inputs))[0], inputs)
 
-    _define(name, body, lambda inputs: _fake(graph, graph.inputs, graph.outputs, inputs))
+    define(name, body, lambda inputs: fake_results(graph, graph.inputs, graph.outputs, inputs))
 
 
 def _register_training(artifact: Artifact, name: str) -> None:
     graph, count = artifact.graph, len(artifact.graph.outputs)
-    saved = artifact.program_saved
-    returned = [g for g in graph.gradients if g is not None]
-    arguments = [*(graph.inputs[i] for i in artifact.backward_inputs), *saved, *graph.cotangents]
+    taken, made = artifact.signature(False)
+    arguments, returned = artifact.signature(True)
 
     def forward(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        outputs, kept = _named(artifact).forward(*_contiguous(inputs))
-        return _owned([*outputs, *kept], inputs)
+        outputs, kept = _named(artifact).forward(*contiguous(inputs))
+        return owned([*outputs, *kept], inputs)
 
     def backward(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         run = _named(artifact).backward
         if run is None:
             raise RuntimeError("an inference artifact has no backward")
-        return _owned([g for g in run(*_contiguous(inputs)) if g is not None], inputs)
+        return owned([g for g in run(*contiguous(inputs)) if g is not None], inputs)
 
-    op = _define(
-        name, forward, lambda inputs: _fake(graph, graph.inputs, (*graph.outputs, *saved), inputs)
-    )
-    backward_op = _define(
-        f"{name}_backward", backward, lambda inputs: _fake(graph, arguments, returned, inputs)
+    op = define(name, forward, lambda inputs: fake_results(graph, taken, made, inputs))
+    backward_op = define(
+        f"{name}_backward",
+        backward,
+        lambda inputs: fake_results(graph, arguments, returned, inputs),
     )
 
     def setup_context(ctx: Any, inputs: Any, output: Sequence[torch.Tensor]) -> None:
@@ -123,7 +122,7 @@ def _register_training(artifact: Artifact, name: str) -> None:
     op.register_autograd(differentiate, setup_context=setup_context)
 
 
-def _owned(tensors: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def owned(tensors: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Results of an op must not share memory with its inputs or with each other."""
     seen = {t.untyped_storage().data_ptr() for t in inputs}
     owned = []
@@ -134,7 +133,7 @@ def _owned(tensors: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> l
     return owned
 
 
-def _fake(
+def fake_results(
     graph: Graph,
     declared: Sequence[Value],
     results: Sequence[Value],
