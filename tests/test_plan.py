@@ -213,6 +213,16 @@ def test_the_rounded_relaxation_is_a_valid_sequence() -> None:
     assert replay(problem, sequence).peak < peak_of(problem)
 
 
+def test_rounding_looks_for_relief_until_its_deadline() -> None:
+    problem = layered(6, 8)
+    relaxation = Relaxation(gaps_of(problem), int(0.6 * peak_of(problem)))
+    in_turn, ahead, late = (
+        rounded(relaxation.gaps, relaxation.solution, 0.5, *limits)
+        for limits in ((), (4,), (4, 0.0))
+    )
+    assert in_turn == late != ahead
+
+
 @pytest.mark.parametrize("make", (random_graph, random_outputs))
 def test_a_budget_is_excluded_only_if_nothing_fits(make: Callable[[int, int], Problem]) -> None:
     excluded = 0
@@ -250,6 +260,14 @@ def test_plans_of_larger_graphs_fit_and_do_not_beat_their_bound(
     plan = solve(problem, budget, time_limit=3)
     assert replay(problem, plan.sequence, budget).time == plan.time
     assert problem.least_time <= plan.bound <= plan.time
+
+
+def test_a_tight_budget_takes_chains_of_repetitions() -> None:
+    problem = layered(12, 12)
+    budget = int(0.6 * peak_of(problem))
+    plan = solve(problem, budget, time_limit=10, gap=math.inf)
+    assert replay(problem, plan.sequence, budget).time == plan.time
+    assert max(Counter(plan.sequence).values()) > 2
 
 
 def test_a_search_may_begin_with_many_runs_of_one_node() -> None:

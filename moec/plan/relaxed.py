@@ -50,7 +50,7 @@ def relaxed(
     last = Relaxed(0.0)
     for last in _solutions(problem, budget, fixed, limit, deadline):
         yield last
-    if fixed or last.sequence is None or last.peak <= budget:
+    if fixed or last.sequence is None or last.peak <= budget or time.monotonic() > deadline:
         return
     ordered = replace(problem, order=tuple(dict.fromkeys(last.sequence)))
     for found in _solutions(ordered, budget, True, limit, deadline):
@@ -69,7 +69,7 @@ def _solutions(
         start = time.monotonic()
         seconds = min(seconds, deadline - start)
         bound = max(bound, relaxation.solve(seconds))
-        found = () if math.isinf(bound) else _rounded(relaxation, problem, bound, fixed)
+        found = () if math.isinf(bound) else _rounded(relaxation, problem, bound, fixed, deadline)
         near = [one for one in found if one.peak <= PROMISING * budget]
         yield from sorted(near, key=lambda one: -one.peak) or [Relaxed(bound)]
         stopped = time.monotonic() - start > seconds
@@ -79,8 +79,9 @@ def _solutions(
 
 
 def _rounded(
-    relaxation: Relaxation, problem: Problem, bound: float, fixed: bool
+    relaxation: Relaxation, problem: Problem, bound: float, fixed: bool, deadline: float
 ) -> Iterator[Relaxed]:
+    gaps, solution = relaxation.gaps, relaxation.solution
     for ahead in (None,) if fixed else AHEAD:
-        sequence = tuple(rounded(relaxation.gaps, relaxation.solution, THRESHOLD, ahead))
+        sequence = tuple(rounded(gaps, solution, THRESHOLD, ahead, deadline))
         yield Relaxed(bound, sequence, replay(problem, sequence).peak)

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
+import time
 from collections.abc import Iterable, Sequence
 
 from moec.plan.gaps import Gaps
 
 
 def rounded(
-    gaps: Gaps, again: Sequence[Sequence[float]], threshold: float, ahead: int | None = None
+    gaps: Gaps,
+    again: Sequence[Sequence[float]],
+    threshold: float,
+    ahead: int | None = None,
+    deadline: float = math.inf,
 ) -> list[int]:
     """A sequence in which a node runs again where the relaxation runs it again to at least the
     threshold; inputs that are not held then are repeated too.
 
     ``again[u][i]``: how often u runs again in gap i. First runs are in the given order; with
     ``ahead``, a node goes before its turn if it frees at least as much as is made for it, and at
-    most so many nodes must run again for it. The sequence is valid; whether it fits is not looked
-    at.
+    most so many nodes must run again for it; not after the deadline (of ``time.monotonic``), since
+    it takes long. The sequence is valid; whether it fits is not looked at.
     """
     builder = _Builder(gaps, again, threshold)
     for node in gaps.problem.order:
         if node not in builder.done:
             builder.run(node)
+        if time.monotonic() > deadline:
+            ahead = None
         while ahead is not None and (relief := builder.relief(ahead)) is not None:
             builder.run(relief)
     # Without the end

@@ -21,6 +21,8 @@ NEGLIGIBLE = 1e-9
 MOST_STARTS = 4
 # The share of the time that an exact solution spends on search first
 EXACT_SEARCH = 0.2
+# The share of the time after which bounds and plans from them end, so that search has its turn
+RELAXED_SHARE = 0.4
 # More runs of a node than this are not proven for
 MOST_COPIES = 6
 
@@ -238,7 +240,8 @@ class _Solver:
         from moec.plan.relaxed import relaxed
 
         self.report("bound")
-        limits = self.limit, self.deadline
+        deadline = min(self.deadline, time.monotonic() + RELAXED_SHARE * self.limit)
+        limits = self.limit, deadline
         for found in relaxed(self.problem, self.budget, self.fixed, *limits):
             self.bound = max(self.bound, found.bound)
             if found.sequence is not None:
