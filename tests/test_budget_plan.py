@@ -62,8 +62,8 @@ def test_the_problem_is_that_of_the_target(step: ModelStep) -> None:
 
 
 def names_of(step: Any) -> list[str]:
-    """The nodes of a problem; compiled regions have numbers of their own."""
-    return [re.sub(r"region_\d+", "region", node.name) for node in step.planned.problem.nodes]
+    """The nodes of a problem; compiled regions have numbers of their own, and lines by target."""
+    return [re.sub(r"region_\d+|:\d+", "", node.name) for node in step.planned.problem.nodes]
 
 
 def groups_at(captured: Captured) -> list[tuple[str, ...]]:
