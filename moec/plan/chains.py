@@ -60,22 +60,35 @@ def repeat_chain(
     """
     group = np.empty(MOST_CHAINED, np.int32)
     count = gather(graph, state, search, group, node, place, before, PATIENT * most)
-    for k in range(1, count):
-        settle(state, group, k)
+    if count > 1:
+        put_in_order(graph, search, group, count)
     for k in range(count):
         do_insert(graph, state, search, group[k], place + k)
     return count > 0
 
 
 @njit
-def settle(state: State, group: Any, k: int) -> None:
-    """Move a node of a group to its place among those before it, by first runs: inputs first."""
-    node = group[k]
-    first = state.place[state.runs[node, 0]]
-    while k > 0 and state.place[state.runs[group[k - 1], 0]] > first:
-        group[k] = group[k - 1]
-        k -= 1
-    group[k] = node
+def put_in_order(graph: Arrays, search: Search, group: Any, count: int) -> None:
+    """Order a group by depth first search: what a node needs comes right before it."""
+    stamp = search.totals[1]
+    found, waiting = np.empty(count, np.int32), np.empty(count, np.int32)
+    waiting[0] = group[0]
+    depth, done = 1, 0
+    while depth > 0:
+        top, needed = waiting[depth - 1], -1
+        for k in range(graph.input_start[top], graph.input_start[top + 1]):
+            if search.mark[graph.input_node[k]] == stamp:
+                needed = graph.input_node[k]
+                break
+        if needed >= 0:
+            waiting[depth] = needed
+            depth += 1
+        else:
+            search.mark[top] = 0
+            found[done] = top
+            done += 1
+            depth -= 1
+    group[:count] = found
 
 
 @njit

@@ -35,6 +35,8 @@ from moec.plan.sequence import (
 FIRST_ROUND = 50
 GROWTH = 2.0
 LONGEST_ROUND = 2000
+# With time for fewer rounds than this left, one is made of it, planned for a share of the time
+ROUNDS_LEFT, SAFE_SHARE = 2.0, 0.9
 # How a search begins, in turns: the temperature in mean durations, and the price of a byte above
 # the budget, in units of that at which a mean output above it for ten places costs a mean
 # duration. Loose budgets gain from the first, tight ones from the others.
@@ -84,6 +86,7 @@ def search(
     count = len(problem.nodes)
     moves = FIRST_ROUND * count
     stale = number = 0
+    began = time.monotonic()
     with ThreadPoolExecutor(2) as threads:
         while stale < PATIENCE and time.monotonic() < deadline:
             first = 2 * number + 2 + 1000003 * seed
@@ -98,7 +101,17 @@ def search(
             stale = 0 if found.cost < best.cost else stale + 1
             best = min(best, found, key=lambda c: c.cost)
             yield best
+            now = time.monotonic()
+            rate, began = moves / max(now - began, 1e-3), now
             moves, number = min(int(moves * GROWTH), LONGEST_ROUND * count), number + 1
+            moves = last_round(moves, rate, deadline - now)
+
+
+def last_round(moves: int, rate: float, seconds: float) -> int:
+    """The changes of a round; those that ``seconds`` allow, at a rate per second, if there would be
+    no full round after it: one that is cut off never cools down.
+    """
+    return moves if moves * ROUNDS_LEFT < rate * seconds else int(rate * seconds * SAFE_SHARE) + 1
 
 
 @dataclass(frozen=True)
