@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -44,6 +44,9 @@ FRESH = ((3.0, 1.0), (1.0, 30.0), (3.0, 30.0), (1.0, 10.0))
 # Temperatures at which the best plan is improved, in turns; a price with which it is shaken up, as
 # is one that does not fit; and the temperature at the end of all
 WARM, SHAKEN, COLD = (0.1, 0.5, 0.02), (1.0, 10.0), 0.003
+# Where nothing fits yet, the share of the budget that every other search is given: what needs a
+# little more may fit.
+TIGHTER = 0.93
 # Rounds without improvement after which the search ends
 PATIENCE = 8
 
@@ -117,13 +120,14 @@ def last_round(moves: int, rate: float, seconds: float) -> int:
 @dataclass(frozen=True)
 class Job:
     """One annealing: from a candidate, at a temperature in mean durations and a price, which is
-    adapted after a share of the changes.
+    adapted after a share of the changes, within a share of the budget.
     """
 
     start: Candidate
     hot: float
     price: float
     settled: float
+    within: float = 1.0
 
 
 class _Searcher:
@@ -148,10 +152,10 @@ class _Searcher:
         over, spent = int(state.totals[OVER]), float(state.time[0])
         return Candidate(over, spent, self.price, tuple(sequence))
 
-    def _state(self, sequence: Sequence[int]) -> State:
+    def _state(self, sequence: Sequence[int], within: float = 1.0) -> State:
         capacity = max(8 * self.count, 2 * len(sequence)) + 64
         most_runs = max(MOST_RUNS, *Counter(sequence).values())
-        state = empty_state(self.arrays, capacity, self.budget, most_runs)
+        state = empty_state(self.arrays, capacity, int(within * self.budget), most_runs)
         build(self.arrays, state, np.array(sequence, np.int32))
         return state
 
@@ -165,7 +169,7 @@ class _Searcher:
         else:
             explore = self._fresh(number)
         if best.over and number % 2:
-            return explore, self._fresh(number + 1)
+            return explore, replace(self._fresh(number + 1), within=TIGHTER)
         turn = number % (len(WARM) + 1)
         if best.over or turn == len(WARM):
             return explore, Job(best, SHAKEN[0], self.price * SHAKEN[1], 0.0)
@@ -177,7 +181,7 @@ class _Searcher:
 
     def run(self, job: Job, seed: int, moves: int) -> Candidate:
         """Anneal once."""
-        state = self._state(job.start.sequence)
+        state = self._state(job.start.sequence, job.within)
         found = new_search(len(state.at), seed, job.price, self.fixed, self.stop)
         found.price[1] = self.price
         hot, cold = job.hot * self.unit, COLD * self.unit
@@ -185,8 +189,8 @@ class _Searcher:
         if np.isfinite(found.best_time[0]):
             nodes = found.best[: found.best_length[0]]
             return Candidate(0, float(found.best_time[0]), float(found.price[0]), _tuple(nodes))
-        over, spent = int(state.totals[OVER]), float(state.time[0])
-        return Candidate(over, spent, float(found.price[0]), _tuple(nodes_of(state)))
+        last = self.measure(_tuple(nodes_of(state)))
+        return replace(last, price=float(found.price[0]))
 
 
 def _tuple(nodes: Iterable[int]) -> tuple[int, ...]:
