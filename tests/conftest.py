@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections.abc import Iterator
 
 # Read when transformers is first imported, hence set before any test module is.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -25,6 +26,14 @@ def fixed_seeds() -> None:
     """Make each test independent of which others ran before it."""
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """What Dynamo compiled for one test is nothing to the next."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,11 +20,7 @@ from .models import build, tokens
 SLACK = 1024
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Any:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def planned(model: nn.Module, budget: int | str, **options: Any) -> Any:

@@ -23,19 +23,13 @@ from moec.errors import CompileError
 from moec.memory.tracked import track
 
 pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor compiles with g++ on a CPU"),
     pytest.mark.filterwarnings("ignore:moec. found no MoE block"),
     # Inductor's own imports
     pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is:DeprecationWarning"),
 ]
 SLACK = 1024
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Any:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 class _Norm(nn.Module):

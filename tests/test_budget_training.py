@@ -26,12 +26,7 @@ from moec.plan import budget_of, solve
 from .models import assert_equal_gradients, build, tokens
 from .test_budget import planned, step_of, trained, unplanned_peak
 
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Any:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def executed(graph: fx.Graph) -> Counter[str]:

@@ -27,11 +27,7 @@ def whole(model: Any, **options: Any) -> Any:
     return moec.compile(model, scope="model", options=settings)
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Any:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def test_one_graph_serves_every_length() -> None:

@@ -45,11 +45,7 @@ HERE = Calibration(
 TINY = Shapes([1 << 12], [8, 16], [4, 8], [0, 1, 8], 4, 2, 16, 8)
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Any:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 # files
@@ -102,8 +98,8 @@ def test_damage_has_a_place_and_the_guesses_are_used(text: str, line: int, tmp_p
     [
         ({"device": "another"}, "measured on another, this is"),
         ({"kind": "cuda"}, "measured on a GPU"),
-        ({"versions": {"torch": "1.0"}}, "measured with PyTorch 1.0, this is"),
-        ({"versions": {}}, "measured with PyTorch unknown"),
+        ({"versions": {"torch": "1.0"}}, "measured with torch 1.0, this is"),
+        ({"versions": {}}, "measured with torch unknown"),
     ],
 )
 def test_what_was_measured_elsewhere_is_refused(

@@ -145,7 +145,7 @@ def test_a_missing_file_is_a_warning(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change, words",
-    [({"device": "another"}, "measured on another"), ({"versions": {}}, "with Triton unknown")],
+    [({"device": "another"}, "measured on another"), ({"versions": {}}, "with triton unknown")],
 )
 def test_what_was_measured_elsewhere_is_left_aside(
     change: dict[str, Any],

@@ -15,12 +15,7 @@ from moec.errors import CompileError
 
 from .models import assert_equal_gradients, build, gradients, tokens
 
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Any:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class _Asking(nn.Linear):

@@ -23,7 +23,7 @@ from moec.errors import ParseError
 from moec.files import decoded, read_bounded, read_json
 from moec.ir.types import FLOATS
 from moec.printable import printable
-from moec.tuning.file import versions
+from moec.tuning.file import measured_elsewhere
 
 FORMAT = "moec-rates/1"
 MOST_BYTES = 1 << 16
@@ -144,7 +144,12 @@ def calibration_on(
     """What a file says of this machine's device, or the guesses where there is no file or it is of
     no use here, which ``warn`` is told.
     """
-    return _usable(path, device.type, warn, lambda found: _foreign(found, device))
+    return _usable(
+        path,
+        device.type,
+        warn,
+        lambda found: measured_elsewhere(found, device_name(device), "torch"),
+    )
 
 
 def calibration_for(kind: str, path: str | None, warn: Callable[[str], object]) -> Calibration:
@@ -179,17 +184,6 @@ def _of_another_kind(found: Calibration, kind: str) -> str:
     if found.kind == kind:
         return ""
     return f"measured on {names[found.kind]} ({found.device}), the plan is for {names[kind]}"
-
-
-def _foreign(found: Calibration, device: torch.device) -> str:
-    """Why rates say nothing of this machine; empty if they do."""
-    here = device_name(device)
-    if found.device != here:
-        return f"measured on {found.device}, this is {here}"
-    theirs, own = found.versions.get("torch", ""), versions()["torch"]
-    if theirs.split(".")[:2] != own.split(".")[:2]:
-        return f"measured with PyTorch {theirs or 'unknown'}, this is {own}"
-    return ""
 
 
 __all__ = [

@@ -12,11 +12,10 @@ from typing import Any
 import numba
 import numpy as np
 
-from moec.plan.changes import Search, do_insert, draw, new_stamp
+from moec.plan.changes import Search, do_insert, draw, may_repeat, new_stamp
 from moec.plan.sequence import (
     FREE,
     LIMIT,
-    MOST_RUNS,
     Arrays,
     State,
     held_across,
@@ -143,7 +142,7 @@ def is_held(graph: Arrays, state: State, made: int, k: int, place: int) -> bool:
 @njit
 def is_cheap(graph: Arrays, state: State, search: Search, node: int, held: int) -> bool:
     """Whether to run a node again rather than to hold what it made, at random where it is near."""
-    if graph.once[node] or state.count[node] >= MOST_RUNS:
+    if not may_repeat(graph, state, search, node):
         return False
     again = graph.duration[node] * (0.5 + draw(search))
     return HELD_WEIGHT * search.price[0] * held > again or draw(search) < CHAINED_ANYWAY

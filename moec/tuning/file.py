@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -182,12 +182,27 @@ def is_foreign(tuning: Tuning) -> str:
     """Why a tuning says nothing of this machine; empty if it does, or where there is no GPU."""
     if not torch.cuda.is_available():
         return ""
-    here = torch.cuda.get_device_name()
-    if tuning.device != here:
-        return f"measured on {tuning.device}, this is {here}"
-    theirs, own = tuning.versions.get("triton", ""), versions()["triton"]
+    return measured_elsewhere(tuning, torch.cuda.get_device_name(), "triton")
+
+
+class Measured(Protocol):
+    """What says where it was measured."""
+
+    @property
+    def device(self) -> str: ...
+    @property
+    def versions(self) -> Mapping[str, str]: ...
+
+
+def measured_elsewhere(found: Measured, here: str, package: str) -> str:
+    """Why measurements do not hold on the device ``here``: they are of another one, or of another
+    minor version of a package; empty if they hold.
+    """
+    if found.device != here:
+        return f"measured on {found.device}, this is {here}"
+    theirs, own = found.versions.get(package, ""), versions()[package]
     if theirs.split(".")[:2] != own.split(".")[:2]:
-        return f"measured with Triton {theirs or 'unknown'}, this is {own}"
+        return f"measured with {package} {theirs or 'unknown'}, this is {own}"
     return ""
 
 
