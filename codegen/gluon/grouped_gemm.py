@@ -75,6 +75,7 @@ class GluonGemm:
         self.loading = Loading(p, self.tile, self.chunk, self.body.reads, self.text)
         self.load_lines = self.loading.lines()
         self._write_multiply()
+        self.text.sort(p.body)
 
     @property
     def tiles_n(self) -> int:
@@ -318,7 +319,6 @@ class GluonGemm:
             w.line(f"[{MULTIPLYING}, {COPYING if self._copies else ISSUING}],")
         w.line(")")
         tile = f"tile: {ROWS} rows x {self.tile.columns} columns x {DEPTH} deep"
-        t.sort(p.body)
         sizes_ = {"BM": ROWS, "BK": DEPTH, "STAGES": self.tile.stages}
         names = [q.name for q in t.parameters] + [
             f"{k}: gl.constexpr = {v}" for k, v in sizes_.items()

@@ -57,3 +57,20 @@ def test_modules_read_well() -> None:
         assert ast.get_docstring(kernel)
         names = {n.id for n in ast.walk(kernel) if isinstance(n, ast.Name)}
         assert not {a.arg for a in kernel.args.args} - names - {"BM", "BN", "BK", "BC"}, kernel.name
+
+
+def launches(text: str) -> list[str]:
+    """The calls of kernels, in order."""
+    calls = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call)]
+    found = [n for n in calls if isinstance(n.func, ast.Subscript)]
+    return [ast.unparse(n) for n in sorted(found, key=lambda n: n.lineno)]
+
+
+@pytest.mark.parametrize("gluon, descriptors", [(True, True), (False, True), (False, False)])
+@pytest.mark.parametrize("name", ["s7b-n256", "s30b-n1024"])
+def test_a_profiler_sees_the_same_launches(name: str, gluon: bool, descriptors: bool) -> None:
+    text = pipeline("triton", True, descriptors, gluon=gluon)
+    graph = PassManager(text).run(block_graph(SHAPES[name]))
+    plain = launches(emit_module(graph, "triton"))
+    assert len(plain) >= 10
+    assert launches(emit_module(graph, "triton", ranges=True)) == plain
