@@ -21,7 +21,7 @@ from moec.timing import cpu_seconds, event
 
 # The name under which an emitted module finds what is called after each of its ops.
 _MARK = "moec_after_op"
-_WARM_UP, _ROUNDS = 2, 21
+_WARM_UP, _ROUNDS = 1, 21
 
 
 @dataclass(frozen=True)
@@ -101,15 +101,21 @@ def on_device_of(
 
 
 def op_times(
-    graph: Graph, target: str, arguments: Sequence[torch.Tensor], rounds: int | None = None
+    graph: Graph,
+    target: str,
+    arguments: Sequence[torch.Tensor],
+    rounds: int | None = None,
+    look: Callable[[Sequence[torch.Tensor]], object] = len,
 ) -> dict[Op, float]:
     """Median milliseconds of each op of the emitted module, measured where it stands in it.
 
-    On a GPU these are times between events: what an op waits for is counted as its own.
+    On a GPU these are times between events: what an op waits for is counted as its own. ``look``
+    is called with the results of a run before them, see :class:`Emitted`.
     """
     stamps = _Stamps(arguments[0].device)
     found: dict[Op, list[float]] = {op: [] for op in graph.ops}
     with emitted(graph, target, stamps.after_op) as program:
+        look(program(arguments))
         for turn in range(-_WARM_UP, rounds or _ROUNDS):
             stamps.begin()
             program(arguments)

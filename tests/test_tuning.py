@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import moec
-from benchmarks.emitted_check import Shape, block_graph
+from benchmarks.emitted_check import SHAPES, Shape, block_graph
 from moec.cli import app
 from moec.codegen import emit_module
+from moec.codegen.triton.choose import misfit
 from moec.codegen.triton.tiles import Tile
 from moec.errors import CompileError, ParseError
 from moec.ir import Graph, show
@@ -27,6 +29,7 @@ from moec.pipeline import pipeline
 from moec.runtime.artifact import build
 from moec.session import Session
 from moec.tuning import file as tuning_file
+from moec.tuning import worker
 from moec.tuning.cost import ranked
 from moec.tuning.file import Entry, Tuning, load_tuning, parse_tuning, show_tuning
 from moec.tuning.kernels import GEMM, OUTER, Kernel, kernel_of
@@ -37,6 +40,7 @@ from moec.tuning.space import (
     STAGE_COUNTS,
     TEMPLATES,
     WARPS,
+    gluon_tiles,
     refusal,
     tiles,
 )
@@ -304,6 +308,29 @@ def test_a_worker_that_cannot_run_a_graph_says_why() -> None:
         assert isinstance(words, str) and words != "ended its process"
         timer.seconds = 0.0
         assert "stopped after" in str(timer(graph, 0.0))
+
+
+def test_a_worker_refuses_a_graph_with_other_results() -> None:
+    inputs, wide = worker._Inputs(), torch.randn(3, 1 << 20)
+    inputs.compare([torch.ones(2, 3), wide])
+    inputs.compare([torch.ones(2, 3), wide * 1.001])
+    for wrong in (wide * 1.1, wide * torch.nan, torch.zeros_like(wide)):
+        with pytest.raises(ValueError, match="result 1 is another than before"):
+            inputs.compare([torch.ones(2, 3), wrong])
+
+
+def test_gluon_has_tiles_of_fewer_stages() -> None:
+    graph = PassManager(pipeline("triton", True, True, gluon=True)).run(
+        block_graph(SHAPES["s7b-n256"])
+    )
+    for op in graph.ops:
+        kernel = kernel_of(op)
+        if kernel is not None:
+            four, three = gluon_tiles(kernel)
+            assert (four.attribute, three.stages) == (op.attrs["tile"], 3)
+            assert not refusal(kernel, "gluon", three) and not misfit(op, kernel, "gluon", three)
+            assert refusal(kernel, "gluon", replace(four, stages=2))
+            assert misfit(op, kernel, "gluon", replace(four, stages=2))
 
 
 def test_without_a_gpu_the_command_ranks_and_says_so(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from moec.codegen.gluon.loading import BYTES, Loading
 from moec.codegen.gluon.text import (
@@ -13,9 +13,11 @@ from moec.codegen.gluon.text import (
     MATRIX,
     MULTIPLYING,
     REGISTERS,
+    STAGES,
     define,
     gluon_text,
     partition,
+    slots_of,
     used,
 )
 from moec.codegen.gluon.tile import StageBody
@@ -40,7 +42,7 @@ from moec.ir.dims import python_source
 from moec.ir.graph import Op, Value
 from moec.ir.prove import divisible
 
-ROWS, DEPTH, COLUMNS, STAGES = 128, 64, 256, 4
+ROWS, DEPTH, COLUMNS = 128, 64, 256
 MOST_COLUMNS, MOST_COLUMNS_ALONE, LONGEST = 2048, 768, 8192
 LARGEST = 1 << 22  # numbers of a matrix whose rows are not gathered
 _PLACE = ("end", "row", "column")
@@ -64,7 +66,7 @@ class GluonGemm:
         _check(p, self.tile)
         self.facts = Facts.of(self.op)
         self.in_stage = p.reads > 0
-        self.chunk = 64 if self.in_stage else 128
+        self.chunk = 64 if self.in_stage or self.tile.stages < STAGES[0] else 128
         self.copied = self._ask()
         self.text = gluon_text(compute_dtype(p.body), self.facts)
         self.text.parameter("places")
@@ -81,6 +83,12 @@ class GluonGemm:
     def tiles_n(self) -> int:
         """The number of column tiles."""
         return -(-self.product.columns // self.tile.columns)
+
+    @property
+    def slots(self) -> int:
+        """How many chunks of a group's results can be on their way to memory."""
+        whole = replace(self.tile, columns=self.loading.wide)
+        return slots_of(whole, self.chunk, BYTES)
 
     @property
     def library(self) -> set[str]:
@@ -105,7 +113,7 @@ class GluonGemm:
     # the epilogue
     def _write_tile(self) -> None:
         p = self.product
-        text = gluon_text(self.text.dtype, self.facts, (*_PLACE, "acc", "slots", *_BLOCKS))
+        text = gluon_text(self.text.dtype, self.facts, (*_PLACE, "acc", "slots", "turn", *_BLOCKS))
         domain = Domain(p.rows, p.columns, False)
         self.body = body = StageBody(
             text, p.body, domain, product=p, chunk=self.chunk, in_stage=self.in_stage
@@ -157,7 +165,8 @@ class GluonGemm:
             t.line(f"{name}: gl.constexpr = gl.NVMMADistributedLayout({form})")
         t.line("HALF: gl.constexpr = BM // 2  # the rows of one group of warps")
         lines.lines(*self.loading.start())
-        lines.lines("taken = 0", "work = gl.program_id(0)", *self.loading.place("", "work"))
+        lines.lines("taken = 0", *([] if self.in_stage else ["turn = 0"]))
+        lines.lines("work = gl.program_id(0)", *self.loading.place("", "work"))
         with t.block("while work < pieces:"):
             lines.lines(*self.loading.next_place())
             t.line("row += WG * HALF")
@@ -254,6 +263,8 @@ class GluonGemm:
         self.text.line(call)
         if len(dots) > 1:
             self.text.lines.lines(*(f"dot_{i} += more_{i}" for i in range(len(dots))))
+        if self.body.puts:
+            self.text.line(f"turn = (turn + {self.body.puts}) % {self.slots}")
 
     # the module
     def row_list(self, outer: Mapping[Value, Value]) -> RowList:
@@ -304,7 +315,7 @@ class GluonGemm:
         if not self.in_stage:
             out = next(q.name for q in self.body.text.parameters if q.name.endswith("_out"))
             for i in (0, 1):
-                shape = f"[1] + {out}.block_type.shape, {out}.layout"
+                shape = f"[{self.slots}] + {out}.block_type.shape, {out}.layout"
                 w.lines(*wrapped(f"slots_{i} = {memory}{shape})", WIDTH - 4))
         w.line(f"ready, empty = barriers({129 if self._copies else 1}, STAGES)")
         with w.block("gl.warp_specialize("):
@@ -384,8 +395,8 @@ _BLOCKS = ("block_1", "block_2", "block_3")
 
 
 def gluon_tile(p: RowProduct) -> Tile:
-    """The one tile that these kernels have: measured best at every size tried on an H100."""
-    return Tile(ROWS, COLUMNS // p.parts, DEPTH, 4, STAGES)
+    """The tile that was measured best on an H100, of those with four stages."""
+    return Tile(ROWS, COLUMNS // p.parts, DEPTH, 4, STAGES[0])
 
 
 def _check(p: RowProduct, tile: Tile) -> None:
@@ -399,7 +410,8 @@ def _check(p: RowProduct, tile: Tile) -> None:
     if not divisible(p.depth, DEPTH) or p.columns * p.parts < COLUMNS:
         raise Unsupported("matrices that do not fill the tile")
     _check_worth(p)
-    if (tile.rows, tile.columns * p.parts, tile.depth) != (ROWS, COLUMNS, DEPTH):
+    sizes = tile.rows, tile.columns * p.parts, tile.depth
+    if sizes != (ROWS, COLUMNS, DEPTH) or tile.stages not in STAGES:
         raise Unsupported("another tile")
 
 

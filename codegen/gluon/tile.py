@@ -34,6 +34,7 @@ class StageBody(TileBody):
     in_stage: bool = False
     reads: list[Read] = field(default_factory=list)
     stores: list[tuple[str, str, str]] = field(default_factory=list)  # tile, out, column
+    puts: int = 0  # results that pass through a slot
 
     def write(self, op: Op) -> None:
         """Write an op."""
@@ -92,9 +93,11 @@ class StageBody(TileBody):
         if self.in_stage:
             self.stores.append((term.text, out, column))
             return
-        slots, end, row = (self.text.parameter(n) for n in ("slots", "end", "row"))
+        slots, turn, end, row = (self.text.parameter(n) for n in ("slots", "turn", "end", "row"))
         put = self.text.use("put_rows")
-        self.text.line(f"{put}({term.text}, {out}, {slots}, {end}, {row}, {column})")
+        turn = f"{turn} + {self.puts}" if self.puts else turn
+        self.text.line(f"{put}({term.text}, {out}, {slots}, {turn}, {end}, {row}, {column})")
+        self.puts += 1
 
     def finish(self) -> None:
         """Send what took the place of the stage's blocks."""
