@@ -52,6 +52,8 @@ OPTIONS = {
     " (default: true on a GPU, false elsewhere)",
     "rates": "with a memory budget: file of what moec calibrate measured of this device, from which"
     " times are modelled (docs/budget.md; default: moec's own guesses)",
+    "gradients_of": "with a memory budget: all where other outputs than a scalar one, the loss, get"
+    " gradients, as logits in a loss of your own beside the model's (default: loss)",
     "plan_seconds": "with a memory budget: how long to plan at most (default: 20)",
     "model_backend": "scope model: the torch.compile backend of what is not MoE (inductor)",
 }

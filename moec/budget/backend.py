@@ -14,13 +14,14 @@ from moec.budget.boxed import boxed_function
 from moec.budget.effort import Efforts
 from moec.budget.fused import Fused, fused_steps
 from moec.budget.labels import size_names
+from moec.budget.loss_alone import DrawsRandomNumbers, with_loss_alone, with_other_gradients
 from moec.budget.measure import workspace_on
 from moec.budget.parts import cut_regions
 from moec.budget.problem import StepProblem, step_problem
 from moec.budget.rates_file import calibration_on
 from moec.budget.schedule import scheduled, split
 from moec.budget.sizes import planned_sizes
-from moec.budget.steps import Step, read_joint
+from moec.budget.steps import Step, draws_random_numbers, read_joint
 from moec.budget.text import plan_lines
 from moec.errors import BudgetError, MoecError
 from moec.memory.buffers import GRANULES
@@ -36,8 +37,9 @@ class PlannedStep:
     ``budget``: bytes of the step with all that the caller holds; ``reserve``: bytes that others
     hold; ``is_declared``: the caller declared ranges of sizes; ``fuse``: compile groups of light
     operations, ``None`` where the device is a GPU; ``rates``: a file of what the device does in a
-    second; ``warn`` is told what cannot be compiled or used. After a capture ``planned`` and
-    ``plan`` say what was found; ``error`` is what went wrong, which Dynamo would hide in its own.
+    second; ``warn`` is told what cannot be compiled or used; ``loss_alone``: where a model returns
+    a scalar, gradients come from there. After a capture ``planned`` and ``plan`` say what was
+    found; ``error`` is what went wrong, which Dynamo would hide in its own.
     """
 
     def __init__(
@@ -50,10 +52,12 @@ class PlannedStep:
         fuse: bool | None = None,
         rates: str | None = None,
         warn: Callable[[str], None] = warnings.warn,
+        loss_alone: bool = True,
     ) -> None:
         self.name, self.budget, self.reserve = name, budget, reserve
         self.time_limit, self.is_declared = time_limit, is_declared
-        self.fuse, self.rates, self.warn = fuse, rates, warn
+        self.fuse, self.rates, self.warn, self.loss_alone = fuse, rates, warn, loss_alone
+        self.is_repeatable = False  # a step that draws random numbers is none
         self.fused: Mapping[Step, Fused] = {}
         self.planned: StepProblem | None = None
         self.plan: Plan | None = None
@@ -61,6 +65,16 @@ class PlannedStep:
         self.error: MoecError | None = None
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        made, cut = with_loss_alone(module) if self.loss_alone else (module, ())
+        self.is_repeatable = bool(cut)
+        try:
+            run = self._compiled(made, inputs)
+        except DrawsRandomNumbers:
+            self.is_repeatable = False
+            return self._compiled(module, inputs)
+        return with_other_gradients(run, module, cut, self.warn) if cut else run
+
+    def _compiled(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         compiled: Callable[..., Any] = aot_autograd(
             fw_compiler=_as_written,
             bw_compiler=_as_written,
@@ -94,6 +108,8 @@ class PlannedStep:
         kind = "cuda" if device.type == "cuda" else "cpu"
         is_fused = kind == "cuda" if self.fuse is None else self.fuse
         captured = read_joint(joint.graph, forward_outputs, sizes if is_fused else None)
+        if self.is_repeatable and any(map(draws_random_numbers, captured.graph.nodes)):
+            raise DrawsRandomNumbers
         names = size_names(joint.graph)
         # an input may be a view of a tensor with sizes of its own
         self.sizes = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,8 +11,9 @@ from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import TorchDynamoException
 
+from moec.budget.loss_alone import with_loss_alone
 from moec.budget.parts import cut_regions
-from moec.budget.steps import Captured, read_joint
+from moec.budget.steps import Captured, draws_random_numbers, read_joint
 from moec.budget.uncaptured import uncaptured
 from moec.errors import CompileError
 from moec.model_scope import quiet_recompilation
@@ -40,11 +42,19 @@ def captured_step(
         found.append(read_joint(joint.graph, num_fwd_outputs))
         raise _Seen
 
-    backend = aot_autograd(
-        fw_compiler=lambda module, _: module.forward,
-        bw_compiler=lambda module, _: module.forward,
-        partition_fn=partition,
-    )
+    def backend(module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        for made in dict.fromkeys((with_loss_alone(module)[0], module)):
+            with contextlib.suppress(_Seen):
+                run = aot_autograd(
+                    fw_compiler=lambda module, _: module.forward,
+                    bw_compiler=lambda module, _: module.forward,
+                    partition_fn=partition,
+                )(made, inputs)
+                return run
+            if not any(map(draws_random_numbers, found[-1].graph.nodes)):
+                break
+        raise _Seen
+
     run = torch.compile(model.forward, fullgraph=True, dynamic=True, backend=backend)
     try:
         with quiet_recompilation():
@@ -54,7 +64,7 @@ def captured_step(
             raise uncaptured(model, type(model).__name__, error) from error
     if not found:
         raise CompileError(f"{type(model).__name__} has no gradients: no parameter asks for one")
-    return found[0]
+    return found[-1]
 
 
 __all__ = ["captured_step"]

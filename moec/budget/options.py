@@ -13,7 +13,8 @@ from moec.byte_sizes import parse_bytes
 from moec.errors import CompileError, PlanError
 
 # The options that go with a budget
-NAMES = ("reserve", "plan_seconds", "fuse_groups", "rates", "count_others")
+NAMES = ("reserve", "plan_seconds", "fuse_groups", "rates", "count_others", "gradients_of")
+GRADIENTS_OF = ("loss", "all")
 
 
 def read_budget(given: Any, options: dict[str, Any]) -> Budget | None:
@@ -23,7 +24,7 @@ def read_budget(given: Any, options: dict[str, Any]) -> Budget | None:
         CompileError: it is no size, or an option is there without it.
     """
     taken = {name: options.pop(name, None) for name in NAMES}
-    reserve, seconds, fuse, rates, others = taken.values()
+    reserve, seconds, fuse, rates, others, wanted = taken.values()
     if given is None:
         for name, value in taken.items():
             if value is not None:
@@ -39,12 +40,15 @@ def read_budget(given: Any, options: dict[str, Any]) -> Budget | None:
             raise CompileError(f"option {name!r} is true or false, got {taken[name]!r}")
     if rates is not None and (not isinstance(rates, str | os.PathLike) or not str(rates)):
         raise CompileError(f"option 'rates' is the path of a file, got {rates!r}")
+    if wanted not in (None, *GRADIENTS_OF):
+        raise CompileError(f"option 'gradients_of' is 'loss' or 'all', got {wanted!r}")
     found = Budget(
         _bytes("memory_budget", given),
         _bytes("option 'reserve'", reserve or 0),
         fuse=fuse,
         rates=None if rates is None else str(Path(rates).absolute()),
         count_others=others is not False,
+        loss_alone=wanted != "all",
     )
     return found if seconds is None else replace(found, seconds=float(seconds))
 

@@ -33,7 +33,8 @@ class Budget:
     """Bytes that a step of training may need in all: ``bytes``, of which ``reserve`` are for what
     moec does not see (the state of an optimizer); ``seconds`` for planning; ``fuse``: whether
     groups of light operations are compiled, ``None`` for the device's default; ``rates``: a file of
-    what the device does in a second; ``count_others``: on a GPU count all that is allocated.
+    what the device does in a second; ``count_others``: on a GPU count all that is allocated;
+    ``loss_alone``: of a model that returns a scalar, other outputs are planned without gradients.
     """
 
     bytes: int
@@ -42,6 +43,7 @@ class Budget:
     fuse: bool | None = None
     rates: str | None = None
     count_others: bool = True
+    loss_alone: bool = True
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class BudgetScope(ModelScope):
         _check_is_whole(module, self.name)
         limit, is_declared = self.budget.seconds, self.check is not None
         about = reserve, limit, is_declared, self.budget.fuse, self.budget.rates, self.session.warn
-        step = PlannedStep(self.name, self.budget.bytes, *about)
+        step = PlannedStep(self.name, self.budget.bytes, *about, self.budget.loss_alone)
         run = torch.compile(self._forward(module), fullgraph=True, dynamic=True, backend=step)
         return _Compiled(step, run, _settings(module))
 
