@@ -27,7 +27,7 @@ import itertools
 import math
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -191,9 +191,15 @@ class Comparison:
 
     def gradients(self) -> int:
         """Bytes of the gradients of parameters, which are held at the end of every step."""
-        captured = self.captured
-        wanted = {m for n in captured.gradients for m in captured.memories.of(n)}
-        return sum(size_at(memory.size, self.sizes) for memory in wanted)
+        return self._bytes_of(self.captured.gradients)
+
+    def outputs(self) -> int:
+        """Bytes of what the forward pass returns, the logits above all, which the caller holds."""
+        return self._bytes_of(self.captured.forward_outputs)
+
+    def _bytes_of(self, nodes: Iterable[fx.Node]) -> int:
+        memories = {memory for node in nodes for memory in self.captured.memories.of(node)}
+        return sum(size_at(memory.size, self.sizes) for memory in memories)
 
 
 def give_flops_of_regions(graph: fx.Graph) -> None:
@@ -266,7 +272,11 @@ def main() -> int:
     rows = rows_of(comparison, found)
     least_planned = min(row.moec_peak for row in rows)
     least = {"torch": rows[-1].peak, "moec": comparison.least_of_moec(least_planned)}
-    held = {"parameters and inputs": comparison.resident, "gradients": comparison.gradients()}
+    held = {
+        "parameters and inputs": comparison.resident,
+        "gradients": comparison.gradients(),
+        "outputs": comparison.outputs(),
+    }
     print(markdown_table(HEADS, [row.cells() for row in rows]))
     print_least(least, held)
     about = {k: v for k, v in vars(options).items() if k != "json"}
@@ -276,14 +286,14 @@ def main() -> int:
 
 
 def print_least(least: dict[str, int], held: dict[str, int]) -> None:
-    """The lowest peaks, with and without what both hold."""
+    """The lowest peaks, and what of them is above the bytes that the caller holds at the end."""
     whole = {who: gib(size) for who, size in least.items()}
-    fixed = held["parameters and inputs"]
     print(f"\nlowest peak, GiB: {whole}, ratio {least['moec'] / least['torch']:.3f}")
-    for what in ("parameters and inputs", "gradients"):
-        beyond = {who: size - fixed for who, size in least.items()}
-        print(f"without {what}: ratio {beyond['moec'] / beyond['torch']:.3f}")
-        fixed += held["gradients"]
+    fixed = 0
+    for what, size in held.items():
+        fixed += size
+        beyond = {who: least[who] - fixed for who in least}
+        print(f"above these and {what}: ratio {beyond['moec'] / beyond['torch']:.3f}")
     print(f"of it held: { {what: gib(size) for what, size in held.items()} }")
 
 

@@ -10,6 +10,7 @@ code again: right, but slower and outside the plan, which a warning says.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -79,6 +80,20 @@ def with_other_gradients(
     return call
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a number; a tracer makes tensors of those that vary."""
+    if not isinstance(value, torch.Tensor):
+        return True
+    return value.dim() == 0 and value.device.type == "cpu" and not value.requires_grad
+
+
+def _again(value: Any) -> Callable[[], Any]:
+    """What makes a number once more, without a tensor to hold."""
+    if not isinstance(value, torch.Tensor):
+        return lambda: value
+    return functools.partial(torch.tensor, value.item(), dtype=value.dtype)
+
+
 class _Others(torch.autograd.Function):
     """Outputs as they are; their gradients come from running the module that made them."""
 
@@ -87,9 +102,8 @@ class _Others(torch.autograd.Function):
         ctx.about = about
         ctx.set_materialize_grads(False)
         inputs = values[count:]
-        tensors = [v for v in inputs if isinstance(v, torch.Tensor)]
-        ctx.save_for_backward(*tensors)
-        ctx.plain = [None if isinstance(v, torch.Tensor) else (v,) for v in inputs]
+        ctx.save_for_backward(*(v for v in inputs if not _is_plain(v)))
+        ctx.plain = [_again(v) if _is_plain(v) else None for v in inputs]
         ctx.wanted = [isinstance(v, torch.Tensor) and v.requires_grad for v in inputs]
         return tuple(v.data for v in values[:count])  # no views: they may be written to
 
@@ -107,7 +121,7 @@ class _Others(torch.autograd.Function):
         )
         saved = iter(ctx.saved_tensors)
         inputs = [
-            next(saved).detach().requires_grad_(wanted) if plain is None else plain[0]
+            next(saved).detach().requires_grad_(wanted) if plain is None else plain()
             for plain, wanted in zip(ctx.plain, ctx.wanted, strict=True)
         ]
         with torch.enable_grad():
