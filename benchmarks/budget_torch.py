@@ -39,6 +39,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.flop_counter import register_flop_formula
 
 from moec.budget.effort import Efforts
+from moec.budget.joined import joined, with_light_repeats
 from moec.budget.measure import workspace_on
 from moec.budget.model_plan import CapturedModel, ModelStep, capture_model
 from moec.budget.parts import cut_regions
@@ -47,7 +48,7 @@ from moec.budget.rates import RATES
 from moec.budget.region_effort import region_effort
 from moec.budget.schedule import scheduled, split
 from moec.budget.sizes import planned_sizes
-from moec.budget.steps import Captured, read_joint
+from moec.budget.steps import Captured
 from moec.budget.values import size_at
 from moec.capture.model_spec import load_layers
 from moec.errors import BudgetError
@@ -55,7 +56,6 @@ from moec.plan import replay
 from moec.runtime.library import pass_of
 from moec.runtime.part_ops import part_of
 
-from .joined_passes import joined
 from .report import describe, environment, markdown_table, version_of, write_json
 
 SHAPES = {"olmoe": {"intermediate_size": 1024}}  # of the model as published
@@ -110,27 +110,27 @@ def captured_model(name: str, layers: int, tokens: int) -> CapturedModel:
     return capture_model(model, 1, tokens, "triton", in_parts=False)
 
 
-def in_parts(captured: Captured) -> Captured:
+def in_parts(captured: Captured) -> fx.GraphModule:
     """The same step with the passes of blocks as their parts."""
     graph = copy.deepcopy(captured.graph)
     cut_regions(graph)
-    return read_joint(graph, captured.forward_count)
+    module = captured.graph.owning_module
+    return fx.GraphModule(torch.nn.Module() if module is None else module, graph)
 
 
 class Comparison:
     """One captured step, what it is measured with, and moec's plans by their budgets."""
 
     def __init__(self, model: CapturedModel, seconds: float) -> None:
-        self.captured, self.seconds = in_parts(model.captured), seconds
-        self.graphs = {"whole": model.captured.graph, "parts": self.captured.graph}
+        self.module, self.seconds = in_parts(model.captured), seconds
+        self.graphs = {"whole": model.captured.graph, "parts": self.module.graph}
+        self.captured = with_light_repeats(self.module, model.captured.forward_count, None)
         self.sizes = planned_sizes(self.captured.graph)
         self.reserve = model.shared
         planned = self._problem(self.captured)
         order = replay(planned.problem, planned.problem.order)
         self.step: ModelStep = replace(model.at(), planned=planned, unplanned=order)
         self.resident = planned.problem.resident
-        module = model.captured.graph.owning_module
-        self.module = torch.nn.Module() if module is None else module
         self.plans: dict[int, tuple[Measured, float]] = {}
 
     def measured(self, ahead: fx.GraphModule, behind: fx.GraphModule) -> Measured:

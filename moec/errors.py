@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 
 class MoecError(Exception):
@@ -66,11 +66,14 @@ class PlanError(MoecError):
 class BudgetError(PlanError):
     """No plan within the budget was found, or there is none.
 
-    ``least_known``: the least budget in bytes for which a plan is known; ``least_possible``: no
-    plan needs less.
+    ``least_known``: the least budget in bytes for which a plan is known, ``sequence`` that plan;
+    ``least_possible``: no plan needs less.
     """
 
-    def __init__(self, message: str, least_known: int, least_possible: int) -> None:
+    def __init__(
+        self, message: str, least_known: int, least_possible: int, sequence: Sequence[int] = ()
+    ) -> None:
         super().__init__(message)
         self.least_known = least_known
         self.least_possible = least_possible
+        self.sequence = tuple(sequence)

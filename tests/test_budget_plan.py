@@ -10,17 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from typer.testing import CliRunner
 
 from moec.budget import fused as fused_module
 from moec.budget.effort import Efforts
 from moec.budget.groups import Group, groups_of
+from moec.budget.joined import with_light_repeats
 from moec.budget.model_plan import CapturedModel, ModelStep, capture_model, largest_length
 from moec.budget.problem import BOUNDARY
 from moec.budget.rates import RATES
 from moec.budget.sizes import planned_sizes
-from moec.budget.steps import Captured, read_joint
+from moec.budget.steps import Captured
 from moec.budget.summary import held_between, repeated, summary_lines
 from moec.budget.values import tensors_of
 from moec.cli import app
@@ -68,7 +69,8 @@ def names_of(step: Any) -> list[str]:
 
 def groups_at(captured: Captured) -> list[tuple[str, ...]]:
     """The groups of light operations that are compiled for a GPU, by the operations in them."""
-    read = read_joint(captured.graph, captured.forward_count, planned_sizes(captured.graph))
+    module = fx.GraphModule(nn.Module(), captured.graph)
+    read = with_light_repeats(module, captured.forward_count, planned_sizes(captured.graph))
     found = groups_of(read).values()
     return [tuple(node.name for node in (*g.tensors, *g.nodes)) for g in found]
 

@@ -355,3 +355,13 @@ def test_outputs_have_lifetimes_of_their_own() -> None:
 def test_the_replay_refuses_what_exceeds_the_budget() -> None:
     with pytest.raises(PlanError, match="the budget is 3"):
         replay(make_problem("one", [Node("only", 4, 1)], []), [0], budget=3)
+
+
+def test_the_plan_of_an_error_is_one_for_its_budget() -> None:
+    problem = layered(5, 6)
+    with pytest.raises(BudgetError) as caught:
+        solve(problem, 1, time_limit=0.5)
+    known = caught.value
+    assert replay(problem, known.sequence).peak == known.least_known
+    plan = solve(problem, known.least_known, time_limit=0.0, starts=[known.sequence])
+    assert plan.peak <= known.least_known

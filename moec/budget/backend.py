@@ -13,6 +13,7 @@ from torch._dynamo.backends.common import aot_autograd
 from moec.budget.boxed import boxed_function
 from moec.budget.effort import Efforts
 from moec.budget.fused import Fused, fused_steps
+from moec.budget.joined import with_light_repeats
 from moec.budget.labels import size_names
 from moec.budget.loss_alone import DrawsRandomNumbers, with_loss_alone, with_other_gradients
 from moec.budget.measure import workspace_on
@@ -107,7 +108,10 @@ class PlannedStep:
         device = _device_of(joint.graph.find_nodes(op="placeholder"))
         kind = "cuda" if device.type == "cuda" else "cpu"
         is_fused = kind == "cuda" if self.fuse is None else self.fuse
-        captured = read_joint(joint.graph, forward_outputs, sizes if is_fused else None)
+        if is_fused:
+            captured = with_light_repeats(joint, forward_outputs, sizes)
+        else:
+            captured = read_joint(joint.graph, forward_outputs)
         if self.is_repeatable and any(map(draws_random_numbers, captured.graph.nodes)):
             raise DrawsRandomNumbers
         names = size_names(joint.graph)
@@ -133,7 +137,8 @@ class PlannedStep:
         except BudgetError as error:
             sizes = ", ".join(f"{name} <= {size}" for name, size in self.sizes.items())
             text = f"{error}\nThis is for {sizes or 'these sizes'} and the worst routing."
-            raise BudgetError(text, error.least_known, error.least_possible) from error
+            known = error.least_known, error.least_possible, error.sequence
+            raise BudgetError(text, *known) from error
 
 
 def _device_of(inputs: Sequence[fx.Node]) -> torch.device:

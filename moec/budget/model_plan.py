@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 import moec
 from moec.api import regions
 from moec.budget.capture import captured_step
 from moec.budget.effort import Efforts
 from moec.budget.groups import groups_of
+from moec.budget.joined import cut_for_kernels, joined
 from moec.budget.labels import size_names
 from moec.budget.measure import workspace_on
 from moec.budget.problem import Sizes, StepProblem, step_problem
@@ -36,7 +38,7 @@ LENGTH = "input_ids.shape[1]"
 class ModelStep:
     """The step of a model as a planning problem; ``sizes`` are those of its inputs, ``parameters``
     bytes; ``unplanned`` is the step in the order in which it was captured; ``basis`` says what is
-    assumed of how it is executed.
+    assumed of how it is executed; ``known`` are plans of least peak that were found.
     """
 
     name: str
@@ -45,6 +47,7 @@ class ModelStep:
     parameters: int
     unplanned: Replay
     basis: str
+    known: list[Sequence[int]] = field(default_factory=list, compare=False, repr=False)
 
     def solved(
         self,
@@ -61,8 +64,16 @@ class ModelStep:
         """
         problem = self.planned.problem
         try:
-            return solve(problem, budget, time_limit=seconds, gap=gap, progress=progress)
+            return solve(
+                problem,
+                budget,
+                time_limit=seconds,
+                gap=gap,
+                progress=progress,
+                starts=self.known,
+            )
         except BudgetError as error:
+            self.known.append(error.sequence)
             raise for_sizes(error, self.sizes, "=", problem.resident) from error
 
 
@@ -101,10 +112,21 @@ class CapturedModel:
         rates, workspace = self.device.rates, workspace_on(torch.device("cpu"))
         if self.target != "triton":
             return self.captured, Efforts(self.captured.memories, sizes, rates, workspace)
-        found = read_joint(self.captured.graph, self.captured.forward_count, sizes)
+        passes, count = self._passes, self.captured.forward_count
+        if passes is None:
+            found = read_joint(self.captured.graph, count, sizes)
+        else:
+            found = joined(*passes, count, sizes)
         alone = Efforts(found.memories, sizes, rates, workspace)
         compiled = {step: alone.assumed(step) for step in groups_of(found)}
         return found, Efforts(found.memories, sizes, rates, workspace, compiled)
+
+    @functools.cached_property
+    def _passes(self) -> tuple[fx.Graph, fx.Graph] | None:
+        graph = self.captured.graph
+        return cut_for_kernels(
+            graph.owning_module or nn.Module(), graph, self.captured.forward_count
+        )
 
     def _problem(self, captured: Captured, sizes: Sizes, efforts: Efforts) -> StepProblem:
         reserve, granule = self.reserve + self.shared, GRANULES[self.target]

@@ -41,7 +41,7 @@ def for_sizes(
         f"{error}\nThis is for {shown or 'these sizes'} and the worst routing; parameters, inputs"
         f" and what is held in reserve are {resident} bytes of it."
     )
-    return BudgetError(text, error.least_known, error.least_possible)
+    return BudgetError(text, error.least_known, error.least_possible, error.sequence)
 
 
 __all__ = ["for_sizes", "plan_lines", "shown_bytes"]

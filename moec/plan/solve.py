@@ -95,13 +95,15 @@ def solve(
     seed: int = 0,
     gap: float = 0.0,
     progress: Callable[[Progress], None] | None = None,
+    starts: Sequence[Sequence[int]] = (),
 ) -> Plan:
     """The fastest plan that holds at most ``budget`` bytes, as far as ``time_limit`` seconds allow.
 
     ``fixed_order``: first executions stay in the order of the problem. ``exact``: spend the time
     on a proof (CP-SAT) instead of on further search. ``gap``: stop at a plan that is at most so
-    many percentage points of ``extra`` above the bound. The result is a function of the arguments
-    where the time limit is not reached; where it is, of how far the search came.
+    many percentage points of ``extra`` above the bound. ``starts``: sequences to begin with, as the
+    one of a :class:`~moec.errors.BudgetError`. The result is a function of the arguments where the
+    time limit is not reached; where it is, of how far the search came.
 
     Ctrl-C (KeyboardInterrupt) ends the search; the best plan so far is returned if there is one.
 
@@ -110,6 +112,8 @@ def solve(
     """
     solver = _Solver(problem, budget, time_limit, fixed_order, seed, gap, progress)
     try:
+        for sequence in starts:
+            solver.offer(sequence)
         solver.run(exact)
     except KeyboardInterrupt:
         if solver.best is None:
@@ -142,6 +146,7 @@ class _Solver:
         self.bound = problem.least_time
         self.best: tuple[Replay, tuple[int, ...]] | None = None
         self.least_peak = math.inf
+        self.least: tuple[int, ...] = ()
         self.history: list[tuple[float, float]] = []
         self.starts: list[tuple[int, ...]] = []
         self.proven_runs = 0
@@ -188,7 +193,8 @@ class _Solver:
     def offer(self, sequence: Sequence[int]) -> None:
         """Replay a sequence; keep it if it fits and is the fastest."""
         found = replay(self.problem, sequence)
-        self.least_peak = min(self.least_peak, found.peak)
+        if found.peak < self.least_peak:
+            self.least_peak, self.least = found.peak, tuple(sequence)
         if found.peak > self.budget:
             return
         if self.best is None or found.time < self.best[0].time:
@@ -312,6 +318,7 @@ class _Solver:
             f" The largest outputs are:\n{sizes}",
             known,
             possible,
+            self.least,
         )
 
     def lower_peak(self, limit: int) -> None:
