@@ -105,7 +105,8 @@ class _Others(torch.autograd.Function):
         ctx.save_for_backward(*(v for v in inputs if not _is_plain(v)))
         ctx.plain = [_again(v) if _is_plain(v) else None for v in inputs]
         ctx.wanted = [isinstance(v, torch.Tensor) and v.requires_grad for v in inputs]
-        return tuple(v.data for v in values[:count])  # no views: they may be written to
+        # views: the backward pass may read the same memory, and must see that it was written to
+        return tuple(v.detach() for v in values[:count])
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
