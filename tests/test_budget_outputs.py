@@ -65,6 +65,8 @@ def test_gradients_are_right_whatever_they_come_from(name: str, of: str) -> None
         assert_equal_gradients(actual, expected)
     said = [w for w in caught if "gradients_of='all'" in str(w.message)]
     assert len(said) == (of == "loss" and name != "the loss")
+    has_all = of == "all" or name != "the loss"  # the second time in any case
+    assert step_of(compiled).is_repeatable == (not has_all)
 
 
 def test_a_language_model_s_logits_have_their_gradient() -> None:

@@ -38,9 +38,10 @@ class PlannedStep:
     ``budget``: bytes of the step with all that the caller holds; ``reserve``: bytes that others
     hold; ``is_declared``: the caller declared ranges of sizes; ``fuse``: compile groups of light
     operations, ``None`` where the device is a GPU; ``rates``: a file of what the device does in a
-    second; ``warn`` is told what cannot be compiled or used; ``loss_alone``: where a model returns
-    a scalar, gradients come from there. After a capture ``planned`` and ``plan`` say what was
-    found; ``error`` is what went wrong, which Dynamo would hide in its own.
+    second; ``warn`` is told what cannot be compiled or used; ``otherwise``: where a model returns a
+    scalar, gradients are planned to come from there, and this is called when one does not; ``None``
+    plans for all. After a capture ``planned`` and ``plan`` say what was found; ``error`` is what
+    went wrong, which Dynamo would hide in its own.
     """
 
     def __init__(
@@ -53,11 +54,11 @@ class PlannedStep:
         fuse: bool | None = None,
         rates: str | None = None,
         warn: Callable[[str], None] = warnings.warn,
-        loss_alone: bool = True,
+        otherwise: Callable[[], None] | None = None,
     ) -> None:
         self.name, self.budget, self.reserve = name, budget, reserve
         self.time_limit, self.is_declared = time_limit, is_declared
-        self.fuse, self.rates, self.warn, self.loss_alone = fuse, rates, warn, loss_alone
+        self.fuse, self.rates, self.warn, self.otherwise = fuse, rates, warn, otherwise
         self.is_repeatable = False  # a step that draws random numbers is none
         self.fused: Mapping[Step, Fused] = {}
         self.planned: StepProblem | None = None
@@ -66,14 +67,16 @@ class PlannedStep:
         self.error: MoecError | None = None
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        made, cut = with_loss_alone(module) if self.loss_alone else (module, ())
+        if self.otherwise is None:
+            return self._compiled(module, inputs)
+        made, cut = with_loss_alone(module)
         self.is_repeatable = bool(cut)
         try:
             run = self._compiled(made, inputs)
         except DrawsRandomNumbers:
             self.is_repeatable = False
             return self._compiled(module, inputs)
-        return with_other_gradients(run, module, cut, self.warn) if cut else run
+        return with_other_gradients(run, module, cut, self.otherwise) if cut else run
 
     def _compiled(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         compiled: Callable[..., Any] = aot_autograd(

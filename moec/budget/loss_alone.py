@@ -4,7 +4,8 @@ A model of transformers returns its logits beside the loss. To a tracer both hav
 that autograd would fill one of the size of the logits with zeros, and hold it through the backward
 pass. Where a model returns a scalar, the other outputs are therefore cut off in the graph that is
 planned. Should a gradient arrive at one of them nevertheless, it is computed by running the model's
-code again: right, but slower and outside the plan, which a warning says.
+code again: right, but slower and outside the plan, which a warning says, and later steps are
+planned with gradients of all outputs.
 """
 
 from __future__ import annotations
@@ -60,10 +61,10 @@ def _has_gradient(node: Any) -> bool:
 
 
 def with_other_gradients(
-    run: Call, module: Call, cut: Sequence[int], warn: Callable[[str], None]
+    run: Call, module: Call, cut: Sequence[int], wanted: Callable[[], None]
 ) -> Call:
     """``run``, the compiled form of what :func:`with_loss_alone` made of ``module``, with gradients
-    for all outputs; ``warn`` is told if one is wanted of those that were cut off.
+    for all outputs; ``wanted`` is called if there is one for those that were cut off.
     """
 
     def call(*inputs: Any) -> Sequence[Any]:
@@ -71,7 +72,7 @@ def with_other_gradients(
         if torch.is_grad_enabled():
             others = [outputs[place] for place in cut]
             joined = _Others.apply(  # type: ignore[no-untyped-call]
-                (module, tuple(cut), warn), len(cut), *others, *inputs
+                (module, tuple(cut), wanted), len(cut), *others, *inputs
             )
             for place, output in zip(cut, joined, strict=True):
                 outputs[place] = output
@@ -114,12 +115,8 @@ class _Others(torch.autograd.Function):
         given = [(place, g) for place, g in enumerate(gradients) if g is not None]
         if not given:
             return (*nothing, *(None for _ in ctx.wanted))
-        module, cut, warn = ctx.about
-        warn(
-            "moec: a gradient of an output other than the loss was asked for, and computed by"
-            " running the model's code again, outside the plan of its memory budget; the option"
-            " gradients_of='all' plans such steps"
-        )
+        module, cut, wanted_after_all = ctx.about
+        wanted_after_all()
         saved = iter(ctx.saved_tensors)
         inputs = [
             next(saved).detach().requires_grad_(wanted) if plain is None else plain()

@@ -63,6 +63,7 @@ class BudgetScope(ModelScope):
     def __init__(self, session: Session, name: str, budget: Budget) -> None:
         super().__init__(session, name, "moec")
         self.budget = budget
+        self.loss_alone = budget.loss_alone
         self.steps: dict[tuple[Any, int], _Compiled] = {}
 
     def bound_to(self, module: nn.Module) -> BudgetScope:
@@ -113,9 +114,21 @@ class BudgetScope(ModelScope):
         _check_is_whole(module, self.name)
         limit, is_declared = self.budget.seconds, self.check is not None
         about = reserve, limit, is_declared, self.budget.fuse, self.budget.rates, self.session.warn
-        step = PlannedStep(self.name, self.budget.bytes, *about, self.budget.loss_alone)
+        otherwise = self._plan_for_all if self.loss_alone else None
+        step = PlannedStep(self.name, self.budget.bytes, *about, otherwise)
         run = torch.compile(self._forward(module), fullgraph=True, dynamic=True, backend=step)
         return _Compiled(step, run, _settings(module))
+
+    def _plan_for_all(self) -> None:
+        """Gradients do not come from the loss alone; plan anew at the next call."""
+        self.session.warn(
+            f"moec: {self.name} was asked for a gradient of an output other than its loss; it came"
+            " from running the model's code again, outside the plan of the memory budget. From now"
+            " on gradients of all outputs are planned; the option gradients_of='all' does so from"
+            " the first call"
+        )
+        self.loss_alone = False
+        self.steps.clear()
 
     def _reserve(self, module: nn.Module, inputs: Sequence[torch.Tensor]) -> int:
         """Bytes that are held beside parameters, buffers and inputs: gradients of earlier steps
