@@ -153,7 +153,7 @@ def plan(
       moec plan mixtral --training --dtype bf16 --fits 80GiB
       moec plan olmoe --tokens 8192
       moec plan olmoe --dim input_ids:0=B[1..8] --dim input_ids:1=S[1..4096]
-      moec plan olmoe --budget 40GiB --tokens 16384 --report step.html
+      moec plan olmoe --dtype bf16 --budget 60GiB --tokens 16384 --report step.html
       moec plan graph.json --budget 80% -o schedule.json
       moec plan graph.json --budget 40GiB --time-limit 10 --tokens 8192
     """
