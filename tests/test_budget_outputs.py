@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -118,6 +119,18 @@ def test_nobody_writes_to_what_the_backward_pass_reads() -> None:
     y.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_what_was_cut_off_has_its_gradient_under_autocast() -> None:
+    model, x = _Noisy(0.0), torch.randn(5, 8)
+    found = []
+    for module in (model, planned(model, "1TiB")):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = module(x)[1]
+        assert y.dtype == torch.bfloat16
+        with contextlib.nullcontext() if module is model else pytest.warns(match="outside the"):
+            found.append(torch.autograd.grad(y.sum(), list(model.parameters())))
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_an_input_gets_the_gradient_of_what_was_cut_off() -> None:

@@ -95,6 +95,16 @@ def _again(value: Any) -> Callable[[], Any]:
     return functools.partial(torch.tensor, value.item(), dtype=value.dtype)
 
 
+def _autocast_on(device: str) -> dict[str, Any]:
+    """The state of autocast at a call; the backward pass has one of its own."""
+    return {
+        "device_type": device,
+        "dtype": torch.get_autocast_dtype(device),
+        "enabled": torch.is_autocast_enabled(device),
+        "cache_enabled": torch.is_autocast_cache_enabled(),
+    }
+
+
 class _Others(torch.autograd.Function):
     """Outputs as they are; their gradients come from running the module that made them."""
 
@@ -106,6 +116,7 @@ class _Others(torch.autograd.Function):
         ctx.save_for_backward(*(v for v in inputs if not _is_plain(v)))
         ctx.plain = [_again(v) if _is_plain(v) else None for v in inputs]
         ctx.wanted = [isinstance(v, torch.Tensor) and v.requires_grad for v in inputs]
+        ctx.autocast = _autocast_on(values[0].device.type)
         # views: the backward pass may read the same memory, and must see that it was written to
         return tuple(v.detach() for v in values[:count])
 
@@ -122,7 +133,7 @@ class _Others(torch.autograd.Function):
             next(saved).detach().requires_grad_(wanted) if plain is None else plain()
             for plain, wanted in zip(ctx.plain, ctx.wanted, strict=True)
         ]
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(**ctx.autocast):
             outputs = module(*inputs)
         leaves = [v for v, wanted in zip(inputs, ctx.wanted, strict=True) if wanted]
         found = iter(
