@@ -6,11 +6,12 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import DeviceType
 
 import moec
 
@@ -20,6 +21,8 @@ from .reference import Weights, clear_choices, reference, relative_error
 from .sonic import SonicMoE, check_equal, in_order
 
 MILLISECONDS = 400.0  # that one measurement may take
+PROFILED = 5  # calls
+AHEAD = 256  # tokens with which kernels are compiled
 
 
 @dataclass(frozen=True)
@@ -208,6 +211,33 @@ def bound(size: Size, device: str) -> dict[str, float]:
     return {"forward_ms": median_ms(forward, device), "both_ms": median_ms(both, device)}
 
 
+def gpu_ms(call: Callable[[int], object]) -> float:
+    """Milliseconds of work on the GPU a call, without gaps in which it waits for the host."""
+    kinds = [torch.profiler.ProfilerActivity.CUDA]
+    for calls in (1, PROFILED):  # the first has what setting up the profiler costs
+        with torch.profiler.profile(activities=kinds) as profile:
+            for turn in range(calls):
+                call(turn)
+            torch.cuda.synchronize()
+    on_gpu = (e for e in profile.events() or () if e.device_type == DeviceType.CUDA)
+    busy, last = 0.0, float("-inf")
+    for start, end in sorted((e.time_range.start, e.time_range.end) for e in on_gpu):
+        busy, last = busy + max(0.0, end - max(start, last)), max(last, end)  # they may overlap
+    return busy * 1e-3 / PROFILED
+
+
+def compile_ahead(name: str, implementation: str) -> None:
+    """Compile kernels at few tokens: what is left to do when the GPU is this process' own."""
+    if implementation in MODELS and implementation != "sonicmoe":  # it tunes by the tokens
+        size = replace(SIZES[name], tokens=AHEAD)
+        block = random_block(size.shape, "cuda", torch.bfloat16)
+        inputs = list(torch.randn(ROTATION, 1, AHEAD, size.hidden, device="cuda").bfloat16())
+        Step(MODELS[implementation](block), block, inputs).both(0)
+        torch.cuda.synchronize()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def measure(name: str, implementation: str, device: str, accurate: bool) -> dict[str, Any]:
     """One row of the table."""
     torch.manual_seed(0)
@@ -228,7 +258,12 @@ def measure(name: str, implementation: str, device: str, accurate: bool) -> dict
         "forward_ms": median_ms(step.forward, device),
         "both_ms": median_ms(step.both, device),
     }
-    return row | rates(size, found) | (memory(step) if device == "cuda" else {})
+    row |= rates(size, found)
+    if device == "cuda":
+        forward = gpu_ms(step.forward)
+        times = {"forward_gpu_ms": forward, "backward_gpu_ms": gpu_ms(step.both) - forward}
+        row |= memory(step) | times
+    return row
 
 
 def _check_as_grouped(step: Step, block: Any) -> None:

@@ -19,10 +19,6 @@ from moec.ir.types import DTYPES
 from moec.manager import PassManager
 from moec.pipeline import pipeline
 from moec.runtime.artifact import Artifact, build
-from moec.tuning.cost import Candidate
-from moec.tuning.kernels import kernel_of
-from moec.tuning.search import with_candidates
-from moec.tuning.space import gluon_tiles
 from tests.graphs import MODELS
 from tests.graphs import build as block_of
 
@@ -176,19 +172,15 @@ def test_hopper_kernels(name: str, gluon: bool, recorder: Recorder, tmp_path: Pa
         assert not gluon or not takes_part or "cp.async.bulk.tensor" in ptx, kernel
 
 
-def test_fewer_stages_leave_room_for_results(recorder: Recorder, tmp_path: Path) -> None:
-    graph = artifact_of("qwen3-30b", tmp_path, True).graph
-    tiles = [(p, kernel_of(op)) for p, op in enumerate(graph.ops)]
-    chosen = {p: Candidate("gluon", gluon_tiles(k)[1], 0.0) for p, k in tiles if k is not None}
-    assert len(chosen) == 6
-    run_on_nothing(build(with_candidates(graph, chosen), "triton", "training", (), tmp_path))
+def test_results_wait_in_slots(recorder: Recorder, tmp_path: Path) -> None:
+    """Where results have room of their own, one is stored while the next is worked out."""
+    run_on_nothing(artifact_of("qwen3-30b", tmp_path, True))
     recorder.launches = [n for n in recorder.launches if "gl.warp_specialize(" in n[0].src]
-    for kernel, (ptx, log) in compile_all(recorder, tmp_path).items():
-        assert not SERIAL.search(log), f"{kernel}: {log}"
-        assert all(int(n) <= 16 for n in re.findall(r"(\d+) bytes spill stores", log)), kernel
-        # results wait for room of their own, but where they take that of a stage
+    waiting = 0
+    for ptx, _ in compile_all(recorder, tmp_path).values():
         waits = set(re.findall(r"cp\.async\.bulk\.wait_group\.read\s+(\d+)", ptx))
-        assert waits > {"0"}, kernel
+        waiting += "1" in waits
+    assert waiting == 3  # both products of the forward pass, and one of the backward pass
 
 
 def test_repro_kernels(recorder: Recorder, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ from moec.tuning.space import (
     STAGE_COUNTS,
     TEMPLATES,
     WARPS,
-    gluon_tiles,
+    gluon_tile_of,
     refusal,
     tiles,
 )
@@ -319,18 +319,18 @@ def test_a_worker_refuses_a_graph_with_other_results() -> None:
             inputs.compare([torch.ones(2, 3), wrong])
 
 
-def test_gluon_has_tiles_of_fewer_stages() -> None:
+def test_gluon_has_one_tile() -> None:
     graph = PassManager(pipeline("triton", True, True, gluon=True)).run(
         block_graph(SHAPES["s7b-n256"])
     )
     for op in graph.ops:
         kernel = kernel_of(op)
         if kernel is not None:
-            four, three = gluon_tiles(kernel)
-            assert (four.attribute, three.stages) == (op.attrs["tile"], 3)
-            assert not refusal(kernel, "gluon", three) and not misfit(op, kernel, "gluon", three)
-            assert refusal(kernel, "gluon", replace(four, stages=2))
-            assert misfit(op, kernel, "gluon", replace(four, stages=2))
+            tile = gluon_tile_of(kernel)
+            assert tile.attribute == op.attrs["tile"]
+            assert not refusal(kernel, "gluon", tile) and not misfit(op, kernel, "gluon", tile)
+            assert refusal(kernel, "gluon", replace(tile, stages=3))
+            assert misfit(op, kernel, "gluon", replace(tile, stages=3))
 
 
 def test_without_a_gpu_the_command_ranks_and_says_so(tmp_path: Path) -> None:

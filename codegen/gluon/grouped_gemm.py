@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from moec.codegen.gluon.loading import BYTES, Loading
 from moec.codegen.gluon.text import (
@@ -13,11 +13,11 @@ from moec.codegen.gluon.text import (
     MATRIX,
     MULTIPLYING,
     REGISTERS,
+    SLOTS,
     STAGES,
     define,
     gluon_text,
     partition,
-    slots_of,
     used,
 )
 from moec.codegen.gluon.tile import StageBody
@@ -43,6 +43,7 @@ from moec.ir.graph import Op, Value
 from moec.ir.prove import divisible
 
 ROWS, DEPTH, COLUMNS = 128, 64, 256
+CHUNK = 64  # columns that the epilogue works on at a time
 MOST_COLUMNS, MOST_COLUMNS_ALONE, LONGEST = 2048, 768, 8192
 LARGEST = 1 << 22  # numbers of a matrix whose rows are not gathered
 _PLACE = ("end", "row", "column")
@@ -66,15 +67,14 @@ class GluonGemm:
         _check(p, self.tile)
         self.facts = Facts.of(self.op)
         self.in_stage = p.reads > 0
-        self.chunk = 64 if self.in_stage or self.tile.stages < STAGES[0] else 128
         self.copied = self._ask()
         self.text = gluon_text(compute_dtype(p.body), self.facts)
         self.text.parameter("places")
         self.sums = RowSums(p, self.name, self.tiles_n, self.facts) if p.dots else None
-        if not self.facts.divides(self.chunk, p.columns):
+        if not self.facts.divides(CHUNK, p.columns):
             raise Unsupported("columns that are no multiple of a chunk's")
         self._write_tile()
-        self.loading = Loading(p, self.tile, self.chunk, self.body.reads, self.text)
+        self.loading = Loading(p, self.tile, CHUNK, self.body.reads, self.text)
         self.load_lines = self.loading.lines()
         self._write_multiply()
         self.text.sort(p.body)
@@ -83,12 +83,6 @@ class GluonGemm:
     def tiles_n(self) -> int:
         """The number of column tiles."""
         return -(-self.product.columns // self.tile.columns)
-
-    @property
-    def slots(self) -> int:
-        """How many chunks of a group's results can be on their way to memory."""
-        whole = replace(self.tile, columns=self.loading.wide)
-        return slots_of(whole, self.chunk, BYTES)
 
     @property
     def library(self) -> set[str]:
@@ -104,7 +98,7 @@ class GluonGemm:
         p, experts = self.product, int(self.product.weights.type.shape[0])
         self.facts.row_tiles(p.rows, experts, ROWS, numbers=3)
         self.facts.copied(p.weights, p.depth * p.columns * p.parts)
-        stages = p.depth // DEPTH + self.tile.columns // self.chunk
+        stages = p.depth // DEPTH + self.tile.columns // CHUNK
         pieces = tile_bound(p.rows, experts, ROWS) * self.tiles_n
         self.facts.pieces(pieces)
         self.facts.limit(pieces * stages, WORD, "stages counted in 32 bits")
@@ -116,7 +110,7 @@ class GluonGemm:
         text = gluon_text(self.text.dtype, self.facts, (*_PLACE, "acc", "slots", "turn", *_BLOCKS))
         domain = Domain(p.rows, p.columns, False)
         self.body = body = StageBody(
-            text, p.body, domain, product=p, chunk=self.chunk, in_stage=self.in_stage
+            text, p.body, domain, product=p, chunk=CHUNK, in_stage=self.in_stage
         )
         hints = self._hints()
         terms = tuple(Term(text.parameter(f"part {i}", h), TILE) for i, h in enumerate(hints))
@@ -160,7 +154,7 @@ class GluonGemm:
     def _write_multiply(self) -> None:
         t, p = self.text, self.product
         lines, outer = t.lines, RowBody(t, p.body, Domain(p.rows, p.columns, False, row="here"))
-        for name, columns in (("tall", self.loading.wide), ("narrow", self.chunk)):
+        for name, columns in (("tall", self.loading.wide), ("narrow", CHUNK)):
             form = f"version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, {columns}, 16]"
             t.line(f"{name}: gl.constexpr = gl.NVMMADistributedLayout({form})")
         t.line("HALF: gl.constexpr = BM // 2  # the rows of one group of warps")
@@ -206,7 +200,7 @@ class GluonGemm:
             if self.in_stage:
                 t.line("stage = wait_ready(ready, taken, STAGES)")
                 t.line("block_1, block_2, block_3 = stage_buffers(left, right, stage, BM, WG)")
-            self._call(pieces[0], f"{column} + c * {self.chunk}", extra)
+            self._call(pieces[0], f"{column} + c * {CHUNK}", extra)
             if self.in_stage:
                 t.line("# the stage before is free when its results have been read")
                 t.line(f"tma.store_wait({len(self.body.stores)})")
@@ -229,7 +223,7 @@ class GluonGemm:
         if p.parts == 2:
             parts = [[n] for n in self._halve("acc", width, self._hints())]
             width //= 2
-        while width > self.chunk:
+        while width > CHUNK:
             parts = [[h for piece in part for h in self._halve(piece, width, ())] for part in parts]
             width //= 2
         for name in (n for part in parts for n in part):
@@ -263,8 +257,8 @@ class GluonGemm:
         self.text.line(call)
         if len(dots) > 1:
             self.text.lines.lines(*(f"dot_{i} += more_{i}" for i in range(len(dots))))
-        if self.body.puts:
-            self.text.line(f"turn = (turn + {self.body.puts}) % {self.slots}")
+        if self.body.puts % SLOTS:
+            self.text.line(f"turn = (turn + {self.body.puts}) % {SLOTS}")
 
     # the module
     def row_list(self, outer: Mapping[Value, Value]) -> RowList:
@@ -274,7 +268,7 @@ class GluonGemm:
     def define(self, writer: Writer) -> None:
         """Write the functions."""
         names = [q.name for q in self.body.text.parameters]
-        docs = [f"Epilogue on {self.chunk} columns of a tile."]
+        docs = [f"Epilogue on {CHUNK} columns of a tile."]
         define(writer, f"{self.name}_tile", names, docs, self.tile_lines)
         shared = ["left", "right", *([] if self.in_stage else ["slots"]), "ready", "empty"]
         multiply = [*used(self.text.parameters, self.multiply_lines), *shared]
@@ -315,7 +309,7 @@ class GluonGemm:
         if not self.in_stage:
             out = next(q.name for q in self.body.text.parameters if q.name.endswith("_out"))
             for i in (0, 1):
-                shape = f"[{self.slots}] + {out}.block_type.shape, {out}.layout"
+                shape = f"[{SLOTS}] + {out}.block_type.shape, {out}.layout"
                 w.lines(*wrapped(f"slots_{i} = {memory}{shape})", WIDTH - 4))
         w.line(f"ready, empty = barriers({129 if self._copies else 1}, STAGES)")
         with w.block("gl.warp_specialize("):
@@ -384,10 +378,10 @@ class GluonGemm:
         if isinstance(value, str) or self._of_rows(value) or value.type.rank != 2:
             return name
         if any(read.value is value for read in self.body.reads):
-            return f"launch.blocks({name}, {(ROWS, self.chunk)})"
+            return f"launch.blocks({name}, {(ROWS, CHUNK)})"
         if value in p.body.outputs:
             inner = (int(value.type.shape[1]),)
-            return f"launch.ragged_blocks({name}, {inner}, {(ROWS // 2, self.chunk)})"
+            return f"launch.ragged_blocks({name}, {inner}, {(ROWS // 2, CHUNK)})"
         return name
 
 
@@ -395,8 +389,8 @@ _BLOCKS = ("block_1", "block_2", "block_3")
 
 
 def gluon_tile(p: RowProduct) -> Tile:
-    """The tile that was measured best on an H100, of those with four stages."""
-    return Tile(ROWS, COLUMNS // p.parts, DEPTH, 4, STAGES[0])
+    """The one tile that these kernels have: measured best at every size tried on an H100."""
+    return Tile(ROWS, COLUMNS // p.parts, DEPTH, 4, STAGES)
 
 
 def _check(p: RowProduct, tile: Tile) -> None:
@@ -411,7 +405,7 @@ def _check(p: RowProduct, tile: Tile) -> None:
         raise Unsupported("matrices that do not fill the tile")
     _check_worth(p)
     sizes = tile.rows, tile.columns * p.parts, tile.depth
-    if sizes != (ROWS, COLUMNS, DEPTH) or tile.stages not in STAGES:
+    if sizes != (ROWS, COLUMNS, DEPTH) or tile.stages != STAGES:
         raise Unsupported("another tile")
 
 

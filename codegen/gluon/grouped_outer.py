@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from moec.codegen.gluon.loading import BYTES
 from moec.codegen.gluon.text import (
@@ -15,7 +15,6 @@ from moec.codegen.gluon.text import (
     define,
     gluon_text,
     partition,
-    slots_of,
     used,
 )
 from moec.codegen.requirements import WORD
@@ -34,7 +33,7 @@ from moec.codegen.triton.tiles import GROUP, Tile, tile_of
 from moec.codegen.writer import Writer
 from moec.ir.graph import Op
 
-TILE = Tile(128, 256, 64, 4, STAGES[0])
+TILE = Tile(128, 256, 64, 4, STAGES)
 LONGEST = 8192
 _SIDES = ("left", "right")
 
@@ -73,7 +72,7 @@ class GluonOuter:
         self.facts.aligned(m * BYTES, n * BYTES)
         if m < self.tile.rows or n < self.tile.columns:
             raise Unsupported("matrices that do not fill the tile")
-        if self.tile not in [replace(TILE, stages=n) for n in STAGES]:
+        if self.tile != TILE:
             raise Unsupported("another tile")
         if max(m, n) > LONGEST:
             raise Unsupported("matrices so large that the other templates keep up")
@@ -99,11 +98,6 @@ class GluonOuter:
         """The number of tiles of one expert's result, down and across."""
         m, n = self.product.sizes
         return -(-m // self.tile.rows), -(-n // self.tile.columns)
-
-    @property
-    def slots(self) -> int:
-        """How many halves of a group's results can be on their way to memory."""
-        return slots_of(self.tile, self.tile.columns // 2, BYTES)
 
     @property
     def library(self) -> set[str]:
@@ -185,7 +179,7 @@ class GluonOuter:
         form = "version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16]"
         w.lines(*wrapped(f"tall: gl.constexpr = gl.NVMMADistributedLayout({form})", WIDTH - 4))
         w.line("HALF: gl.constexpr = BM // 2  # the rows of one group of warps")
-        w.lines("taken = 0", "turn = 0")
+        w.line("taken = 0")
         with w.block(f"for work in range(gl.program_id(0), {pieces}, gl.num_programs(0)):"):
             self._place(w)
             w.line("acc = gl.zeros((HALF, BN), gl.float32, layout=tall)")
@@ -201,9 +195,8 @@ class GluonOuter:
             w.line("free_last(empty, taken, size > 0, STAGES)")
             w.line("one, two = halves(acc, HALF, BN)")
             w.line("row = m * BM + WG * HALF")
-            w.line(f"put_matrix(one, {self.out}, slots, turn, expert, row, n * BN)")
-            w.line(f"put_matrix(two, {self.out}, slots, turn + 1, expert, row, n * BN + BN // 2)")
-            w.line(f"turn = (turn + 2) % {self.slots}")
+            w.line(f"put_matrix(one, {self.out}, slots, expert, row, n * BN)")
+            w.line(f"put_matrix(two, {self.out}, slots, expert, row, n * BN + BN // 2)")
         w.line("tma.store_wait(0)")
         return w.text().rstrip("\n").split("\n")
 
@@ -231,7 +224,7 @@ class GluonOuter:
         for name, size in (("left", "BM"), ("right", "BN")):
             w.line(f"{name} = {memory}[STAGES, 1, 1, BK, {size}], form)")
         for i in (0, 1):
-            shape = f"[{self.slots}] + {self.out}.block_type.shape, {self.out}.layout"
+            shape = f"[1] + {self.out}.block_type.shape, {self.out}.layout"
             w.lines(*wrapped(f"slots_{i} = {memory}{shape})", WIDTH - 4))
         w.line(f"ready, empty = barriers({129 if copies else 1}, STAGES)")
         with w.block("gl.warp_specialize("):

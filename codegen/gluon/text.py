@@ -10,11 +10,10 @@ from moec.codegen.triton import source
 from moec.codegen.triton.facts import Facts
 from moec.codegen.triton.kernel import KernelText, Parameter
 from moec.codegen.triton.layout import WIDTH, wrapped
-from moec.codegen.triton.tiles import Tile
 from moec.codegen.writer import Writer
 
-STAGES = (4, 3)  # the first was measured; fewer leave room for more results on their way
-ROOM = 224 << 10  # bytes of shared memory for stages and results
+STAGES = 4
+SLOTS = 2  # results of a group on their way to memory: all that the stages leave room for
 REGISTERS = 168  # a thread's, on average over the three groups of warps
 MULTIPLYING, COPYING, ISSUING = 232, 40, 24  # a thread's, by what its warp does
 LANES = "gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])"  # 16 bytes a thread
@@ -34,14 +33,6 @@ IMPORTS = (
     "",
     "from moec.runtime.gluon import arrive_copied, copy_block, copy_rows, see_as, store_block",
 )
-
-
-def slots_of(tile: Tile, columns: int, size: int) -> int:
-    """How many pieces of a group's results can be on their way to memory: ``columns`` of the rows
-    of a group each, numbers of ``size`` bytes; ``tile`` counts all columns.
-    """
-    stages = tile.stages * (tile.rows + tile.columns) * tile.depth * size
-    return (ROOM - stages) // (tile.rows * columns * size)
 
 
 def gluon_text(dtype: str, facts: Facts, free: Sequence[str] = ()) -> KernelText:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import product
 
 from moec.codegen.gluon.grouped_gemm import COLUMNS, DEPTH, ROWS
@@ -49,7 +48,7 @@ def refusal(kernel: Kernel, template: str, tile: Tile) -> str:
     if template not in TEMPLATES:
         return f"no template {template!r}"
     if template == "gluon":
-        return "" if tile in gluon_tiles(kernel) else "none of the tiles of the template gluon"
+        return "" if tile == gluon_tile_of(kernel) else "the template gluon has one tile"
     if not _is_in_space(tile):
         return f"{tile}: none of the sizes that are built"
     return _size_refusal(kernel, tile) or _room_refusal(kernel, template, tile)
@@ -89,11 +88,11 @@ def fitted(size: int) -> int:
     return max(16, power_of_two(size))
 
 
-def gluon_tiles(kernel: Kernel) -> list[Tile]:
-    """The tiles of the template for Hopper, which differ in their stages; the default is first."""
-    rows = Tile(ROWS, COLUMNS // kernel.parts, DEPTH, 4, STAGES[0])
-    tile = GLUON_OUTER if kernel.kind == OUTER else rows
-    return [replace(tile, stages=stages) for stages in STAGES]
+def gluon_tile_of(kernel: Kernel) -> Tile:
+    """The one tile of the template for Hopper."""
+    if kernel.kind == OUTER:
+        return GLUON_OUTER
+    return Tile(ROWS, COLUMNS // kernel.parts, DEPTH, 4, STAGES)
 
 
 def tiles(kernel: Kernel, template: str) -> Iterator[Tile]:
@@ -103,7 +102,7 @@ def tiles(kernel: Kernel, template: str) -> Iterator[Tile]:
     by shared memory.
     """
     if template == "gluon":
-        yield from gluon_tiles(kernel)
+        yield gluon_tile_of(kernel)
         return
     for warps, rows, columns in product(WARPS, SIDES, SIDES):
         if sums(kernel, Tile(rows, columns, 16, warps, 2)) > MOST_SUMS:
