@@ -5,6 +5,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from moec.plan.least import is_excluded
 from moec.plan.problem import Source
 from moec.plan.retention import prove
 from moec.plan.rounding import rounded
-from moec.plan.search import Candidate, search
+from moec.plan.search import Candidate, Job, Searcher, search
 from moec.plan.sequence import (
     LENGTH,
     MOST_RUNS,
@@ -268,6 +269,25 @@ def test_a_tight_budget_takes_chains_of_repetitions() -> None:
     plan = solve(problem, budget, time_limit=10, gap=math.inf)
     assert replay(problem, plan.sequence, budget).time == plan.time
     assert max(Counter(plan.sequence).values()) > 2
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_what_does_not_fit_descends(fixed: bool) -> None:
+    """The peak falls, in small steps, below what the annealing before reached."""
+    problem = layered(12, 12)
+    budget = int(0.45 * peak_of(problem))
+    searcher = Searcher(problem, budget, fixed)
+    moves = 20 * len(problem.nodes)
+    job = Job(searcher.given, 3.0, 30 * searcher.price, 0.5)
+    first = searcher.run(job, 1, moves)
+    lower = searcher.run(replace(job, least=peak_of(problem)), 1, moves)
+    assert 0 < first.over == replay(problem, first.sequence).peak - budget
+    assert lower.over < first.over
+    assert lower.over == max(replay(problem, lower.sequence).peak - budget, 0)
+    assert not fixed or tuple(dict.fromkeys(lower.sequence)) == problem.order
+    assert searcher.run(replace(job, least=peak_of(problem)), 1, moves) == lower
+    searcher.stop[0] = True
+    assert searcher.run(replace(job, least=peak_of(problem)), 1, moves).over >= lower.over
 
 
 def test_a_search_may_begin_with_many_runs_of_one_node() -> None:

@@ -1,12 +1,15 @@
 """The scalable planner: rounds of annealing, each longer than the last, until time is up.
 
-A round anneals twice, side by side: from the given order, and from the best plan so far. A round
-is deterministic; how many there are depends on the time limit only.
+A round anneals twice, side by side: from the given order, and from the best plan so far. Where
+nothing fits yet, it anneals twice from the given order, and what comes of it *descends*: short
+annealings, each within a little less than the last one reached. A round is deterministic; how many
+there are depends on the time limit only.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import threading
 import time
 from collections import Counter
@@ -20,8 +23,8 @@ from moec.plan.annealing import anneal
 from moec.plan.changes import new_search
 from moec.plan.problem import Node, Problem, make_problem
 from moec.plan.sequence import (
+    LENGTH,
     MOST_RUNS,
-    OVER,
     Arrays,
     State,
     arrays_of,
@@ -44,17 +47,21 @@ FRESH = ((3.0, 1.0), (1.0, 30.0), (3.0, 30.0), (1.0, 10.0))
 # Temperatures at which the best plan is improved, in turns; a price with which it is shaken up, as
 # is one that does not fit; and the temperature at the end of all
 WARM, SHAKEN, COLD = (0.1, 0.5, 0.02), (1.0, 10.0), 0.003
-# Where nothing fits yet, the share of the budget that every other search is given: what needs a
-# little more may fit.
-TIGHTER = 0.93
+# A descent: changes for each node in one of its annealings, and what these are drawn from, their
+# temperatures, prices and shares of the least peak; after how many of them in vain it ends. It may
+# take so many times the changes of the annealing before it, and more only where its peak is near
+# the least one known.
+SHORT, IN_VAIN = 40, 40
+DESCENT = (0.01, 0.03, 0.1), (100.0, 1000.0), (0.9985, 0.997, 0.995)
+LENGTHS, NEAR = (2, 16), 1.02
 # Rounds without improvement after which the search ends
 PATIENCE = 8
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A sequence; ``over`` is the sum over steps of what is above the budget, ``price`` the price
-    of a byte above it when the search ended.
+    """A sequence; ``over`` is how far its peak is above the budget, ``price`` that of a byte above
+    it when the search ended.
     """
 
     over: int
@@ -83,7 +90,7 @@ def search(
     ``starts``: more sequences to begin with than the given order. A candidate with ``over`` of
     zero fits. Closing the iterator ends the search.
     """
-    searcher = _Searcher(problem, budget, fixed)
+    searcher = Searcher(problem, budget, fixed)
     others = [searcher.measure(start) for start in starts]
     best = min([searcher.given, *others], key=lambda c: c.cost)
     count = len(problem.nodes)
@@ -120,17 +127,18 @@ def last_round(moves: int, rate: float, seconds: float) -> int:
 @dataclass(frozen=True)
 class Job:
     """One annealing: from a candidate, at a temperature in mean durations and a price, which is
-    adapted after a share of the changes, within a share of the budget.
+    adapted after a share of the changes. Where ``least`` is given, what does not fit descends, for
+    long if it comes near that peak.
     """
 
     start: Candidate
     hot: float
     price: float
     settled: float
-    within: float = 1.0
+    least: int = 0
 
 
-class _Searcher:
+class Searcher:
     """A problem and a budget, ready for compiled code."""
 
     def __init__(self, problem: Problem, budget: int, fixed: bool) -> None:
@@ -148,14 +156,17 @@ class _Searcher:
 
     def measure(self, sequence: Sequence[int]) -> Candidate:
         """A sequence as a candidate."""
-        state = self._state(sequence)
-        over, spent = int(state.totals[OVER]), float(state.time[0])
-        return Candidate(over, spent, self.price, tuple(sequence))
+        state = self._state(sequence, self.budget)
+        return Candidate(self._over(state), float(state.time[0]), self.price, tuple(sequence))
 
-    def _state(self, sequence: Sequence[int], within: float = 1.0) -> State:
+    def _over(self, state: State) -> int:
+        peak = int(state.memory[: state.totals[LENGTH]].max())
+        return max(peak - self.budget, 0)
+
+    def _state(self, sequence: Sequence[int], limit: int) -> State:
         capacity = max(8 * self.count, 2 * len(sequence)) + 64
         most_runs = max(MOST_RUNS, *Counter(sequence).values())
-        state = empty_state(self.arrays, capacity, int(within * self.budget), most_runs)
+        state = empty_state(self.arrays, capacity, limit, most_runs)
         build(self.arrays, state, np.array(sequence, np.int32))
         return state
 
@@ -168,10 +179,11 @@ class _Searcher:
             explore = Job(others_left[0], WARM[0], others_left[0].price, 0.0)
         else:
             explore = self._fresh(number)
-        if best.over and number % 2:
-            return explore, replace(self._fresh(number + 1), within=TIGHTER)
+        if best.over:
+            least = self.budget + best.over
+            return replace(explore, least=least), replace(self._fresh(number + 1), least=least)
         turn = number % (len(WARM) + 1)
-        if best.over or turn == len(WARM):
+        if turn == len(WARM):
             return explore, Job(best, SHAKEN[0], self.price * SHAKEN[1], 0.0)
         return explore, Job(best, WARM[turn], best.price, 0.0)
 
@@ -180,17 +192,38 @@ class _Searcher:
         return Job(self.given, hot, self.price * factor, 0.5)
 
     def run(self, job: Job, seed: int, moves: int) -> Candidate:
-        """Anneal once."""
-        state = self._state(job.start.sequence, job.within)
+        """Anneal once, and descend if the job asks for it."""
+        found = self._anneal(job, self.budget, seed, moves)
+        return self._descend(found, job.least, seed, moves) if job.least else found
+
+    def _anneal(self, job: Job, limit: int, seed: int, moves: int) -> Candidate:
+        """The fastest sequence that was met within a limit of bytes, or else the last one."""
+        state = self._state(job.start.sequence, limit)
         found = new_search(len(state.at), seed, job.price, self.fixed, self.stop)
         found.price[1] = self.price
         hot, cold = job.hot * self.unit, COLD * self.unit
-        anneal(self.arrays, state, found, moves, hot, cold, job.settled, self.least)
-        if np.isfinite(found.best_time[0]):
-            nodes = found.best[: found.best_length[0]]
-            return Candidate(0, float(found.best_time[0]), float(found.price[0]), _tuple(nodes))
-        last = self.measure(_tuple(nodes_of(state)))
-        return replace(last, price=float(found.price[0]))
+        anneal(self.arrays, state, found, moves, hot, min(hot, cold), job.settled, self.least)
+        fits = np.isfinite(found.best_time[0])
+        nodes = found.best[: found.best_length[0]] if fits else nodes_of(state)
+        return replace(self.measure(_tuple(nodes)), price=float(found.price[0]))
+
+    def _descend(self, best: Candidate, least: int, seed: int, moves: int) -> Candidate:
+        """Candidates of ever lower peak, until one fits the budget or no lower one is found."""
+        choices = random.Random(seed)
+        few, most = (length * moves for length in LENGTHS)
+        made = in_vain = 0
+        while best.over and in_vain < IN_VAIN and not self.stop[0]:
+            peak = self.budget + best.over
+            if made > (most if peak < NEAR * least else few):
+                break
+            hot, price, share = map(choices.choice, DESCENT)
+            job = Job(best, hot, self.price * price, 0.0)
+            limit = max(self.budget, int(share * peak))
+            found = self._anneal(job, limit, choices.randrange(1 << 31), SHORT * self.count)
+            made += SHORT * self.count
+            in_vain = 0 if found.over < best.over else in_vain + 1
+            best = min(best, found, key=lambda c: c.over)
+        return best
 
 
 def _tuple(nodes: Iterable[int]) -> tuple[int, ...]:
@@ -202,5 +235,5 @@ def compile_search() -> None:
     of an installation, so that no time limit should count it.
     """
     nodes = [Node("first", 1, 1.0), Node("second", 1, 1.0)]
-    searcher = _Searcher(make_problem("compile", nodes, [(0, 1)]), 1, False)
+    searcher = Searcher(make_problem("compile", nodes, [(0, 1)]), 1, False)
     searcher.run(Job(searcher.given, 1.0, 1.0, 0.0), 1, 1)
