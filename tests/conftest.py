@@ -3,6 +3,7 @@
 import os
 import random
 from collections.abc import Iterator
+from typing import Any
 
 # Read when transformers is first imported, hence set before any test module is.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -34,6 +35,17 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def without_onednn() -> Iterator[None]:
+    """Products in half precision by PyTorch's own code: oneDNN's, which some processors take, have
+    a workspace by processor, of which predictions know nothing.
+    """
+    onednn: Any = torch.backends.mkldnn
+    before = onednn.set_flags(False)[0]
+    yield
+    onednn.set_flags(before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

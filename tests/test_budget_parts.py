@@ -33,7 +33,7 @@ from .test_memory import lowered, routed
 BLOCKS = {"olmoe": OLMOE, **MODELS}
 
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "without_onednn")
 
 
 def executed(

@@ -29,6 +29,8 @@ from tests.graphs import MODELS, OLMOE, build
 from tests.memory_replay import built, tracked_step
 from tests.models import FAMILIES
 
+pytestmark = pytest.mark.usefixtures("without_onednn")
+
 BLOCKS = {"olmoe": OLMOE, **MODELS}
 T = dim("T")
 

@@ -10,6 +10,8 @@ from moec.ir import Builder, Graph, Type, Value, dim
 from moec.memory import predict
 from tests.memory_replay import built, tracked_step
 
+pytestmark = pytest.mark.usefixtures("without_onednn")
+
 T = dim("T")
 A, E, H = 2 * T, 4, 48
 FLOATS = ("f32", "bf16", "f16", "f64")
