@@ -19,7 +19,7 @@ from moec.plan.least import is_excluded
 from moec.plan.problem import Source
 from moec.plan.retention import prove
 from moec.plan.rounding import rounded
-from moec.plan.search import Candidate, Job, Searcher, search
+from moec.plan.search import LEAST_ROUND, Candidate, Job, Searcher, search
 from moec.plan.sequence import (
     LENGTH,
     MOST_RUNS,
@@ -277,7 +277,7 @@ def test_what_does_not_fit_descends(fixed: bool) -> None:
     problem = layered(12, 12)
     budget = int(0.45 * peak_of(problem))
     searcher = Searcher(problem, budget, fixed)
-    moves = 20 * len(problem.nodes)
+    moves = LEAST_ROUND * len(problem.nodes)
     job = Job(searcher.given, 3.0, 30 * searcher.price, 0.5)
     first = searcher.run(job, 1, moves)
     lower = searcher.run(replace(job, least=peak_of(problem)), 1, moves)

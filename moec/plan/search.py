@@ -47,11 +47,11 @@ FRESH = ((3.0, 1.0), (1.0, 30.0), (3.0, 30.0), (1.0, 10.0))
 # Temperatures at which the best plan is improved, in turns; a price with which it is shaken up, as
 # is one that does not fit; and the temperature at the end of all
 WARM, SHAKEN, COLD = (0.1, 0.5, 0.02), (1.0, 10.0), 0.003
-# A descent: changes for each node in one of its annealings, and what these are drawn from, their
-# temperatures, prices and shares of the least peak; after how many of them in vain it ends. It may
-# take so many times the changes of the annealing before it, and more only where its peak is near
-# the least one known.
-SHORT, IN_VAIN = 40, 40
+# A descent, after rounds of at least so many changes for each node: the changes for each node in
+# one of its annealings, and what these are drawn from, their temperatures, prices and shares of the
+# least peak; after how many of them in vain it ends. It may take so many times the changes of the
+# annealing before it, and more only where its peak is near the least one known.
+LEAST_ROUND, SHORT, IN_VAIN = 200, 40, 40
 DESCENT = (0.01, 0.03, 0.1), (100.0, 1000.0), (0.9985, 0.997, 0.995)
 LENGTHS, NEAR = (2, 16), 1.02
 # Rounds without improvement after which the search ends
@@ -181,11 +181,15 @@ class Searcher:
             explore = self._fresh(number)
         if best.over:
             least = self.budget + best.over
-            return replace(explore, least=least), replace(self._fresh(number + 1), least=least)
+            other = self._fresh(number + 1) if number % 2 else self._shaken(best)
+            return replace(explore, least=least), replace(other, least=least)
         turn = number % (len(WARM) + 1)
         if turn == len(WARM):
-            return explore, Job(best, SHAKEN[0], self.price * SHAKEN[1], 0.0)
+            return explore, self._shaken(best)
         return explore, Job(best, WARM[turn], best.price, 0.0)
+
+    def _shaken(self, best: Candidate) -> Job:
+        return Job(best, SHAKEN[0], self.price * SHAKEN[1], 0.0)
 
     def _fresh(self, number: int) -> Job:
         hot, factor = FRESH[number % len(FRESH)]
@@ -194,7 +198,8 @@ class Searcher:
     def run(self, job: Job, seed: int, moves: int) -> Candidate:
         """Anneal once, and descend if the job asks for it."""
         found = self._anneal(job, self.budget, seed, moves)
-        return self._descend(found, job.least, seed, moves) if job.least else found
+        descends = job.least > 0 and moves >= LEAST_ROUND * self.count
+        return self._descend(found, job.least, seed, moves) if descends else found
 
     def _anneal(self, job: Job, limit: int, seed: int, moves: int) -> Candidate:
         """The fastest sequence that was met within a limit of bytes, or else the last one."""
