@@ -45,7 +45,7 @@ from .train_step import MODELS, SIZES, compile_ahead, measure
 
 LOCK = Path(tempfile.gettempdir()) / "moec_benchmark.lock"  # held by the process that measures
 QUICK = ("moec", "grouped_mm", "bound")
-WORKERS = 3  # processes at a time: one measures, the others import
+PROCESSES = 3  # at a time: one measures, the others import and compile
 RATIOS = ("forward", "backward")
 COMPARED = {f"{p}_ratio": f"{p} x" for p in RATIOS}
 COMPARED |= {f"{p}_gpu_ratio": f"GPU {p} x" for p in RATIOS}
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace, name: str, implementation: str) -> dict[s
     if implementation == "sonicmoe" and not sonic.is_installed():
         return row | {"failed": "left out: sonicmoe is not installed"}
     command += ["--limit", str(arguments.limit)]
-    waiting = WORKERS * (arguments.limit + 60)  # others may go first; the worker ends itself
+    waiting = arguments.processes * (arguments.limit + 60)  # others may go first; the worker ends itself
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=waiting)
     except subprocess.TimeoutExpired:
@@ -172,6 +172,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)}; no errors")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--limit", type=int, default=240, help="seconds for each row")
+    parser.add_argument(
+        "--processes", type=int, default=PROCESSES, help="at a time: one measures, others import"
+    )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--picture", type=Path, help="also draw them (needs matplotlib)")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
@@ -208,7 +211,7 @@ def main() -> None:
     print(describe(facts), flush=True)
     rows: list[dict[str, Any]] = []
     wanted = [(n, i) for n in arguments.only for i in arguments.implementations]
-    with ThreadPoolExecutor(WORKERS) as pool:
+    with ThreadPoolExecutor(arguments.processes) as pool:
         for row in pool.map(partial(run, arguments), *zip(*wanted, strict=True)):
             found = ratios([*(r for r in rows if r["size"] == row["size"]), row])
             rows = [r for r in rows if r["size"] != row["size"]] + found
