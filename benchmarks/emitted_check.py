@@ -141,7 +141,7 @@ def run_both(compiled: Artifact, data: list[torch.Tensor], dy: torch.Tensor) -> 
     outputs, saved = compiled.forward(*data)
     assert compiled.backward is not None
     kept = [data[i] for i in compiled.backward_inputs]
-    return [*outputs, *compiled.backward(*kept, *saved, dy)]
+    return [*outputs, *compiled.backward([*kept, *saved, dy])]
 
 
 def poison() -> None:

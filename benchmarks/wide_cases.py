@@ -90,7 +90,7 @@ def run(made: Artifact, inputs: Sequence[torch.Tensor], dy: torch.Tensor | None)
     if made.backward is None or dy is None:
         return list(outputs)
     kept = [inputs[i] for i in made.backward_inputs]
-    return [*outputs, *(g for g in made.backward(*kept, *saved, dy) if g is not None)]
+    return [*outputs, *(g for g in made.backward([*kept, *saved, dy]) if g is not None)]
 
 
 def named(made: Artifact) -> list[str]:

@@ -18,6 +18,8 @@ from moec.inputs import dim_names
 from moec.ir.dims import symbols
 from moec.ir.graph import Graph, Op, Value, backward_ops, forward_ops
 
+# The name of the list that ``backward`` takes: inputs, saved values, cotangents
+HELD = "held"
 EmitOp = Callable[[Writer, Op, PythonNames], bool]
 
 
@@ -135,7 +137,7 @@ def emit_functions(
             _bind(writer, function.reads, names)
             emit_checks(writer, graph, () if place else found)
             _emit_ops(writer, function.ops, set(function.makes), names, emit_op)
-            writer.line(f"return {_tuple(function.makes, names)}")
+            writer.line(f"return {_tuple(function.makes, names.__getitem__)}")
 
 
 def _taken(graph: Graph, reserved: frozenset[str]) -> frozenset[str]:
@@ -176,9 +178,9 @@ def _emit_forward(
         emit_checks(writer, graph, found)
         keep = {*graph.outputs, *program.saved, *graph.inputs}
         _emit_ops(writer, program.forward, keep, names, emit_op)
-        outputs = _tuple(graph.outputs, names)
+        outputs = _tuple(graph.outputs, names.__getitem__)
         writer.line(
-            f"return {outputs}, {_tuple(program.saved, names)}"
+            f"return {outputs}, {_tuple(program.saved, names.__getitem__)}"
             if training
             else f"return {outputs}, ()"
         )
@@ -192,8 +194,12 @@ def _emit_backward(
     first: Sequence[str],
 ) -> None:
     graph = program.graph
-    with writer.block(f"def backward({_signature(first, program.arguments, names)}):"):
-        writer.line('"""Gradients of the inputs, in their order; None where none is needed."""')
+    with writer.block(f"def backward({', '.join([*first, HELD])}):"):
+        writer.line('"""Gradients of the inputs, in their order; None where none is needed.')
+        writer.lines("", f"The list {HELD} is emptied: what was in it is freed on the way.", '"""')
+        arguments = _tuple(program.arguments, names.add)
+        writer.line(f"{arguments} = {HELD}")
+        writer.line(f"{HELD}.clear()")
         _bind(writer, program.arguments, names)
         keep = {g for g in graph.gradients if g is not None}
         _emit_ops(writer, program.backward, keep, names, emit_op)
@@ -201,8 +207,8 @@ def _emit_backward(
         writer.line(f"return ({returned},)")
 
 
-def _tuple(values: Sequence[Value], names: PythonNames) -> str:
-    inner = ", ".join(names[v] for v in values)
+def _tuple(values: Sequence[Value], name: Callable[[Value], str]) -> str:
+    inner = ", ".join(map(name, values))
     return f"({inner},)" if values else "()"
 
 

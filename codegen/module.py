@@ -30,9 +30,9 @@ def emit_module(
 ) -> str:
     """Python source of a module with ``forward`` (and ``backward`` for a joint graph).
 
-    ``forward(*inputs)`` returns ``(outputs, saved)``; ``backward`` takes the inputs listed in
-    ``BACKWARD_INPUTS``, the saved values and the cotangents, and returns one gradient (or
-    ``None``) an input. Deterministic: equal graphs give equal text. ``after_op`` gives a line to
+    ``forward(*inputs)`` returns ``(outputs, saved)``; ``backward`` takes a list of the inputs at
+    ``BACKWARD_INPUTS``, the saved values and the cotangents, empties it, and returns one gradient
+    (or ``None``) an input. Deterministic: equal graphs give equal text. ``after_op`` gives a line to
     write after the lines of each op, for measurements.
 
     With ``ranges`` the functions take the name of a region first, and each op's lines are a range

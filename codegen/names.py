@@ -23,6 +23,7 @@ RESERVED = {
     "backward",
     "ranges",
     "region",
+    "held",
     "low",
     "high",
 }

@@ -45,7 +45,7 @@ class Emitted:
             if not graph.cotangents:
                 return outputs
             kept = (inputs[i] for i in self.module.BACKWARD_INPUTS)
-            gradients = self.module.backward(*kept, *saved, *cotangents)
+            gradients = self.module.backward([*kept, *saved, *cotangents])
         wanted = [g is not None for g in graph.gradients]
         found = (g for g, is_wanted in zip(gradients, wanted, strict=True) if is_wanted)
         return (*outputs, *(g for g in found if g is not None))

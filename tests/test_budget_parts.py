@@ -68,7 +68,7 @@ def check_bits(artifact: Artifact, arguments: Sequence[torch.Tensor]) -> None:
     if ops.backward and artifact.backward is not None:
         taken, results = artifact.signature(True)
         given = {**known, **both}
-        gradients = artifact.backward(*(given[v] for v in taken))
+        gradients = artifact.backward([given[v] for v in taken])
         found = executed(ops.backward, {v: given[v] for v in taken})
         kept = [g for g in gradients if g is not None]
         for value, gradient in zip(results, kept, strict=True):

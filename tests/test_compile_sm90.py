@@ -74,7 +74,7 @@ def run_on_nothing(compiled: Artifact) -> None:
     _, saved = compiled.forward(*data)
     assert compiled.backward is not None
     kept = [data[i] for i in compiled.backward_inputs]
-    compiled.backward(*kept, *saved, *map(nothing, compiled.graph.cotangents))
+    compiled.backward([*kept, *saved, *map(nothing, compiled.graph.cotangents)])
 
 
 def source_of(

@@ -228,19 +228,42 @@ def test_a_model_holds_parameters_gradients_all_blocks_and_one_pass() -> None:
     tokens = {"T": 100}
     kept = step.held.at(**tokens) + 100 * 64 * 4  # with the tokens themselves
     assert training.held_at(100) == 3 * kept
-    assert training.at(100) == 2000 + 3 * kept + step.transient.at(**tokens)
+    others = 2 * kept + 100 * 64 * 4  # what the block that runs holds is in its own peak
+    assert training.at(100) == 2000 + others + step.step_alone.at(**tokens)
     assert inference.at(100) == 1000 + forward.step.at(**tokens) + 100 * 64 * 4
     most = training.largest(10**8)
     assert most is not None and training.at(most) <= 10**8 < training.at(most + 1)
     assert training.largest(100) is None
 
 
-def test_what_is_transient_is_without_held_and_weight_gradients() -> None:
+def test_a_step_alone_is_without_weight_gradients() -> None:
     found = predict(lowered(replace(OLMOE, hidden=64, inner=32), "triton", True))
-    assert found.held is not None and found.backward is not None
+    assert found.backward is not None
     weights = sum(v.type.bytes for v in found.graph.inputs if isinstance(v.type.bytes, int))
-    whole = found.held.at(T=500) + weights + found.transient.at(T=500)
-    assert found.transient.at(T=500) < found.backward.at(T=500) < found.step.at(T=500) <= whole
+    whole = weights + found.step_alone.at(T=500)
+    assert found.step_alone.at(T=500) <= found.step.at(T=500) <= whole
+    assert found.step_alone.at(T=1) < found.step.at(T=1)
+
+
+def test_the_backward_pass_frees_the_first_product_before_it_ends() -> None:
+    found = predict(lowered(replace(OLMOE, hidden=256, inner=64), "triton", True))
+    assert found.backward is not None and found.backward_kept is not None
+    first = next(b for b in found.roles if b.name == "h").bytes
+    less = found.backward_kept.at(T=4096) - found.backward.at(T=4096)
+    assert less >= evaluate(first, {"T": 4096})
+
+
+def test_a_retained_graph_keeps_what_is_held(tmp_path: Path) -> None:
+    graph = lowered(replace(OLMOE, hidden=16, inner=8, experts=4), "aten", True)
+    compiled = built(graph, "aten", tmp_path)
+    leaves = [a.requires_grad_() for a in random_inputs(graph, {"T": 40})[: len(graph.inputs)]]
+    output = compiled(leaves)[0]
+    first, second = (
+        torch.autograd.grad(output.sum(), leaves, retain_graph=again) for again in (True, False)
+    )
+    assert all(map(torch.equal, first, second))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(output.sum(), leaves)
 
 
 def test_the_gradient_of_two_inputs_in_one_is_copied(tmp_path: Path) -> None:

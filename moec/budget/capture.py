@@ -10,9 +10,11 @@ import torch
 from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import TorchDynamoException
+from torch.utils import _pytree as pytree
 
 from moec.budget.loss_alone import with_loss_alone
 from moec.budget.parts import cut_regions
+from moec.budget.sizes import float_settings
 from moec.budget.steps import Captured, draws_random_numbers, read_joint
 from moec.budget.uncaptured import uncaptured
 from moec.errors import CompileError
@@ -57,7 +59,8 @@ def captured_step(
 
     run = torch.compile(model.forward, fullgraph=True, dynamic=True, backend=backend)
     try:
-        with quiet_recompilation():
+        settings = float_settings(pytree.tree_leaves((args, kwargs)))
+        with quiet_recompilation(), torch._dynamo.config.patch(settings):
             run(*args, **kwargs)
     except (_Seen, TorchDynamoException) as error:
         if not found:

@@ -104,10 +104,10 @@ def _workspace(artifact: Artifact, is_backward: bool, sizes: Mapping[str, int]) 
     if not is_backward:
         _, results = artifact.signature(is_backward)
         return max(0, about.forward.at(**sizes) - _total(results, sizes, granule))
-    if about.backward is None or about.held is None:
+    if about.backward_kept is None or about.held is None:
         raise RuntimeError(f"@{graph.name} has no backward pass")
     gradients = [g for g in graph.gradients if g is not None]
-    peak = about.backward.at(**sizes) - about.held.at(**sizes)
+    peak = about.backward_kept.at(**sizes) - about.held.at(**sizes)
     return max(0, peak - _total(gradients, sizes, granule))
 
 

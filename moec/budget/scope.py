@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils import _pytree as pytree
 
-from moec.budget.sizes import class_of
+from moec.budget.sizes import class_of, float_settings
 from moec.budget.text import shown_bytes
 from moec.errors import CompileError
 from moec.model_scope import ModelScope, quiet_recompilation
@@ -85,11 +85,13 @@ class BudgetScope(ModelScope):
                 " not reach; compile it alone"
             )
             return NotImplemented
-        tensors = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
+        given = pytree.tree_leaves((args, kwargs))
+        tensors = [v for v in given if isinstance(v, torch.Tensor)]
         reserve = self._reserve(module, tensors)
         compiled = self._step(module, class_of(tensors), reserve)
+        settings = compiled.settings | float_settings(given)
         try:
-            with quiet_recompilation(), torch._dynamo.config.patch(compiled.settings):
+            with quiet_recompilation(), torch._dynamo.config.patch(settings):
                 result = compiled.run(module, *args, **kwargs)
         except TorchDynamoException as error:
             raise self._explained(compiled.step, module, error) from error

@@ -10,7 +10,7 @@ import ast
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from moec.codegen.host import Function, emit_functions, emit_host, partition
+from moec.codegen.host import HELD, Function, emit_functions, emit_host, partition
 from moec.codegen.module import emitter_of
 from moec.codegen.names import PythonNames
 from moec.codegen.writer import Writer
@@ -38,7 +38,12 @@ class HostFunction:
 
     @property
     def arguments(self) -> list[str]:
-        """The names of the parameters."""
+        """The names of what it takes: its parameters, or what is in the list that it empties."""
+        for statement in self.code.body:
+            match statement:
+                case ast.Assign(targets=[ast.Tuple(elts=elements)], value=ast.Name(id=name)):
+                    if name == HELD:
+                        return _names(elements)
         return [a.arg for a in self.code.args.args]
 
 
@@ -123,6 +128,8 @@ class _Frame:
                     self.op = self.function.graph.ops[place]
                 case ast.Expr() | ast.Assign(targets=[ast.Subscript()]):
                     pass  # a docstring, a launch, or what is written into a buffer that is there
+                case ast.Assign(value=ast.Name(id=name)) if name == HELD:
+                    pass  # the arguments
                 case ast.Assign(targets=[ast.Name() | ast.Tuple() as target], value=value):
                     self._assign([n.id for n in getattr(target, "elts", [target])], value)
                 case ast.Delete(targets=targets):

@@ -58,8 +58,9 @@ class Part:
 
     def transient_at(self, tokens: int) -> int:
         """What there is only while a pass of one block runs."""
-        own = self.prediction.transient.at(**self.sizes(tokens))
-        return own if self.prediction.held is not None else own + self.inputs_at(tokens)
+        sizes, held = self.sizes(tokens), self.prediction.held
+        own = self.prediction.step_alone.at(**sizes)
+        return own - held.at(**sizes) if held is not None else own + self.inputs_at(tokens)
 
 
 @dataclass(frozen=True)

@@ -122,9 +122,12 @@ class Prediction:
     gradients of the outputs.
 
     ``forward`` and ``backward`` are the peaks of the passes, ``held`` is what is kept between them,
-    ``step`` the peak of both where the caller keeps the outputs. ``transient`` is the peak without
-    what is held and without the gradients of weights, which are there longer than a pass. A graph
-    without a backward pass has only ``forward``; ``step`` and ``transient`` are the same then.
+    ``step`` the peak of both where the caller keeps the outputs, ``step_alone`` the same without the
+    gradients of weights, which are there longer than a pass. A graph without a backward pass has
+    only ``forward``; ``step`` and ``step_alone`` are the same then.
+
+    The backward pass frees what is held as soon as it has been read, as autograd lets it unless the
+    graph is retained; ``backward_kept`` is its peak where all of that stays.
 
     ``roles`` says what a buffer is to the caller: an output, a gradient, or held.
     """
@@ -134,8 +137,9 @@ class Prediction:
     balanced: bool
     forward: Peak
     step: Peak
-    transient: Peak
+    step_alone: Peak
     backward: Peak | None = None
+    backward_kept: Peak | None = None
     held: Peak | None = None
     roles: Mapping[Buffer, str] = field(default_factory=dict)
 
@@ -149,8 +153,9 @@ class Prediction:
             self,
             forward=self.forward.where(sizes),
             step=self.step.where(sizes),
-            transient=self.transient.where(sizes),
+            step_alone=self.step_alone.where(sizes),
             backward=there(self.backward),
+            backward_kept=there(self.backward_kept),
             held=there(self.held),
         )
 
@@ -180,12 +185,13 @@ def predict(
     if len(functions) == 1:
         roles = dict.fromkeys(outputs, "output")
         return Prediction(graph, chosen, balanced, forward, forward, forward, roles=roles)
-    arguments = _arguments(program, ahead.returned[1])
-    behind = walked(functions[1], arguments, _buffers(arguments), balanced=balanced)
-    backward = [*behind.moments, _at_the_end(program, behind)]
+    zeros = _zeros(program)
+    arguments = _arguments(program, ahead.returned[1], zeros)
+    behind = walked(functions[1], arguments, zeros, balanced=balanced)
+    backward = [*behind.moments, _at_the_end(program, behind).with_buffers(zeros)]
     step = [*ahead.moments, *(m.with_buffers(outputs) for m in backward)]
     gradients = _gradients(program, behind)
-    lasting = saved | {b for b in gradients if isinstance(b.bytes, int)}
+    lasting = {b for b in gradients if isinstance(b.bytes, int)}
     return Prediction(
         graph,
         chosen,
@@ -194,6 +200,7 @@ def predict(
         peak(step),
         peak(replace(m, live=m.live - lasting) for m in step),
         peak(backward),
+        peak(m.with_buffers(saved) for m in backward),
         peak([Moment(None, saved)]),
         {**dict.fromkeys(saved, "held"), **dict.fromkeys(outputs, "output"), **gradients},
     )
@@ -238,14 +245,16 @@ def _gradients(program: Program, behind: Timeline) -> dict[Buffer, str]:
     return {b: f"gradient of %{v.hint}" for v, held in found for b in held.buffers}
 
 
-def _arguments(program: Program, saved: Sequence[Held]) -> list[Held]:
-    """The arguments of ``backward``, which autograd keeps until it returns.
+def _zeros(program: Program) -> list[Buffer]:
+    """What autograd makes as gradients of outputs that nothing reads, and keeps until the end."""
+    return [Buffer(c.hint, c.type) for c in program.graph.cotangents[1:]]
 
-    It makes zeros for outputs that nothing reads.
-    """
+
+def _arguments(program: Program, saved: Sequence[Held], zeros: Sequence[Buffer]) -> list[Held]:
+    """The arguments of ``backward``: inputs and the first gradient are the caller's."""
     inputs = [Held() for _ in program.backward_inputs]
-    zeros = [Held(frozenset([Buffer(c.hint, c.type)])) for c in program.graph.cotangents[1:]]
-    return [*inputs, *saved, *([Held()] if program.graph.cotangents else []), *zeros]
+    others = [Held(frozenset([z])) for z in zeros]
+    return [*inputs, *saved, *([Held()] if program.graph.cotangents else []), *others]
 
 
 def _at_the_end(program: Program, behind: Timeline) -> Moment:

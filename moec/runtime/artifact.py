@@ -54,9 +54,9 @@ class Once:
 class Artifact:
     """One compiled graph for one target, for inference or for training.
 
-    ``forward(*inputs)`` gives outputs and saved values; ``backward`` takes the inputs at
-    ``backward_inputs``, the saved values and the cotangents. It serves every size of the token
-    axes.
+    ``forward(*inputs)`` gives outputs and saved values; ``backward`` takes a list of the inputs at
+    ``backward_inputs``, the saved values and the cotangents, which it empties. It serves every size
+    of the token axes.
 
     ``few``, if there is one, serves calls of up to ``few_tokens`` tokens. For training on the
     ``aten`` target its gradients round as eager's: there, and at length 1 above all, gradients
@@ -152,7 +152,7 @@ class Artifact:
             outputs, saved = self.forward(*first)
             if self.backward is not None:
                 cotangents = [torch.zeros_like(o) for o in outputs if o.is_floating_point()]
-                self.backward(*(first[i] for i in self.backward_inputs), *saved, *cotangents)
+                self.backward([*(first[i] for i in self.backward_inputs), *saved, *cotangents])
 
 
 def build(
@@ -207,4 +207,6 @@ class _Differentiable(torch.autograd.Function):
         ]
         if artifact.backward is None:
             raise RuntimeError("an inference artifact has no backward")
-        return (None, *artifact.backward(*ctx.saved_tensors, *floats))
+        held = [*ctx.saved_tensors, *floats]
+        ctx.maybe_clear_saved_tensors()  # a retained graph keeps them; others go when last read
+        return (None, *artifact.backward(held))

@@ -94,7 +94,7 @@ def _register_training(artifact: Artifact, name: str) -> None:
         run = _named(artifact).backward
         if run is None:
             raise RuntimeError("an inference artifact has no backward")
-        return owned([g for g in run(*contiguous(inputs)) if g is not None], inputs)
+        return owned([g for g in run(contiguous(inputs)) if g is not None], inputs)
 
     op = define(name, forward, lambda inputs: fake_results(graph, taken, made, inputs))
     backward_op = define(

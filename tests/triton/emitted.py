@@ -42,7 +42,7 @@ def run(compiled: Artifact, arguments: Sequence[torch.Tensor]) -> list[torch.Ten
     if compiled.backward is None:
         return list(outputs)
     kept = [data[i] for i in compiled.backward_inputs]
-    gradients = compiled.backward(*kept, *saved, *cotangents)
+    gradients = compiled.backward([*kept, *saved, *cotangents])
     return [*outputs, *(g for g in gradients if g is not None)]
 
 
