@@ -4,7 +4,8 @@
 
 Captures the joint graph of a model's training step once (bfloat16, one sequence) and lets torch's
 partitioner cut it into a forward and a backward graph for each fraction and solver, then plans it
-with moec within each peak that torch reached. Nothing is run, so no GPU is needed.
+with moec within each peak that torch reached. Nothing is run, so no GPU is needed. The loss is in
+both as moec writes it, without a tensor of the logits' size in float32.
 
 Both are measured by the same replay of the two graphs that would run: operations are grouped into
 kernels as moec groups them, so light operations that torch recomputes inside a kernel cost it what
@@ -39,6 +40,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.flop_counter import register_flop_formula
 
 from moec.budget.effort import Efforts
+from moec.budget.groups import groups_of
 from moec.budget.joined import joined, with_light_repeats
 from moec.budget.measure import workspace_on
 from moec.budget.model_plan import CapturedModel, ModelStep, capture_model
@@ -124,8 +126,8 @@ class Comparison:
     def __init__(self, model: CapturedModel, seconds: float) -> None:
         self.module, self.seconds = in_parts(model.captured), seconds
         self.graphs = {"whole": model.captured.graph, "parts": self.module.graph}
-        self.captured = with_light_repeats(self.module, model.captured.forward_count, None)
-        self.sizes = planned_sizes(self.captured.graph)
+        self.sizes = planned_sizes(self.module.graph)
+        self.captured = with_light_repeats(self.module, model.captured.forward_count, self.sizes)
         self.reserve = model.shared
         planned = self._problem(self.captured)
         order = replay(planned.problem, planned.problem.order)
@@ -135,18 +137,16 @@ class Comparison:
 
     def measured(self, ahead: fx.GraphModule, behind: fx.GraphModule) -> Measured:
         """Replay two graphs."""
-        joint = joined(ahead.graph, behind.graph, self.captured.forward_count)
+        joint = joined(ahead.graph, behind.graph, self.captured.forward_count, self.sizes)
         problem = self._problem(joint).problem
         found = replay(problem, problem.order)
         return Measured(found.peak, found.time)
 
     def _problem(self, joint: Captured) -> StepProblem:
-        """The problem of a joint graph whose groups of light operations are one kernel each, and
-        hold what their operations make.
-        """
-        workspaces = workspace_on(torch.device("cpu"))
-        groups = dict.fromkeys(joint.steps)
-        efforts = Efforts(joint.memories, self.sizes, RATES["cuda"], workspaces, groups)
+        """The problem of a joint graph whose groups of light operations are one kernel each."""
+        about = joint.memories, self.sizes, RATES["cuda"], workspace_on(torch.device("cpu"))
+        alone = Efforts(*about)
+        efforts = Efforts(*about, {step: alone.assumed(step) for step in groups_of(joint)})
         return step_problem("", joint, self.sizes, efforts.of, 512, self.reserve)
 
     def by_torch(self, fraction: float, solver: str, counted: bool, blocks: str) -> Measured:

@@ -67,7 +67,9 @@ def run(arguments: argparse.Namespace, name: str, implementation: str) -> dict[s
     if implementation == "sonicmoe" and not sonic.is_installed():
         return row | {"failed": "left out: sonicmoe is not installed"}
     command += ["--limit", str(arguments.limit)]
-    waiting = arguments.processes * (arguments.limit + 60)  # others may go first; the worker ends itself
+    waiting = arguments.processes * (
+        arguments.limit + 60
+    )  # others may go first; the worker ends itself
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=waiting)
     except subprocess.TimeoutExpired:

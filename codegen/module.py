@@ -32,8 +32,8 @@ def emit_module(
 
     ``forward(*inputs)`` returns ``(outputs, saved)``; ``backward`` takes a list of the inputs at
     ``BACKWARD_INPUTS``, the saved values and the cotangents, empties it, and returns one gradient
-    (or ``None``) an input. Deterministic: equal graphs give equal text. ``after_op`` gives a line to
-    write after the lines of each op, for measurements.
+    (or ``None``) an input. Deterministic: equal graphs give equal text. ``after_op`` gives a line
+    to write after the lines of each op, for measurements.
 
     With ``ranges`` the functions take the name of a region first, and each op's lines are a range
     in a profiler's trace; the kernels are left out, for those of the plain module to be used.

@@ -15,6 +15,7 @@ from moec.budget.effort import Efforts
 from moec.budget.fused import Fused, fused_steps
 from moec.budget.joined import with_light_repeats
 from moec.budget.labels import size_names
+from moec.budget.light_loss import with_light_losses
 from moec.budget.loss_alone import DrawsRandomNumbers, with_loss_alone, with_other_gradients
 from moec.budget.measure import workspace_on
 from moec.budget.parts import cut_regions
@@ -112,6 +113,7 @@ class PlannedStep:
         kind = "cuda" if device.type == "cuda" else "cpu"
         is_fused = kind == "cuda" if self.fuse is None else self.fuse
         if is_fused:
+            with_light_losses(joint.graph)
             captured = with_light_repeats(joint, forward_outputs, sizes)
         else:
             captured = read_joint(joint.graph, forward_outputs)

@@ -12,6 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils import _pytree as pytree
 
+from moec.budget.light_loss import with_light_losses
 from moec.budget.loss_alone import with_loss_alone
 from moec.budget.parts import cut_regions
 from moec.budget.sizes import float_settings
@@ -26,12 +27,17 @@ class _Seen(Exception):
 
 
 def captured_step(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], in_parts: bool = True
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    in_parts: bool = True,
+    is_fused: bool = False,
 ) -> Captured:
     """The joint graph of a model's forward and backward pass for a call; nothing is computed.
 
     The sizes of ``args`` and ``kwargs`` stay symbols; a model from :func:`moec.compile` has its
-    regions in it: each pass as its parts, or as one operation without ``in_parts``.
+    regions in it: each pass as its parts, or as one operation without ``in_parts``. ``is_fused``:
+    it is for a device for which groups of light operations are compiled.
 
     Raises:
         CompileError: the step is no single graph.
@@ -41,6 +47,8 @@ def captured_step(
     def partition(joint: fx.GraphModule, _: Any, *, num_fwd_outputs: int, **__: Any) -> Any:
         if in_parts:
             cut_regions(joint.graph)
+        if is_fused:
+            with_light_losses(joint.graph)
         found.append(read_joint(joint.graph, num_fwd_outputs))
         raise _Seen
 

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from moec.budget.problem import Effort, Sizes
 from moec.budget.rates import GROUPED, Rates
 from moec.budget.region_effort import region_effort
-from moec.budget.steps import Step, is_light
+from moec.budget.steps import Step, is_elementwise, is_light
 from moec.budget.values import Memories, Memory, number_at, size_at, tensor_at, tensors_of
 from moec.budget.work import dtype_of, work_of
 
@@ -65,8 +65,12 @@ class Efforts:
 
     def assumed(self, step: Step) -> int:
         """What a group that is compiled may need beyond what it reads and makes, where it cannot be
-        tried: not more than its operations one by one, nor than to read and make all again.
+        tried: nothing if each element follows from others, which is one kernel; else not more than
+        its operations one by one, nor than to read and make all again.
         """
+        computing = (n for n in step.nodes if any(self.memories.made_by(n)))
+        if all(map(is_elementwise, computing)):
+            return 0
         return min(self._inside(step), self._moved(step.nodes, step.makes))
 
     def _computing(self, node: fx.Node) -> float:

@@ -169,7 +169,8 @@ def capture_model(
     for region in regions(compiled):
         region.session.planned_target = target
     ids = torch.zeros(batch, length, dtype=torch.int64)
-    captured = captured_step(compiled, (), {"input_ids": ids, "labels": ids}, in_parts)
+    inputs = {"input_ids": ids, "labels": ids}
+    captured = captured_step(compiled, (), inputs, in_parts, is_fused=target == "triton")
     parameters = bytes_of_parameters(model)
     shared = parameters - sum(_storages(model).values())
     held = parameters, shared, reserve

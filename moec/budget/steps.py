@@ -275,6 +275,15 @@ def is_light(node: fx.Node) -> bool:
     return torch.Tag.pointwise in target.tags or packet in _REDUCTIONS | _COPIES | _CASTS
 
 
+def is_elementwise(node: fx.Node) -> bool:
+    """Whether each element of a light operation's result follows from one of each source."""
+    made_of_nothing = not any(
+        isinstance(s.meta.get("val"), torch.Tensor) for s in node.all_input_nodes
+    )
+    is_pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return is_light(node) and (is_pointwise or is_cast(node) or made_of_nothing)
+
+
 def is_cast(node: fx.Node) -> bool:
     """Whether an operation only changes the number format."""
     return getattr(node.target, "overloadpacket", None) in _CASTS
@@ -305,6 +314,7 @@ __all__ = [
     "Step",
     "draws_random_numbers",
     "is_cast",
+    "is_elementwise",
     "is_light",
     "is_tangent",
     "read_joint",

@@ -39,12 +39,16 @@ class HostFunction:
     @property
     def arguments(self) -> list[str]:
         """The names of what it takes: its parameters, or what is in the list that it empties."""
-        for statement in self.code.body:
-            match statement:
-                case ast.Assign(targets=[ast.Tuple(elts=elements)], value=ast.Name(id=name)):
-                    if name == HELD:
-                        return _names(elements)
-        return [a.arg for a in self.code.args.args]
+        taken = filter(None, map(_arguments, self.code.body))
+        return next(taken, [a.arg for a in self.code.args.args])
+
+
+def _arguments(statement: ast.stmt) -> list[str] | None:
+    """The names that the list of arguments is taken apart into, if a statement does that."""
+    match statement:
+        case ast.Assign(targets=[ast.Tuple(elts=elements)], value=ast.Name(id=name)):
+            return _names(elements) if name == HELD else None
+    return None
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ def walked(
 ) -> Timeline:
     """The timeline of a call; ``pinned`` are buffers that somebody else keeps during it."""
     frame = _Frame(function, dict(zip(function.arguments, arguments, strict=True)), balanced)
-    frame.run(function.code.body)
+    frame.run([s for s in function.code.body if _arguments(s) is None])
     kept = frozenset(pinned)
     is_backward = function.code.name == "backward"
     moments = (replace(m, live=m.live | kept, is_backward=is_backward) for m in frame.moments)
@@ -128,8 +132,6 @@ class _Frame:
                     self.op = self.function.graph.ops[place]
                 case ast.Expr() | ast.Assign(targets=[ast.Subscript()]):
                     pass  # a docstring, a launch, or what is written into a buffer that is there
-                case ast.Assign(value=ast.Name(id=name)) if name == HELD:
-                    pass  # the arguments
                 case ast.Assign(targets=[ast.Name() | ast.Tuple() as target], value=value):
                     self._assign([n.id for n in getattr(target, "elts", [target])], value)
                 case ast.Delete(targets=targets):

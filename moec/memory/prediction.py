@@ -122,9 +122,9 @@ class Prediction:
     gradients of the outputs.
 
     ``forward`` and ``backward`` are the peaks of the passes, ``held`` is what is kept between them,
-    ``step`` the peak of both where the caller keeps the outputs, ``step_alone`` the same without the
-    gradients of weights, which are there longer than a pass. A graph without a backward pass has
-    only ``forward``; ``step`` and ``step_alone`` are the same then.
+    ``step`` the peak of both where the caller keeps the outputs, ``step_alone`` the same without
+    the gradients of weights, which are there longer than a pass. A graph without a backward pass
+    has only ``forward``; ``step`` and ``step_alone`` are the same then.
 
     The backward pass frees what is held as soon as it has been read, as autograd lets it unless the
     graph is retained; ``backward_kept`` is its peak where all of that stays.
