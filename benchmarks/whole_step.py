@@ -54,7 +54,7 @@ SIZES = {
 # name -> transformers' implementation of the experts, and what is made of the model
 IMPLEMENTATIONS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "moec": ("eager", moec.compile),
-    "moec + torch.compile": ("eager", lambda model: torch.compile(moec.compile(model))),
+    "moec, scope model": ("eager", lambda model: moec.compile(model, scope="model")),
     "grouped_mm": ("grouped_mm", lambda model: model),
     "grouped_mm + torch.compile": ("grouped_mm", torch.compile),
     "eager": ("eager", lambda model: model),

@@ -1,8 +1,8 @@
 """``torch.compile(model, backend="moec")``: moec's grouped products inside a Dynamo graph.
 
 Hugging Face models reach Dynamo as a sort, two grouped products and pointwise work around them. The
-backend puts compiled grouped products (forward and backward) in place of PyTorch's and hands the
-rest to another backend. Whole blocks are compiled by :func:`moec.compile`, whose regions pass
+backend puts compiled grouped products (forward and backward) in place of PyTorch's, and causal
+attention in place of attention with a causal mask, and hands the rest to another backend. Whole blocks are compiled by :func:`moec.compile`, whose regions pass
 through here as single ops; both can be combined.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from moec.causal_masks import with_causal_attention
 from moec.errors import CompileError
 from moec.ir.builder import Builder
 from moec.ir.dims import dim
@@ -42,7 +43,7 @@ def backend(
             f"backend 'moec' has no option {', '.join(map(repr, settings))}; "
             "it has 'inner', the backend for the rest"
         )
-    session = Session()
+    session, module = Session(), with_causal_attention(module)
     for node in list(module.graph.nodes):
         if is_grouped_product(node):
             replace_product(module.graph, node, session)

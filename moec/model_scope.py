@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._dynamo.exc import TorchDynamoException
 
+from moec.causal_masks import with_causal_attention
 from moec.errors import CompileError
 from moec.session import Session
 from moec.surroundings import is_traced, is_transformed
@@ -66,9 +67,13 @@ class ModelScope:
     def _whole(self, module: nn.Module) -> Any:
         if self._compiled is None:
             self._compiled = torch.compile(
-                self._forward(module), fullgraph=True, dynamic=True, backend=self.backend
+                self._forward(module), fullgraph=True, dynamic=True, backend=self._compile
             )
         return self._compiled
+
+    def _compile(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        compiler: Any = torch._dynamo.lookup_backend(self.backend)
+        return compiler(with_causal_attention(module), inputs)
 
     def _forward(self, module: nn.Module) -> Any:
         """The model's own code, and before it what the tracer may know of the inputs' sizes."""

@@ -25,6 +25,7 @@ from moec.budget.schedule import scheduled, split
 from moec.budget.sizes import planned_sizes
 from moec.budget.steps import Step, draws_random_numbers, read_joint
 from moec.budget.text import plan_lines
+from moec.causal_masks import with_causal_attention
 from moec.errors import BudgetError, MoecError
 from moec.memory.buffers import GRANULES
 from moec.plan import Plan, replay, solve
@@ -68,6 +69,7 @@ class PlannedStep:
         self.error: MoecError | None = None
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        module = with_causal_attention(module)
         if self.otherwise is None:
             return self._compiled(module, inputs)
         made, cut = with_loss_alone(module)

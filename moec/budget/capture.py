@@ -18,6 +18,7 @@ from moec.budget.parts import cut_regions
 from moec.budget.sizes import float_settings
 from moec.budget.steps import Captured, draws_random_numbers, read_joint
 from moec.budget.uncaptured import uncaptured
+from moec.causal_masks import with_causal_attention
 from moec.errors import CompileError
 from moec.model_scope import quiet_recompilation
 
@@ -53,6 +54,7 @@ def captured_step(
         raise _Seen
 
     def backend(module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        module = with_causal_attention(module)
         for made in dict.fromkeys((with_loss_alone(module)[0], module)):
             with contextlib.suppress(_Seen):
                 run = aot_autograd(
