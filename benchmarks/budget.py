@@ -34,6 +34,7 @@ from moec.errors import BudgetError
 from moec.memory.tracked import track
 from moec.plan import solve
 
+from .bits import bits_of
 from .report import describe, environment, markdown_table, write_json
 from .timing import Stopwatch
 
@@ -50,7 +51,6 @@ HEADS = (
 )
 TORCH_SHARES = (0.8, 0.5, 0.2)
 MIB = 2**20
-WORDS = 1 << 26  # of a gradient that are looked at together
 
 
 @dataclass(frozen=True)
@@ -161,18 +161,6 @@ class Bench:
         peaks = self.peak(model), self.adversarial_peak(model)
         return Row(name, **settings, measured=peaks[0], adversarial=peaks[1],
                    milliseconds=self.milliseconds(model))  # fmt: skip
-
-
-def bits_of(tensor: torch.Tensor) -> int:
-    """A number that changes with any bit of a tensor: a sum of its 16-bit words, each times an odd
-    number of its place, modulo 2**64.
-    """
-    words, total = tensor.detach().contiguous().view(-1).view(torch.int16), 0
-    for start in range(0, len(words), WORDS):
-        some = words[start : start + WORDS].long()
-        odd = torch.arange(start, start + len(some), device=some.device) * 2 + 1
-        total += int((some * odd).sum())
-    return total % 2**64
 
 
 def planned_rows(bench: Bench, count: int) -> Iterator[Row]:

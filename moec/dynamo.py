@@ -2,8 +2,9 @@
 
 Hugging Face models reach Dynamo as a sort, two grouped products and pointwise work around them. The
 backend puts compiled grouped products (forward and backward) in place of PyTorch's, and causal
-attention in place of attention with a causal mask, and hands the rest to another backend. Whole blocks are compiled by :func:`moec.compile`, whose regions pass
-through here as single ops; both can be combined.
+attention in place of attention with a causal mask; it hands the rest to another backend. Whole
+blocks are compiled by :func:`moec.compile`, whose regions pass through here as single ops; both can
+be combined.
 """
 
 from __future__ import annotations
