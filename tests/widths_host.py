@@ -308,7 +308,7 @@ class Host:
         for kernel in self.kernels.functions:
             space[kernel] = _Kernel(self, kernel)
         exec(compile(ast.unparse(module), f"<{name}>", "exec"), space)
-        return space[name](*arguments)
+        return space[name](arguments) if name == "backward" else space[name](*arguments)
 
 
 def _symbols(d: Any) -> set[Any]:
