@@ -47,11 +47,11 @@ class DataReader:
             self.fail(f'"{key}" is no object')
         return {str(k): self.word(found, k) for k in found}
 
-    def wholes(self, data: dict[str, Any], key: str, count: int) -> list[int]:
-        """A list of so many whole numbers."""
+    def wholes(self, data: dict[str, Any], key: str, *counts: int) -> list[int]:
+        """A list of so many whole numbers, or so many."""
         value = data.get(key)
-        if not isinstance(value, list) or len(value) != count:
-            self.fail(f'"{key}" is no list of {count} numbers')
+        if not isinstance(value, list) or len(value) not in counts:
+            self.fail(f'"{key}" is no list of {" or ".join(map(str, counts))} numbers')
         return [self.whole(v, key) for v in value]
 
     def whole(self, value: Any, key: str) -> int:

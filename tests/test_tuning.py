@@ -68,7 +68,8 @@ def warn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
 def test_the_solver_finds_what_brute_force_finds(kernel: Kernel, template: str) -> None:
     space = itertools.product(SIDES, SIDES, DEPTHS, WARPS, STAGE_COUNTS)
-    every = [*(Tile(*sizes) for sizes in space), Tile(128, 256 // kernel.parts, 64, 4, 4)]
+    every = [Tile(*sizes) for sizes in space]
+    every += [Tile(128, 256 // kernel.parts, 64, 4, 4, group) for group in (4, 8, 16, 32, 64)]
     expected = {tile for tile in every if not refusal(kernel, template, tile)}
     found = list(tiles(kernel, template))
     assert set(found) == expected and len(found) == len(expected)
@@ -331,6 +332,9 @@ def test_gluon_has_one_tile() -> None:
             assert not refusal(kernel, "gluon", tile) and not misfit(op, kernel, "gluon", tile)
             assert refusal(kernel, "gluon", replace(tile, stages=3))
             assert misfit(op, kernel, "gluon", replace(tile, stages=3))
+            wider = replace(tile, group=32)
+            assert not refusal(kernel, "gluon", wider) and not misfit(op, kernel, "gluon", wider)
+            assert refusal(kernel, "gluon", replace(tile, group=5))
 
 
 def test_without_a_gpu_the_command_ranks_and_says_so(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from moec.codegen.gluon.loading import BYTES
 from moec.codegen.gluon.text import (
@@ -29,7 +29,7 @@ from moec.codegen.triton.kernel import (
     explained,
 )
 from moec.codegen.triton.layout import WIDTH, wrapped
-from moec.codegen.triton.tiles import GROUP, Tile, tile_of
+from moec.codegen.triton.tiles import Tile, tile_of
 from moec.codegen.writer import Writer
 from moec.ir.graph import Op
 
@@ -72,7 +72,7 @@ class GluonOuter:
         self.facts.aligned(m * BYTES, n * BYTES)
         if m < self.tile.rows or n < self.tile.columns:
             raise Unsupported("matrices that do not fill the tile")
-        if self.tile != TILE:
+        if replace(self.tile, group=TILE.group) != TILE:
             raise Unsupported("another tile")
         if max(m, n) > LONGEST:
             raise Unsupported("matrices so large that the other templates keep up")
@@ -109,7 +109,7 @@ class GluonOuter:
         """Which tile of which expert a piece of work is."""
         down, across = self.tiles
         w.line(f"expert = work // {down * across}")
-        w.line(f"m, n = pick_tile(work % {down * across}, {down}, {across}, {GROUP})")
+        w.line(f"m, n = pick_tile(work % {down * across}, {down}, {across}, {self.tile.group})")
         w.line(f"start = gl.load({self.offsets} + expert)")
         w.line(f"size = gl.load({self.offsets} + expert + 1) - start")
 

@@ -10,7 +10,7 @@ from moec.codegen.gluon.tile import Read
 from moec.codegen.triton.kernel import KernelText, explained
 from moec.codegen.triton.layout import WIDTH, wrapped
 from moec.codegen.triton.products import RowProduct
-from moec.codegen.triton.tiles import GROUP, Tile, times
+from moec.codegen.triton.tiles import Tile, times
 from moec.codegen.writer import Writer
 
 BYTES = 2  # of a number
@@ -54,7 +54,7 @@ class Loading:
         """Which rows of which expert a piece of work is, and which columns."""
         names = ", ".join(f"{prefix}{n}" for n in ("expert", "row", "end"))
         return [
-            f"{prefix}m, {prefix}n = pick_tile({work}, tiles, {self.tiles_n}, {GROUP})",
+            f"{prefix}m, {prefix}n = pick_tile({work}, tiles, {self.tiles_n}, {self.tile.group})",
             f"{names} = row_place(places, {prefix}m, {work} < pieces)",
         ]
 

@@ -25,7 +25,8 @@ from moec.runtime.guards import MOST_PROCESSORS
 MOST_ROWS = 2**30 - 2**16
 MOST_STRIDE = 2**40 - 1  # bytes, in the copy engine's descriptors
 SPREAD = 2048  # columns of tokens that one program copies
-GROUP = 8  # row tiles that share the columns of weights they read
+GROUP = 8  # row tiles that share the columns of weights they read, unless tuning says otherwise
+MOST_GROUP = 64
 MOST_ACROSS = 2**16 - 1  # programs along any but the first axis of a grid
 
 
@@ -113,7 +114,7 @@ class Facts:
         self.rows(rows)
         tiles = tile_bound(rows, experts, block)
         self.word(rows + 129 * block, "first rows of tiles")
-        past = MOST_PROCESSORS + GROUP if numbers == 3 else 0  # looked up ahead, and not read
+        past = MOST_PROCESSORS + MOST_GROUP if numbers == 3 else 0  # looked up ahead, and not read
         self.word(numbers * (tiles + 129 + past), "places in the list of row tiles")
 
     def pieces(self, pieces: Dim) -> None:

@@ -15,22 +15,27 @@ UNROLLED = 16  # up to so many choices a token, loops over them are written out
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows, columns (of one part) and depth of a tile, and how its program runs."""
+    """Rows, columns (of one part) and depth of a tile, and how its program runs: so many row tiles
+    in a ``group`` come after one another for each tile of columns.
+    """
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    group: int = GROUP
 
     @property
     def attribute(self) -> tuple[int, ...]:
-        """The form in which a ``kern.`` op holds it."""
-        return (self.rows, self.columns, self.depth, self.warps, self.stages)
+        """The form in which a ``kern.`` op holds it: without the group if that is the usual one."""
+        sizes = (self.rows, self.columns, self.depth, self.warps, self.stages)
+        return sizes if self.group == GROUP else (*sizes, self.group)
 
     def __str__(self) -> str:
         sizes = f"{self.rows} rows, {self.columns} columns, {self.depth} deep"
-        return f"{sizes}, {self.warps} warps, {self.stages} stages"
+        order = "" if self.group == GROUP else f", groups of {self.group} row tiles"
+        return f"{sizes}, {self.warps} warps, {self.stages} stages{order}"
 
 
 def power_of_two(n: int) -> int:
@@ -119,4 +124,4 @@ def times(text: str, by: int) -> str:
 
 def tile_of(attribute: tuple[int, ...] | None, default: Tile) -> Tile:
     """The tile that an op's attribute asks for."""
-    return Tile(*attribute) if attribute is not None and len(attribute) == 5 else default
+    return Tile(*attribute) if attribute is not None and len(attribute) in (5, 6) else default

@@ -145,7 +145,7 @@ class _Reader(DataReader):
         low, high = self.wholes(data, "rows", 2)
         sizes = (experts, depth, columns, parts)
         kernel = Kernel(kind, dtype, *sizes, data["transposed"], gather, reads)
-        tile = Tile(*self.wholes(data, "tile", 5))
+        tile = Tile(*self.wholes(data, "tile", 5, 6))
         times = self.number(data, "ms"), self.number(data, "default_ms")
         return Entry(kernel, template, tile, *times, low, high)
 

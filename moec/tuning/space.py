@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 
 from moec.codegen.gluon.grouped_gemm import COLUMNS, DEPTH, ROWS
 from moec.codegen.gluon.grouped_outer import TILE as GLUON_OUTER
 from moec.codegen.gluon.text import STAGES
-from moec.codegen.triton.tiles import SHARED_BYTES, Tile, power_of_two
+from moec.codegen.triton.tiles import GROUP, SHARED_BYTES, Tile, power_of_two
 from moec.ir.types import SIZES
 from moec.tuning.kernels import GEMM, OUTER, Kernel
 
 TEMPLATES = ("gluon", "tma", "pointer")
 SIDES, DEPTHS = (16, 32, 64, 128, 256), (16, 32, 64, 128)
 WARPS, STAGE_COUNTS = (4, 8), (2, 3, 4, 5)
+GROUPS = (GROUP, 2 * GROUP, 4 * GROUP)  # row tiles of a group, in Gluon
 MOST_SUMS = 128  # registers of a thread that hold sums: half of all
 LEAST_ROWS = 64  # of tensor cores that a group of warps shares
 MOST_BLOCK = 256  # of an axis of what the copy engine moves
@@ -48,15 +50,22 @@ def refusal(kernel: Kernel, template: str, tile: Tile) -> str:
     if template not in TEMPLATES:
         return f"no template {template!r}"
     if template == "gluon":
-        return "" if tile == gluon_tile_of(kernel) else "the template gluon has one tile"
+        return _gluon_refusal(kernel, tile)
     if not _is_in_space(tile):
         return f"{tile}: none of the sizes that are built"
     return _size_refusal(kernel, tile) or _room_refusal(kernel, template, tile)
 
 
+def _gluon_refusal(kernel: Kernel, tile: Tile) -> str:
+    if replace(tile, group=GROUP) != gluon_tile_of(kernel):
+        return "the template gluon has one tile"
+    return "" if tile.group in GROUPS else f"groups of {tile.group} row tiles"
+
+
 def _is_in_space(tile: Tile) -> bool:
     sides = tile.rows in SIDES and tile.columns in SIDES and tile.depth in DEPTHS
-    return sides and tile.warps in WARPS and tile.stages in STAGE_COUNTS
+    rest = tile.warps in WARPS and tile.stages in STAGE_COUNTS
+    return sides and rest and tile.group == GROUP
 
 
 def _size_refusal(kernel: Kernel, tile: Tile) -> str:
@@ -89,7 +98,7 @@ def fitted(size: int) -> int:
 
 
 def gluon_tile_of(kernel: Kernel) -> Tile:
-    """The one tile of the template for Hopper."""
+    """The one tile of the template for Hopper, in the usual order."""
     if kernel.kind == OUTER:
         return GLUON_OUTER
     return Tile(ROWS, COLUMNS // kernel.parts, DEPTH, 4, STAGES)
@@ -102,7 +111,7 @@ def tiles(kernel: Kernel, template: str) -> Iterator[Tile]:
     by shared memory.
     """
     if template == "gluon":
-        yield gluon_tile_of(kernel)
+        yield from (replace(gluon_tile_of(kernel), group=group) for group in GROUPS)
         return
     for warps, rows, columns in product(WARPS, SIDES, SIDES):
         if sums(kernel, Tile(rows, columns, 16, warps, 2)) > MOST_SUMS:
