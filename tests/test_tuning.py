@@ -335,6 +335,7 @@ def test_gluon_has_one_tile() -> None:
             wider = replace(tile, group=32)
             assert not refusal(kernel, "gluon", wider) and not misfit(op, kernel, "gluon", wider)
             assert refusal(kernel, "gluon", replace(tile, group=5))
+            assert all(misfit(op, kernel, "gluon", replace(tile, group=n)) for n in (0, 65))
 
 
 def test_without_a_gpu_the_command_ranks_and_says_so(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from moec.codegen.triton.layout import WIDTH, wrapped
 from moec.codegen.triton.products import RowProduct, analyse, is_of_rows
 from moec.codegen.triton.rows import TILE, Domain, Parts, RowBody
 from moec.codegen.triton.sums import RowSums
-from moec.codegen.triton.tiles import Tile, tile_of, times
+from moec.codegen.triton.tiles import Tile, has_order, tile_of, times
 from moec.codegen.writer import Writer
 from moec.ir.dims import python_source
 from moec.ir.graph import Op, Value
@@ -405,7 +405,7 @@ def _check(p: RowProduct, tile: Tile) -> None:
         raise Unsupported("matrices that do not fill the tile")
     _check_worth(p)
     sizes = tile.rows, tile.columns * p.parts, tile.depth
-    if sizes != (ROWS, COLUMNS, DEPTH) or tile.stages != STAGES:
+    if sizes != (ROWS, COLUMNS, DEPTH) or tile.stages != STAGES or not has_order(tile):
         raise Unsupported("another tile")
 
 

@@ -29,7 +29,7 @@ from moec.codegen.triton.kernel import (
     explained,
 )
 from moec.codegen.triton.layout import WIDTH, wrapped
-from moec.codegen.triton.tiles import Tile, tile_of
+from moec.codegen.triton.tiles import Tile, has_order, tile_of
 from moec.codegen.writer import Writer
 from moec.ir.graph import Op
 
@@ -72,7 +72,7 @@ class GluonOuter:
         self.facts.aligned(m * BYTES, n * BYTES)
         if m < self.tile.rows or n < self.tile.columns:
             raise Unsupported("matrices that do not fill the tile")
-        if replace(self.tile, group=TILE.group) != TILE:
+        if replace(self.tile, group=TILE.group) != TILE or not has_order(self.tile):
             raise Unsupported("another tile")
         if max(m, n) > LONGEST:
             raise Unsupported("matrices so large that the other templates keep up")

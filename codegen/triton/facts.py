@@ -26,7 +26,7 @@ MOST_ROWS = 2**30 - 2**16
 MOST_STRIDE = 2**40 - 1  # bytes, in the copy engine's descriptors
 SPREAD = 2048  # columns of tokens that one program copies
 GROUP = 8  # row tiles that share the columns of weights they read, unless tuning says otherwise
-MOST_GROUP = 64
+MOST_GROUP = 64  # that it may say
 MOST_ACROSS = 2**16 - 1  # programs along any but the first axis of a grid
 
 

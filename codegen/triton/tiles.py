@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moec.codegen.triton.facts import GROUP as GROUP
+from moec.codegen.triton.facts import MOST_GROUP
 from moec.codegen.triton.products import RowProduct
 from moec.ir.types import SIZES
 
@@ -120,6 +121,11 @@ def _fit(tile: Tile, columns: int, depth: int) -> Tile:
 def times(text: str, by: int) -> str:
     """A product as text, unless by one."""
     return text if by == 1 else f"{text} * {by}"
+
+
+def has_order(tile: Tile) -> bool:
+    """Whether the order of row tiles is one that places in their list have room for."""
+    return 1 <= tile.group <= MOST_GROUP
 
 
 def tile_of(attribute: tuple[int, ...] | None, default: Tile) -> Tile:
