@@ -9,17 +9,18 @@ Run from the project's root:
 How it is measured. The model is transformers' own OLMoE with random weights in bf16 (16 layers, 64
 experts of which 8 are chosen), and sequences of 4096 tokens; attention is PyTorch's. A step is
 forward, backward and the optimizer (`--optimizer`: the same for all, fused on a GPU), without an
-auxiliary loss. Every implementation has a process of its own with a time limit, the same weights
-and the same batches, a few in turns, so that the loss falls. Times are medians of `--steps` steps
-after the first ones, which compile; a peak is of the whole process, parameters and optimizer
-included. Losses are compared step by step with those of the last one asked for (eager, by
-default): the largest relative difference, beside which grouped_mm's says what another order of
-rounding does.
+auxiliary loss. `--profile` adds what the GPU was busy with in one step. Every implementation has a
+process of its own with a time limit, the same weights and the same batches, a few in turns, so that
+the loss falls. Times are medians of `--steps` steps after the first ones, which compile; a peak is
+of the whole process, parameters and optimizer included. Losses are compared step by step with those
+of the last one asked for (eager, by default): the largest relative difference, beside which
+grouped_mm's says what another order of rounding does.
 """
 
 import argparse
 import itertools
 import json
+import re
 import signal
 import statistics
 import subprocess
@@ -31,6 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import DeviceType
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
 import moec
@@ -50,6 +52,16 @@ SIZES = {
     True: {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2}
     | {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 256}
     | {"num_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 128},
+}
+# what kernels are for -> in their names; the first that fits
+KINDS = {
+    "optimizer": r"multi_tensor_apply|FusedAdam",
+    "attention": r"flash|fmha|attention|cudnn_generated_fort|sdpa",
+    "experts of grouped_mm": r"(?i)grouped|GroupProblemShape",
+    "dense products": r"nvjet|cublas|gemm|splitKreduce|cutlass",
+    "moec": r"moec|^(_|gluon_|triton_)?(up|down|combine|rout|place|ragged|weight_grad)",
+    "Inductor": r"^triton_(poi|per|red|mm)",
+    "copies": r"Memcpy|Memset|copy_kernel",
 }
 # name -> transformers' implementation of the experts, and what is made of the model
 IMPLEMENTATIONS: dict[str, tuple[str, Callable[[Any], Any]]] = {
@@ -118,7 +130,27 @@ def worker(arguments: argparse.Namespace) -> None:
         losses.append(float(loss))
         if len(losses) == least or len(losses) % 20 == 0:
             print(json.dumps(figures(arguments, seconds, losses)), flush=True)
-    print(json.dumps(figures(arguments, seconds, losses)), flush=True)
+    last = figures(arguments, seconds, losses)
+    if arguments.profile:
+        last["kernels"] = profiled(found)
+    print(json.dumps(last), flush=True)
+
+
+def profiled(found: Iterator[Any]) -> dict[str, float]:
+    """Milliseconds of one step by what its kernels are for."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        next(found)
+    times: dict[str, float] = {}
+    for event in profiler.key_averages():
+        if event.device_type == DeviceType.CUDA:
+            kind = kind_of(event.key)
+            times[kind] = times.get(kind, 0.0) + 1e-3 * event.self_device_time_total
+    return dict(sorted(times.items(), key=lambda item: -item[1]))
+
+
+def kind_of(kernel: str) -> str:
+    """What a kernel is for, by its name; a name that says nothing is its own kind."""
+    return next((kind for kind, form in KINDS.items() if re.search(form, kernel)), kernel[:60])
 
 
 def figures(
@@ -139,7 +171,7 @@ def measured(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.whole_step", "--worker", name]
     for option in ("device", "batch", "length", "steps", "losses", "limit", "optimizer"):
         command += [f"--{option}", str(getattr(arguments, option))]
-    command += ["--small"] if arguments.small else []
+    command += [f"--{flag}" for flag in ("small", "profile") if getattr(arguments, flag)]
     ended, error = "", ""
     try:
         done = subprocess.run(
@@ -210,6 +242,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=300, help="seconds of an implementation")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="2 small layers")
+    parser.add_argument("--profile", action="store_true", help="what the GPU is busy with")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -234,6 +267,9 @@ def main() -> None:
         rows = compared([*rows, measured(arguments, name)])
         write_json(arguments.json, {"environment": facts, "asked": asked, "rows": rows})
         print(" ".join(cells(rows[-1], rows)), flush=True)
+        for kind, milliseconds in rows[-1].get("kernels", {}).items():
+            if milliseconds >= 0.2:
+                print(f"    {milliseconds:7.2f} ms  {kind}", flush=True)
     print(f"\n{markdown_table(HEADER, [cells(row, rows) for row in rows])}")
 
 
