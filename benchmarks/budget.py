@@ -216,12 +216,12 @@ def checkpointed_row(bench: Bench) -> Row:
 
 
 def torch_row(bench: Bench, share: float) -> Row:
-    """moec's blocks in torch.compile with a budget of torch's own."""
+    """moec in torch.compile (blocks, causal attention), with a budget of torch's own."""
     import torch._functorch.config as functorch_config
 
     torch._dynamo.reset()
     with functorch_config.patch(activation_memory_budget=share):
-        model: Any = torch.compile(moec.compile(bench.model), dynamic=True)
+        model: Any = torch.compile(moec.compile(bench.model), backend="moec")
         return bench.row(f"torch.compile {share}", model)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._dynamo.exc import TorchDynamoException
+from torch.utils import _pytree as pytree
 
 from moec.causal_masks import with_causal_attention
 from moec.errors import CompileError
@@ -47,7 +48,7 @@ class ModelScope:
         if self.reason or is_traced() or is_transformed():
             return NotImplemented
         try:
-            with quiet_recompilation():
+            with traced_once(pytree.tree_leaves((args, kwargs))):
                 result = self._whole(module)(module, *args, **kwargs)
         except TorchDynamoException as error:
             return self._in_region_scope(module, args, kwargs, error)
@@ -119,13 +120,19 @@ def first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def quiet_recompilation() -> Iterator[None]:
-    """Allow more graphs than Dynamo's default: batch 1 and length 1 have graphs of their own. What
-    a model tells a logger on the way is left out: a message is no reason not to have one graph.
+def traced_once(arguments: Sequence[object] = ()) -> Iterator[None]:
+    """Settings of the tracer with which a model has one graph, and is traced for it once.
+
+    More graphs than Dynamo's default are allowed: batch 1 and length 1 have graphs of their own.
+    What a model tells a logger on the way is left out: a message is no reason not to have one
+    graph. Python's floats are constants unless ``arguments``, those of the call, have one: else the
+    tracer compiles the whole model, finds that they are constants (the eps of a norm, the scale of
+    attention) and does it all once more.
     """
     changes: dict[str, Any] = {
         "recompile_limit": 16,
         "accumulated_recompile_limit": 256,
+        "specialize_float": not any(isinstance(a, float) for a in arguments),
         "ignore_logger_methods": _Functions(
             torch._dynamo.config.ignore_logger_methods | _logging_methods()
         ),
@@ -160,4 +167,4 @@ def check_backend(backend: Any) -> str:
     return str(backend)
 
 
-__all__ = ["DEFAULT_BACKEND", "ModelScope", "check_backend", "first_line", "quiet_recompilation"]
+__all__ = ["DEFAULT_BACKEND", "ModelScope", "check_backend", "first_line", "traced_once"]

@@ -16,7 +16,7 @@ from torch import nn
 import moec
 from moec.compiled import model_scope_of
 from moec.errors import CompileError
-from moec.model_scope import quiet_recompilation
+from moec.model_scope import traced_once
 
 from .models import assert_equal_gradients, build, gradients, relative_error, tokens
 
@@ -145,7 +145,21 @@ def test_wrong_scopes_and_backends_are_refused() -> None:
 
 
 def test_what_dynamo_is_told_of_loggers_can_be_written() -> None:
-    with quiet_recompilation():
+    with traced_once():
         ignored = torch._dynamo.config.ignore_logger_methods
         assert logging.Logger.info in ignored
         assert any("Logger.info" in name for name in json.loads(json.dumps(sorted(ignored))))
+
+
+def test_a_model_is_traced_once() -> None:
+    """The floats in it (the eps of a norm) are constants, not symbols to be found constant."""
+    traced = list[Any]()
+
+    def backend(module: Any, inputs: Any) -> Any:
+        traced.append(module)
+        return torch._dynamo.lookup_backend("aot_eager")(module, inputs)
+
+    torch._dynamo.register_backend(backend, name="counting")
+    model = whole(build("mixtral"), model_backend="counting")
+    model(**tokens(2, 5))
+    assert len(traced) == 1

@@ -15,12 +15,11 @@ from torch.utils import _pytree as pytree
 from moec.budget.light_loss import with_light_losses
 from moec.budget.loss_alone import with_loss_alone
 from moec.budget.parts import cut_regions
-from moec.budget.sizes import float_settings
 from moec.budget.steps import Captured, draws_random_numbers, read_joint
 from moec.budget.uncaptured import uncaptured
 from moec.causal_masks import with_causal_attention
 from moec.errors import CompileError
-from moec.model_scope import quiet_recompilation
+from moec.model_scope import traced_once
 
 
 class _Seen(Exception):
@@ -69,8 +68,7 @@ def captured_step(
 
     run = torch.compile(model.forward, fullgraph=True, dynamic=True, backend=backend)
     try:
-        settings = float_settings(pytree.tree_leaves((args, kwargs)))
-        with quiet_recompilation(), torch._dynamo.config.patch(settings):
+        with traced_once(pytree.tree_leaves((args, kwargs))):
             run(*args, **kwargs)
     except (_Seen, TorchDynamoException) as error:
         if not found:

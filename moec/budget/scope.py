@@ -11,10 +11,10 @@ from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils import _pytree as pytree
 
-from moec.budget.sizes import class_of, float_settings
+from moec.budget.sizes import class_of
 from moec.budget.text import shown_bytes
 from moec.errors import CompileError
-from moec.model_scope import ModelScope, quiet_recompilation
+from moec.model_scope import ModelScope, traced_once
 from moec.session import Session
 from moec.share import is_managed
 from moec.surroundings import is_traced, is_transformed
@@ -89,9 +89,8 @@ class BudgetScope(ModelScope):
         tensors = [v for v in given if isinstance(v, torch.Tensor)]
         reserve = self._reserve(module, tensors)
         compiled = self._step(module, class_of(tensors), reserve)
-        settings = compiled.settings | float_settings(given)
         try:
-            with quiet_recompilation(), torch._dynamo.config.patch(settings):
+            with traced_once(given), torch._dynamo.config.patch(compiled.settings):
                 result = compiled.run(module, *args, **kwargs)
         except TorchDynamoException as error:
             raise self._explained(compiled.step, module, error) from error

@@ -23,14 +23,6 @@ def class_of(tensors: Sequence[torch.Tensor]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(map(rounded_up, t.shape)) for t in tensors)
 
 
-def float_settings(arguments: Sequence[object]) -> dict[str, bool]:
-    """How the tracer is to see Python's floats in a step with such arguments: as constants, unless
-    a call brings one. Else it traces the whole model, finds that they are constants (the eps of a
-    norm, the scale of attention) and traces it once more.
-    """
-    return {"specialize_float": not any(isinstance(a, float) for a in arguments)}
-
-
 def planned_sizes(graph: fx.Graph, is_declared: bool = False) -> dict[sympy.Symbol, int]:
     """For each symbol of the sizes of a graph's inputs the largest that the plan is to serve: the
     end of its range where ranges were declared, else the size of this call, rounded up. The tracer
@@ -65,4 +57,4 @@ def _largest(size: torch.SymInt, is_declared: bool) -> int:
     return end if is_declared and end < 2**31 else min(end, rounded_up(int(node.hint)))
 
 
-__all__ = ["class_of", "float_settings", "planned_sizes", "rounded_up"]
+__all__ = ["class_of", "planned_sizes", "rounded_up"]
