@@ -56,11 +56,11 @@ SIZES = {
 # what kernels are for -> in their names; the first that fits
 KINDS = {
     "optimizer": r"multi_tensor_apply|FusedAdam",
-    "attention": r"flash|fmha|attention|cudnn_generated_fort|sdpa",
-    "experts of grouped_mm": r"(?i)grouped|GroupProblemShape",
+    "attention": r"flash|fmha|cudnn",
+    "moec's experts": r"^experts_",
+    "experts of grouped_mm": r"GroupProblemShape|grouped",
     "dense products": r"nvjet|cublas|gemm|splitKreduce|cutlass",
-    "moec": r"moec|^(_|gluon_|triton_)?(up|down|combine|rout|place|ragged|weight_grad)",
-    "Inductor": r"^triton_(poi|per|red|mm)",
+    "Inductor's kernels": r"^triton_",
     "copies": r"Memcpy|Memset|copy_kernel",
 }
 # name -> transformers' implementation of the experts, and what is made of the model
