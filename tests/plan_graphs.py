@@ -34,6 +34,29 @@ def random_outputs(seed: int, most: int = 7) -> Problem:
     return make_problem(plain.name, nodes, edges, plain.order)
 
 
+def gradients(seed: int, most: int = 6) -> Problem:
+    """A small graph with up to three kept results that nothing reads, as weights' gradients."""
+    draw = random.Random(f"gradients {seed}")
+    count = draw.randint(2, most)
+    nodes = [
+        Node(
+            f"n{v}",
+            draw.choice((1, 2, 3, 5, 8)),
+            draw.choice((1, 2, 5)),
+            draw.choice((0, 0, 2)),
+            keep=draw.random() < 0.1,
+            rematable=draw.random() < 0.9,
+        )
+        for v in range(count)
+    ]
+    edges = [(u, v) for v in range(count) for u in range(v) if draw.random() < 0.5]
+    for k in range(draw.randint(1, 3)):
+        about = draw.choice((1, 2, 4)), draw.choice((1, 3)), draw.choice((0, 2))
+        edges += [(u, len(nodes)) for u in draw.sample(range(count), draw.choice((1, 2)))]
+        nodes.append(Node(f"gradient{k}", *about, keep=True, rematable=draw.random() < 0.7))
+    return make_problem(f"gradients{seed}", nodes, edges)
+
+
 def _random_graph(draw: random.Random, name: str, most: int) -> Problem:
     count = draw.randint(1, most)
     nodes = [

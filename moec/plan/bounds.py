@@ -14,7 +14,8 @@ time into *gaps*; ``again[u, i]`` says whether u runs again in gap i. The linear
 holds for every plan, so its optimum is a lower bound. With the order of first runs given, the
 relation "before" is total and the gaps are those between consecutive users. Only the rows that a
 solution violates are added. Its variables are 0 or 1 in every plan: solved as an integer program
-(branch and bound, SCIP) it gives a better bound, and a solution that says what to repeat.
+(branch and bound, SCIP) it gives a better bound, and a solution that says what to repeat; it also
+places what nothing reads (:mod:`moec.plan.floating`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 from ortools.linear_solver import pywraplp
 
+from moec.plan.floating import place_floating
 from moec.plan.gaps import Gaps
 
 # How much of the budget a row may be violated by
@@ -63,6 +65,8 @@ class Relaxation:
         # Whether a node runs again after a row, and of which of these nothing is said yet
         self.late: dict[tuple[int, int], Any] = {}
         self.unexplained: list[tuple[int, int]] = []
+        # Whether a node that nothing reads first runs before another
+        self.early: dict[tuple[int, int], Any] = {}
 
     def integer(self) -> Relaxation:
         """The integer program of the same rows."""
@@ -70,6 +74,8 @@ class Relaxation:
         other.solution = self.solution
         for row in self.rows:
             other.add_row(row)
+        for row in self.rows:
+            place_floating(other, row)
         return other
 
     def _again(self, node: int) -> list[Any]:
@@ -95,10 +101,10 @@ class Relaxation:
             chain = self.gaps.chains[node]
             end = chain[gap] if gap < len(chain) else None
             for value in self.problem.reads[node]:
-                if not self._has(start, value):
+                if not self.has(start, value):
                     self._need(node, gap, value, start, end)
 
-    def _has(self, node: int, value: int) -> bool:
+    def has(self, node: int, value: int) -> bool:
         """Whether a value is held while a node runs, since it reads or makes it."""
         return value in self.problem.reads[node] or value in self.problem.made[node]
 
@@ -107,11 +113,11 @@ class Relaxation:
             return
         row = self.solver.Constraint(0.0, self.infinity)
         row.SetCoefficient(self.again[node][gap], -1.0)
-        row.SetCoefficient(self._held(value, start), 1.0)
-        self._add_again(row, self.problem.owners[value], start, end)
+        row.SetCoefficient(self.held_at(value, start), 1.0)
+        self.add_again(row, self.problem.owners[value], start, end)
         self._made_late(0.0, self.again[node][gap], -1.0, value, start)
 
-    def _add_again(self, row: Any, node: int, start: int, end: int | None) -> None:
+    def add_again(self, row: Any, node: int, start: int, end: int | None) -> None:
         """Add to a row how often a node runs again between two first runs, at most."""
         before, chain = self.gaps.before, self.gaps.chains[node]
         for gap, variable in enumerate(self.again[node]):
@@ -121,7 +127,7 @@ class Relaxation:
             if not over and not later:
                 row.SetCoefficient(variable, 1.0)
 
-    def _held(self, value: int, row: int) -> Any:
+    def held_at(self, value: int, row: int) -> Any:
         """Whether a value is held at the first run of a node."""
         if (value, row) not in self.held:
             variable = self._variable(1.0, f"held_{value}_{row}")
@@ -150,25 +156,24 @@ class Relaxation:
         self.rows[row] = constraint
         self._add_inputs(row)
         for value, final in zip(*self.gaps.crossing[row], strict=True):
-            self._held(int(value), row)
+            self.held_at(int(value), row)
             self._add_inputs_at(row, int(value), int(final))
-        while self.unexplained:
-            self._explain(*self.unexplained.pop())
+        self.explain()
 
     def _add_inputs_at(self, row: int, value: int, final: int) -> None:
         owner = self.problem.owners[value]
         chain = self.gaps.chains[owner]
         for source in self.problem.reads[owner]:
-            if self._has(row, source):
+            if self.has(row, source):
                 continue
             if self.solver.NumConstraints() > MOST_CONDITIONS:
                 return
             need = self.solver.Constraint(1.0, self.infinity)
-            need.SetCoefficient(self._held(value, row), 1.0)
-            need.SetCoefficient(self._held(source, row), 1.0)
+            need.SetCoefficient(self.held_at(value, row), 1.0)
+            need.SetCoefficient(self.held_at(source, row), 1.0)
             end = chain[final] if final < len(chain) else None
-            self._add_again(need, self.problem.owners[source], row, end)
-            self._made_late(1.0, self._held(value, row), 1.0, source, row)
+            self.add_again(need, self.problem.owners[source], row, end)
+            self._made_late(1.0, self.held_at(value, row), 1.0, source, row)
 
     def _made_late(self, least: float, other: Any, factor: float, value: int, row: int) -> None:
         """A value is held at a row or made again after it, unless ``factor * other`` is ``least``.
@@ -178,16 +183,21 @@ class Relaxation:
         if self._span(value, row) is None:
             either = self.solver.Constraint(least, self.infinity)
             either.SetCoefficient(other, factor)
-            either.SetCoefficient(self._held(value, row), 1.0)
-            either.SetCoefficient(self._late(self.problem.owners[value], row), 1.0)
+            either.SetCoefficient(self.held_at(value, row), 1.0)
+            either.SetCoefficient(self.runs_late(self.problem.owners[value], row), 1.0)
 
-    def _late(self, node: int, row: int) -> Any:
+    def runs_late(self, node: int, row: int) -> Any:
         """Whether a node runs again after the first run of another."""
         if (node, row) not in self.late:
             most = float(self.problem.nodes[node].rematable)
             self.late[node, row] = self._variable(most, f"late_{node}_{row}")
             self.unexplained.append((node, row))
         return self.late[node, row]
+
+    def explain(self) -> None:
+        """Say of every node that may run again late what that takes."""
+        while self.unexplained:
+            self._explain(*self.unexplained.pop())
 
     def _explain(self, node: int, row: int) -> None:
         """What running again after a row takes: a gap in which to, and the inputs."""
@@ -196,9 +206,9 @@ class Relaxation:
         late = self.late[node, row]
         runs = self.solver.Constraint(0.0, self.infinity)
         runs.SetCoefficient(late, -1.0)
-        self._add_again(runs, node, row, None)
+        self.add_again(runs, node, row, None)
         for value in self.problem.reads[node]:
-            if not self._has(row, value):
+            if not self.has(row, value):
                 self._made_late(0.0, late, -1.0, value, row)
 
     def load(self) -> Any:
@@ -222,8 +232,10 @@ class Relaxation:
         solved = not self.rows
         while (above := self.load()).max(initial=0.0) > tolerance or not solved:
             for row in np.argsort(-above, kind="stable")[: 1 + len(self.rows) // 4]:
-                if above[row] > tolerance:
+                if above[row] > tolerance and row not in self.rows:
                     self.add_row(int(row))
+                    if self.integral:
+                        place_floating(self, int(row))
             left = deadline - time.monotonic()
             if left <= 0:
                 break
