@@ -2,8 +2,9 @@
 
 A round anneals twice, side by side: from the given order, and from the best plan so far. Where
 nothing fits yet, it anneals twice from the given order, and what comes of it *descends*: short
-annealings, each within a little less than the last one reached. A round is deterministic; how many
-there are depends on the time limit only.
+annealings, each within a little less than the last one reached. Where there is time for many rounds
+(a small graph, a long limit), both annealings of a round are followed by cooler ones. A round is
+deterministic; how many there are, and from which on they are followed, depends on the time.
 """
 
 from __future__ import annotations
@@ -54,6 +55,11 @@ WARM, SHAKEN, COLD = (0.1, 0.5, 0.02), (1.0, 10.0), 0.003
 LEAST_ROUND, SHORT, IN_VAIN = 200, 40, 40
 DESCENT = (0.01, 0.03, 0.1), (100.0, 1000.0), (0.9985, 0.997, 0.995)
 LENGTHS, NEAR = (2, 16), 1.02
+# With time for so many changes for each node in all, searches that begin anew descend, too, and
+# what fits is polished: where one ends depends on how it began more than on how long it is.
+# Polishing is annealing at these temperatures, each with random numbers of its own.
+EXPLORED = 10000
+POLISH, SEEDS = (0.5, 0.1), 7919
 # Rounds without improvement after which the search ends
 PATIENCE = 8
 
@@ -96,11 +102,14 @@ def search(
     count = len(problem.nodes)
     moves = FIRST_ROUND * count
     stale = number = 0
-    began = time.monotonic()
+    most, began = 0.0, time.monotonic()
+    whole = deadline - began
     with ThreadPoolExecutor(2) as threads:
         while stale < PATIENCE and time.monotonic() < deadline:
             first = 2 * number + 2 + 1000003 * seed
             jobs = searcher.jobs(number, best, others)
+            if most * whole > EXPLORED * count:
+                jobs = searcher.explored(jobs)
             runs = [threads.submit(searcher.run, j, first + k, moves) for k, j in enumerate(jobs)]
             try:
                 wait(runs, min(deadline - time.monotonic(), threading.TIMEOUT_MAX))
@@ -113,6 +122,7 @@ def search(
             yield best
             now = time.monotonic()
             rate, began = moves / max(now - began, 1e-3), now
+            most = max(most, rate)
             moves, number = min(int(moves * GROWTH), LONGEST_ROUND * count), number + 1
             moves = last_round(moves, rate, deadline - now)
 
@@ -136,6 +146,7 @@ class Job:
     price: float
     settled: float
     least: int = 0
+    polish: tuple[float, ...] = ()
 
 
 class Searcher:
@@ -188,6 +199,12 @@ class Searcher:
             return explore, self._shaken(best)
         return explore, Job(best, WARM[turn], best.price, 0.0)
 
+    def explored(self, jobs: tuple[Job, Job]) -> tuple[Job, Job]:
+        """Jobs of a round where there is time: the first descends, too, and both are polished."""
+        explore, improve = jobs
+        explore = replace(explore, least=explore.least or 1, polish=POLISH)
+        return explore, replace(improve, polish=POLISH)
+
     def _shaken(self, best: Candidate) -> Job:
         return Job(best, SHAKEN[0], self.price * SHAKEN[1], 0.0)
 
@@ -196,10 +213,16 @@ class Searcher:
         return Job(self.given, hot, self.price * factor, 0.5)
 
     def run(self, job: Job, seed: int, moves: int) -> Candidate:
-        """Anneal once, and descend if the job asks for it."""
+        """Anneal, descend and polish, as the job asks for it."""
         found = self._anneal(job, self.budget, seed, moves)
-        descends = job.least > 0 and moves >= LEAST_ROUND * self.count
-        return self._descend(found, job.least, seed, moves) if descends else found
+        if job.least > 0 and moves >= LEAST_ROUND * self.count:
+            found = self._descend(found, job.least, seed, moves)
+        for turn, hot in enumerate(job.polish):
+            if not found.over:
+                warm = Job(found, hot, found.price, 0.0)
+                again = self._anneal(warm, self.budget, seed + SEEDS * (turn + 1), moves)
+                found = min(found, again, key=lambda c: c.cost)
+        return found
 
     def _anneal(self, job: Job, limit: int, seed: int, moves: int) -> Candidate:
         """The fastest sequence that was met within a limit of bytes, or else the last one."""
