@@ -54,11 +54,11 @@ WARM, SHAKEN, COLD = (0.1, 0.5, 0.02), (1.0, 10.0), 0.003
 # annealing before it, and more only where its peak is near the least one known.
 LEAST_ROUND, SHORT, IN_VAIN = 200, 40, 40
 DESCENT = (0.01, 0.03, 0.1), (100.0, 1000.0), (0.9985, 0.997, 0.995)
-LENGTHS, NEAR = (2, 16), 1.02
+LENGTHS, NEAR = (2, 8), 1.02
 # With time for so many changes for each node in all, searches that begin anew descend, too, and
 # what fits is polished: where one ends depends on how it began more than on how long it is.
 # Polishing is annealing at these temperatures, each with random numbers of its own.
-EXPLORED = 10000
+EXPLORED, EXPLORING_ROUND = 10000, 1000
 POLISH, SEEDS = (0.5, 0.1), 7919
 # Rounds without improvement after which the search ends
 PATIENCE = 8
@@ -108,7 +108,8 @@ def search(
         while stale < PATIENCE and time.monotonic() < deadline:
             first = 2 * number + 2 + 1000003 * seed
             jobs = searcher.jobs(number, best, others)
-            if most * whole > EXPLORED * count:
+            explores = most * whole > EXPLORED * count
+            if explores:
                 jobs = searcher.explored(jobs)
             runs = [threads.submit(searcher.run, j, first + k, moves) for k, j in enumerate(jobs)]
             try:
@@ -123,7 +124,8 @@ def search(
             now = time.monotonic()
             rate, began = moves / max(now - began, 1e-3), now
             most = max(most, rate)
-            moves, number = min(int(moves * GROWTH), LONGEST_ROUND * count), number + 1
+            longest = EXPLORING_ROUND if explores else LONGEST_ROUND
+            moves, number = min(int(moves * GROWTH), longest * count), number + 1
             moves = last_round(moves, rate, deadline - now)
 
 
