@@ -166,8 +166,10 @@ class Bench:
                    milliseconds=self.milliseconds(model))  # fmt: skip
 
 
-def planned_rows(bench: Bench, count: int) -> Iterator[Row]:
-    """moec without a bound, then with budgets down to the least known."""
+def planned_rows(bench: Bench, count: int, which: Sequence[int]) -> Iterator[Row]:
+    """moec without a bound, then with those of ``count`` budgets, down to the least known, that are
+    asked for by their numbers from 1 on.
+    """
     torch._dynamo.reset()
     free = planned(bench, 1 << 50)
     with told("captured, compiled"):
@@ -179,8 +181,8 @@ def planned_rows(bench: Bench, count: int) -> Iterator[Row]:
     yield bench.row("moec, no bound", free, planned=top, extra=0.0, same_bits=bits)
     with told("least budget found"):
         least = least_budget(step)
-    for number in range(count):
-        budget = int(top - (top - least) * (number + 1) / count)
+    for number in which:
+        budget = int(top - (top - least) * number / count)
         torch._dynamo.reset()
         model = planned(bench, budget)
         with told(f"captured, planned and compiled for {100 * budget / top:.0f}%"):
@@ -256,6 +258,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--budgets", type=int, default=10, help="how many")
+    parser.add_argument("--which", type=int, nargs="+", help="of them, 1 the largest; all")
     parser.add_argument("--seconds", type=float, default=10.0, help="of planning, each")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="widths for a CPU")
@@ -274,7 +277,8 @@ def main() -> None:
     bench = Bench(options)
     rows = []
     start = time.perf_counter()
-    for row in planned_rows(bench, options.budgets):
+    which = options.which or range(1, options.budgets + 1)
+    for row in planned_rows(bench, options.budgets, which):
         print(f"{time.perf_counter() - start:4.0f} s: " + " | ".join(row.cells()), flush=True)
         rows.append(row)
     write_json(options.json, {"environment": facts, "rows": [asdict(row) for row in rows]})
