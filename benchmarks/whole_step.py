@@ -57,7 +57,7 @@ SIZES = {
 KINDS = {
     "optimizer": r"multi_tensor_apply|FusedAdam",
     "attention": r"flash|fmha|cudnn",
-    "moec's experts": r"^experts_",
+    "moec's experts": r"^(experts_|mlp_|scan_counts|place_pairs|list_row|write_row)",
     "experts of grouped_mm": r"GroupProblemShape|grouped",
     "dense products": r"nvjet|cublas|gemm|splitKreduce|cutlass",
     "Inductor's kernels": r"^triton_",

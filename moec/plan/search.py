@@ -4,7 +4,7 @@ A round anneals twice, side by side: from the given order, and from the best pla
 nothing fits yet, it anneals twice from the given order, and what comes of it *descends*: short
 annealings, each within a little less than the last one reached. Where there is time for many rounds
 (a small graph, a long limit), both annealings of a round are followed by cooler ones. A round is
-deterministic; how many there are, and from which on they are followed, depends on the time.
+deterministic; how many there are depends on the time limit only.
 """
 
 from __future__ import annotations
@@ -55,10 +55,11 @@ WARM, SHAKEN, COLD = (0.1, 0.5, 0.02), (1.0, 10.0), 0.003
 LEAST_ROUND, SHORT, IN_VAIN = 200, 40, 40
 DESCENT = (0.01, 0.03, 0.1), (100.0, 1000.0), (0.9985, 0.997, 0.995)
 LENGTHS, NEAR = (2, 8), 1.02
-# With time for so many changes for each node in all, searches that begin anew descend, too, and
-# what fits is polished: where one ends depends on how it began more than on how long it is.
-# Polishing is annealing at these temperatures, each with random numbers of its own.
-EXPLORED, EXPLORING_ROUND = 10000, 1000
+# With so many seconds for each node (some 10000 changes) searches that begin anew descend, too, and
+# what fits is polished: where one ends depends on how it began more than on how long it is. Such
+# rounds have no more changes than this for each node. Polishing is annealing at these temperatures,
+# each with random numbers of its own.
+EXPLORED, EXPLORING_ROUND = 0.03, 1000
 POLISH, SEEDS = (0.5, 0.1), 7919
 # Rounds without improvement after which the search ends
 PATIENCE = 8
@@ -102,13 +103,13 @@ def search(
     count = len(problem.nodes)
     moves = FIRST_ROUND * count
     stale = number = 0
-    most, began = 0.0, time.monotonic()
-    whole = deadline - began
+    began = time.monotonic()
+    explores = deadline - began > EXPLORED * count
+    longest = EXPLORING_ROUND if explores else LONGEST_ROUND
     with ThreadPoolExecutor(2) as threads:
         while stale < PATIENCE and time.monotonic() < deadline:
             first = 2 * number + 2 + 1000003 * seed
             jobs = searcher.jobs(number, best, others)
-            explores = most * whole > EXPLORED * count
             if explores:
                 jobs = searcher.explored(jobs)
             runs = [threads.submit(searcher.run, j, first + k, moves) for k, j in enumerate(jobs)]
@@ -123,8 +124,6 @@ def search(
             yield best
             now = time.monotonic()
             rate, began = moves / max(now - began, 1e-3), now
-            most = max(most, rate)
-            longest = EXPLORING_ROUND if explores else LONGEST_ROUND
             moves, number = min(int(moves * GROWTH), longest * count), number + 1
             moves = last_round(moves, rate, deadline - now)
 
